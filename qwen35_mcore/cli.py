@@ -1,0 +1,165 @@
+"""The `qwen35` command. Commands import what they need when they run, so that `--help` and
+`flavors` answer at once and on a machine without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen35_mcore.errors import Qwen35Error
+
+app = typer.Typer(
+    name="qwen35",
+    help="Qwen3.5 for Megatron-Core: model sizes and training data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Turn text into Megatron's .bin/.idx files.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `flavors` a subcommand: typer runs a lone command without its name."""
+
+
+@app.command()
+def flavors(
+    name: Annotated[
+        str | None, typer.Argument(help="One flavor; any spelling of its name. Default: all.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list with every component's count.")
+    ] = False,
+) -> None:
+    """List the model sizes with their shapes and parameter counts."""
+    from qwen35_mcore.flavors import FLAVORS, flavor_name
+
+    names = [flavor_name(name)] if name else list(FLAVORS)
+    rows = [_flavor_row(one) for one in names]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        _print_flavors(rows)
+
+
+@data_app.command()
+def tokenize(
+    output_prefix: Annotated[
+        Path, typer.Option(help="Where the dataset goes: PREFIX.bin and PREFIX.idx.")
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT...",
+            help="Text, jsonl or parquet files, or folders of them; 'stdlib' stands for the source "
+            "files of this Python's standard library.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="'byte' (no download), or a Hugging Face name or folder.")
+    ] = "byte",
+    json_key: Annotated[
+        str, typer.Option(help="The jsonl key or parquet column that holds the text.")
+    ] = "text",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    append_eod: Annotated[
+        bool, typer.Option(help="End every document with the end-of-document token.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing dataset.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    stdlib: Annotated[
+        bool, typer.Option("--stdlib", help="The same as the input 'stdlib'.")
+    ] = False,
+) -> None:
+    """Tokenize text, jsonl or parquet into a Megatron dataset."""
+    names = [*(inputs or []), *(["stdlib"] if stdlib else [])]
+    if not names:
+        raise typer.BadParameter(
+            "give at least one file or folder, or --stdlib", param_hint="INPUT"
+        )
+    from qwen35_mcore import data
+
+    data.tokenize(
+        inputs=names,
+        output_prefix=output_prefix,
+        tokenizer=tokenizer,
+        text_key=json_key,
+        workers=workers,
+        append_eod=append_eod,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+
+
+def main() -> None:
+    """Entry point: a `Qwen35Error` becomes one message on stderr and exit status 2."""
+    try:
+        app()
+    except Qwen35Error as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _flavor_row(name: str) -> dict[str, Any]:
+    from qwen35_mcore.flavors import FLAVORS
+    from qwen35_mcore.planner.counts import count_parameters
+
+    config = FLAVORS[name]
+    counts = count_parameters(config)
+    return {
+        "name": name,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "experts": config.num_experts,
+        "top_k": config.num_experts_per_tok,
+        "max_positions": config.max_position_embeddings,
+        "total": counts.total,
+        "active": counts.active,
+        "components": {
+            part: {"total": count.total, "active": count.active}
+            for part, count in counts.by_component().items()
+        },
+    }
+
+
+def _print_flavors(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        caption="total: with MTP; active: per token, without MTP (text model only)",
+        caption_justify="left",
+    )
+    table.add_column("flavor", no_wrap=True, min_width=10)
+    for header in ("layers", "hidden", "heads/kv", "experts/top-k", "total", "active"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            str(row["layers"]),
+            str(row["hidden"]),
+            f"{row['heads']}/{row['kv_heads']}",
+            f"{row['experts']}/{row['top_k']}" if row["experts"] else "-",
+            _short(row["total"]),
+            _short(row["active"]),
+        )
+    Console().print(table)
+
+
+def _short(parameters: int) -> str:
+    unit, letter = (10**9, "B") if parameters >= 10**8 else (10**6, "M")
+    return f"{parameters / unit:.2f} {letter}"
+
+
+if __name__ == "__main__":
+    main()

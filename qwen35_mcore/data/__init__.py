@@ -1,0 +1,32 @@
+"""Text, JSON lines and parquet to Megatron's ``PREFIX.bin`` and ``PREFIX.idx``.
+
+Importing this package loads neither torch nor transformers nor pyarrow: worker processes and
+command lines that only check a dataset start in milliseconds.
+"""
+
+from __future__ import annotations
+
+from qwen35_mcore.data.pipeline import TokenizeReport, tokenize
+from qwen35_mcore.data.sidecar import Sidecar, check_dataset, read_sidecar
+from qwen35_mcore.data.sources import STDLIB
+from qwen35_mcore.data.tokenizers import (
+    BYTE,
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+
+__all__ = [
+    "BYTE",
+    "STDLIB",
+    "ByteTokenizer",
+    "HuggingFaceTokenizer",
+    "Sidecar",
+    "TokenizeReport",
+    "Tokenizer",
+    "check_dataset",
+    "load_tokenizer",
+    "read_sidecar",
+    "tokenize",
+]

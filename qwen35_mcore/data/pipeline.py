@@ -1,0 +1,263 @@
+"""Tokenize files to a Megatron dataset, in order, with any number of processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from qwen35_mcore.data.readers import Record, document_text, read_chunks
+from qwen35_mcore.data.sidecar import Sidecar
+from qwen35_mcore.data.sources import Source, expand_inputs, hash_sources
+from qwen35_mcore.data.tokenizers import Tokenizer, load_tokenizer
+from qwen35_mcore.data.writer import DatasetWriter, check_target, index_dtype
+from qwen35_mcore.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenizeReport:
+    """What a run wrote.
+
+    Attributes:
+        documents: documents written.
+        empty_documents: documents left out because they held no token.
+        tokens: tokens written, end-of-document tokens included.
+        bytes: UTF-8 bytes of the documents' text.
+        seconds: wall-clock time of the whole run.
+        files: input files read.
+    """
+
+    documents: int
+    empty_documents: int
+    tokens: int
+    bytes: int
+    seconds: float
+    files: int
+
+
+class _Encoded(NamedTuple):
+    ids: np.ndarray
+    lengths: list[int]
+    empty: int
+    text_bytes: int
+    consumed: int
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """All that turns records into tokens; sent to each worker once."""
+
+    tokenizer: Tokenizer
+    text_key: str
+    eod: int | None
+    dtype: np.dtype
+
+    def __call__(self, chunk: Sequence[Record]) -> _Encoded:
+        texts = [document_text(record, text_key=self.text_key) for record in chunk]
+        documents = [ids for ids in self.tokenizer.encode_batch(texts) if len(ids)]
+        ending = np.array([] if self.eod is None else [self.eod], dtype=self.dtype)
+        parts = [part for ids in documents for part in (ids.astype(self.dtype), ending)]
+        return _Encoded(
+            ids=np.concatenate(parts) if parts else np.array([], dtype=self.dtype),
+            lengths=[len(ids) + len(ending) for ids in documents],
+            empty=len(texts) - len(documents),
+            text_bytes=sum(len(text.encode()) for text in texts),
+            consumed=sum(record.consumed for record in chunk),
+        )
+
+
+def tokenize(
+    *,
+    inputs: Sequence[Path | str],
+    output_prefix: Path | str,
+    tokenizer: str,
+    text_key: str = "text",
+    workers: int,
+    append_eod: bool = True,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> TokenizeReport:
+    """Write the documents of ``inputs`` to ``PREFIX.bin``, ``PREFIX.idx`` and ``PREFIX.json``.
+
+    The output is the same, byte for byte, for any number of workers. Input streams: memory does
+    not grow with the size of files, only by about 100 bytes a document for the index.
+
+    Args:
+        inputs: files, folders, or ``stdlib``. A text file is one document; ``.jsonl``,
+            ``.ndjson`` and ``.json`` hold one JSON object per line, ``.parquet`` one row per
+            document; all but parquet may be packed as ``.gz`` or ``.zst``.
+        output_prefix: path without suffix; missing folders are made.
+        tokenizer: ``byte``, a folder with a Hugging Face tokenizer, or a name on the hub.
+        text_key: JSON key or parquet column that holds the text.
+        workers: processes that tokenize; 1 works in this process. More than one starts
+            processes afresh, so a script that calls this needs a main guard.
+        append_eod: end every document with the tokenizer's end-of-document token.
+        overwrite: replace a dataset at ``output_prefix``, and Megatron's cached index of it.
+        quiet: no progress bar; there is none either where standard error is not a terminal.
+
+    Raises:
+        DataError: an input, the tokenizer or the target cannot be used; nothing is left behind.
+    """
+    started = time.perf_counter()
+    if workers < 1:
+        raise DataError("workers must be at least 1", got=workers, fix="pass --workers 1 or more")
+    prefix = Path(output_prefix)
+    check_target(prefix, overwrite=overwrite)
+    sources = expand_inputs(inputs, output_prefix=prefix)
+    loaded = load_tokenizer(tokenizer)
+    if append_eod and loaded.eod is None:
+        raise DataError(
+            f"tokenizer {tokenizer!r} has no end-of-sequence token to end documents with",
+            fix="set eos_token in its tokenizer_config.json, or pass --no-append-eod",
+        )
+    dtype = index_dtype(loaded.vocab_size)
+    encoder = _Encoder(loaded, text_key, loaded.eod if append_eod else None, dtype)
+    with DatasetWriter(prefix, dtype=dtype, overwrite=overwrite) as writer:
+        sidecar = _write(writer, encoder, sources, workers, quiet)
+        writer.commit(sidecar.to_json())
+    return TokenizeReport(
+        documents=sidecar.documents,
+        empty_documents=sidecar.empty_documents,
+        tokens=sidecar.tokens,
+        bytes=sidecar.text_bytes,
+        seconds=time.perf_counter() - started,
+        files=sidecar.files,
+    )
+
+
+def _write(
+    writer: DatasetWriter,
+    encoder: _Encoder,
+    sources: Sequence[Source],
+    workers: int,
+    quiet: bool,
+) -> Sidecar:
+    documents = empty = tokens = text_bytes = 0
+    chunks = read_chunks(sources, text_key=encoder.text_key)
+    with _progress(sum(source.size for source in sources), quiet=quiet) as advance:
+        for encoded in _encode_in_order(encoder, chunks, workers):
+            writer.add(encoded.ids, encoded.lengths)
+            documents += len(encoded.lengths)
+            empty += encoded.empty
+            tokens += len(encoded.ids)
+            text_bytes += encoded.text_bytes
+            advance(encoded.consumed)
+    if not tokens:
+        raise DataError(
+            "the inputs hold no text",
+            got=f"{empty} empty documents in {len(sources)} files",
+            allowed="at least one document that is not empty",
+        )
+    return Sidecar(
+        tokenizer=encoder.tokenizer.name,
+        vocab_size=encoder.tokenizer.vocab_size,
+        eod_id=encoder.tokenizer.eod,
+        append_eod=encoder.eod is not None,
+        dtype=encoder.dtype.name,
+        documents=documents,
+        empty_documents=empty,
+        tokens=tokens,
+        text_bytes=text_bytes,
+        files=len(sources),
+        sources_sha256=hash_sources(sources),
+    )
+
+
+def _encode_in_order(
+    encoder: _Encoder, chunks: Iterable[list[Record]], workers: int
+) -> Iterator[_Encoded]:
+    if workers == 1:
+        yield from map(encoder, chunks)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        # Forking a process whose libraries run threads can deadlock.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(encoder,),
+    )
+    try:
+        # map() would read all input ahead: a window keeps memory bounded and workers busy.
+        pending: deque[Future[_Encoded]] = deque()
+        for chunk in chunks:
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died",
+            fix="the system may have run out of memory: try fewer --workers",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_encoder: _Encoder | None = None
+
+
+def _start_worker(encoder: _Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+    # Ctrl-C reaches every process of a terminal: the parent alone decides and reports.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One process per core already: threads of the Rust tokenizers would only compete.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """End this worker when its parent is killed: it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_in_worker(chunk: list[Record]) -> _Encoded:
+    assert _worker_encoder is not None
+    return _worker_encoder(chunk)
+
+
+@contextmanager
+def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` bytes of input files on standard error, if someone watches."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda advance: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    with Progress(
+        TextColumn("tokenizing"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task("tokenizing", total=total)
+        yield lambda advance: bar.update(task, advance=advance)
+        bar.update(task, completed=total)

@@ -1,0 +1,163 @@
+"""A dataset that is complete or absent: written under other names, published index last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from qwen35_mcore.errors import DataError
+
+_PARTIAL = ".partial"
+
+
+def check_target(prefix: Path, *, overwrite: bool) -> None:
+    """Raise DataError if writing at ``prefix`` would replace something without ``overwrite``.
+
+    A ``.partial`` file counts: it belongs to a run that is still writing or was killed.
+    """
+    if overwrite:
+        return
+    for suffix in (".bin", ".idx", ".json"):
+        if Path(f"{prefix}{suffix}").exists():
+            raise DataError(
+                f"{prefix}{suffix} exists already",
+                fix="choose another --output-prefix, or pass --overwrite to replace the dataset",
+            )
+        if Path(f"{prefix}{suffix}{_PARTIAL}").exists():
+            raise _unfinished(f"{prefix}{suffix}{_PARTIAL}")
+
+
+def index_dtype(vocab_size: int) -> np.dtype:
+    """Type in which Megatron stores tokens of such a vocabulary: uint16 or int32."""
+    return np.dtype(_indexed_dataset().DType.optimal_dtype(vocab_size))
+
+
+class DatasetWriter:
+    """Writes ``PREFIX.bin``, ``PREFIX.idx`` and ``PREFIX.json``; a context manager.
+
+    Everything goes to ``.partial`` names first. :meth:`commit` renames, and the index last:
+    Megatron takes a dataset to exist when both ``.idx`` and ``.bin`` do, so the index is the
+    one name whose appearance makes the others count. A run that fails or is interrupted
+    removes its files; one that is killed leaves ``.partial`` files, never a dataset.
+
+    Memory grows by about 100 bytes a document, for the index.
+
+    Raises:
+        DataError: the target exists and ``overwrite`` is not set, or the disk refuses a write.
+    """
+
+    def __init__(self, prefix: Path, *, dtype: np.dtype, overwrite: bool) -> None:
+        check_target(prefix, overwrite=overwrite)
+        self._prefix = prefix
+        self._dtype = dtype
+        self._overwrite = overwrite
+        self._bin, self._idx, self._json = (
+            Path(f"{prefix}{suffix}{_PARTIAL}") for suffix in (".bin", ".idx", ".json")
+        )
+        self._cleanup: list[Path] = []
+        self._builder: Any = None
+
+    def __enter__(self) -> Self:
+        with self._writing():
+            self._prefix.parent.mkdir(parents=True, exist_ok=True)
+            if self._overwrite:
+                self._bin.unlink(missing_ok=True)
+            try:
+                self._bin.touch(exist_ok=False)
+            except FileExistsError:
+                raise _unfinished(self._bin) from None
+            self._cleanup += [self._bin, self._idx, self._json]
+            self._builder = _indexed_dataset().IndexedDatasetBuilder(
+                str(self._bin), dtype=self._dtype.type
+            )
+        return self
+
+    def add(self, ids: np.ndarray, lengths: Sequence[int]) -> None:
+        """Append documents: ``ids`` of all of them joined, ``lengths`` in tokens."""
+        with self._writing():
+            start = 0
+            for length in lengths:
+                self._builder.add_document(ids[start : start + length], [length])
+                start += length
+
+    def commit(self, sidecar: str) -> None:
+        """Publish the dataset, with ``sidecar`` as the content of ``PREFIX.json``."""
+        with self._writing():
+            self._builder.finalize(str(self._idx))
+            self._json.write_text(sidecar)
+            for path in (self._bin, self._idx, self._json):
+                _sync(path)
+            if self._overwrite:
+                # From here until the last rename there is no dataset, rather than a mixed one.
+                Path(f"{self._prefix}.idx").unlink(missing_ok=True)
+                self._drop_cached_indices()
+            for partial in (self._json, self._bin, self._idx):
+                target = partial.with_name(partial.name.removesuffix(_PARTIAL))
+                self._cleanup.append(target)
+                partial.replace(target)
+            self._cleanup.clear()
+            _sync(self._prefix.parent)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with suppress(OSError):  # closing flushes, which fails again on a full disk
+            self._builder.data_file.close()
+        # The index goes first, as it came last.
+        for path in reversed(self._cleanup):
+            path.unlink(missing_ok=True)
+
+    def _drop_cached_indices(self) -> None:
+        """Forget sample indices that Megatron cached for the dataset being replaced.
+
+        Its cache key holds the prefix and not the content: a stale one reads wrong positions.
+        """
+        cache = Path(f"{self._prefix}") / "cache" / "GPTDataset_indices"
+        if cache.is_dir():
+            shutil.rmtree(cache)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self._prefix} cannot be written",
+                got=str(error),
+                fix="check the folder's permissions and the space left on its disk",
+            ) from error
+
+
+def _unfinished(partial: Path | str) -> DataError:
+    return DataError(
+        f"{partial} belongs to a run that is still writing or was killed",
+        fix="if none is running, remove it or pass --overwrite",
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _indexed_dataset() -> Any:
+    # megatron.core imports torch and its optimizers, which warn about libraries that have no
+    # part in writing a dataset.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset

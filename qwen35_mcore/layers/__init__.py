@@ -1,0 +1,1 @@
+"""Modules that replace or extend megatron-core's own."""

@@ -1,0 +1,178 @@
+"""GatedDeltaNet: megatron-core's parameters, sharding and checkpoint, with a forward of our own.
+
+One projection gives q, k, v, the output gate z and, per value head, the decay and write-strength
+logits a and b. A short causal convolution runs over q, k and v; the gated delta rule (Yang et al.,
+"Gated Delta Networks", arXiv 2412.06464) mixes along the sequence; the result is normalised, gated
+by silu(z) and projected back.
+
+What differs from megatron-core's module: q and k keep their own head count (grouped value heads)
+and the l2 norm, decay gate and sigmoid run inside the kernel; A_log, dt_bias and the output norm
+stay float32; the output norm is Hugging Face's (not zero-centred) under a key of its own, so that a
+native checkpoint is never taken for one of ours; it runs without FLA where the reference is asked
+for.
+
+Shapes: s sequence, b batch, c channels, k and v the head sizes; a trailing ``_bsc`` names the axes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from qwen35_mcore.layers.fp32 import KeepFloat32
+from qwen35_mcore.layers.norms import GatedRMSNorm
+from qwen35_mcore.mcore_compat import (
+    CheckpointWithoutOutput,
+    GatedDeltaNetSubmodules,
+    McoreGatedDeltaNet,
+    PackedSeqParams,
+    gather_heads,
+    get_cuda_rng_tracker,
+    get_parameter_local_cp,
+    without_fla_check,
+)
+from qwen35_mcore.ops.dispatch import select_backend
+from qwen35_mcore.transformer_config import Qwen35TransformerConfig
+
+
+class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
+    """Gated delta rule token mixer; ``[s, b, hidden]`` in and out, like a self-attention module.
+
+    Raises:
+        KernelError: at build time, when the kernel named by ``config.gdn_kernel`` cannot run here.
+    """
+
+    float32_parameters = ("A_log", "dt_bias")
+
+    def __init__(
+        self,
+        config: Qwen35TransformerConfig,
+        submodules: GatedDeltaNetSubmodules,
+        layer_number: int,
+        **kwargs: Any,
+    ) -> None:
+        with without_fla_check():
+            super().__init__(config, submodules, layer_number, **kwargs)
+        self.gated_norm = GatedRMSNorm(config, self.value_head_dim, self.pg_collection.tp)
+
+    def _setup_variant_attrs(self) -> None:
+        super()._setup_variant_attrs()
+        self.kernel = select_backend(
+            self.config.gdn_kernel,
+            device=torch.device(torch.cuda.current_device()),
+            dtype=self.config.params_dtype,
+            key_dim=self.key_head_dim,
+            value_dim=self.value_head_dim,
+        )
+        # the base class insists on a kernel of this name; forward uses self.kernel
+        self.gated_delta_rule = self.kernel.gated_delta_rule
+
+    def reset_parameters(self) -> None:
+        """float32 A_log and dt_bias; every tensor-parallel rank draws its own heads."""
+        for name in self.float32_parameters:
+            old = getattr(self, name)
+            new = torch.nn.Parameter(torch.empty_like(old, dtype=torch.float32))
+            new.tensor_model_parallel, new.partition_dim = True, 0  # type: ignore[attr-defined]
+            setattr(self, name, new)
+        if not self.config.perform_initialization:
+            return
+        with torch.no_grad(), get_cuda_rng_tracker().fork():
+            torch.nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
+            self.dt_bias.fill_(1.0)
+            self.A_log.uniform_(*self.A_init_range).log_()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``[s / (sp * cp), b, hidden]`` to the same shape, and the output bias (None)."""
+        if inference_context is not None:
+            raise NotImplementedError(
+                "GatedDeltaNet has no inference cache yet: this package trains; export the "
+                "checkpoint to Hugging Face to generate."
+            )
+        seq_len = hidden_states.shape[0] * self.sp_size * self.cp_size
+        batch = hidden_states.shape[1]
+        cu_seqlens = self._packed_boundaries(packed_seq_params, batch, seq_len)
+
+        projected_sbc, _ = self.in_proj(hidden_states)
+        projected_sbc, restore_index = gather_heads(
+            projected_sbc, self.in_proj_split_sections, self.pg_collection.cp, cu_seqlens, seq_len
+        )
+        qkv, z, b, a = projected_sbc.transpose(0, 1).split(self.feat_dim_split, dim=-1)
+        qkv = self.kernel.causal_conv1d(qkv, self._local_conv_weight(), cu_seqlens=cu_seqlens)
+        q, k, v = self._split_heads(qkv)
+
+        cp_group = self.pg_collection.cp
+        out_bshv, _ = self.kernel.gated_delta_rule(
+            q,
+            k,
+            v,
+            a,
+            b,
+            get_parameter_local_cp(self.A_log, dim=0, cp_group=cp_group),
+            get_parameter_local_cp(self.dt_bias, dim=0, cp_group=cp_group),
+            cu_seqlens=cu_seqlens,
+        )
+        z_bshv = z.reshape(batch, seq_len, -1, self.value_head_dim)
+        return self._gate_and_project(
+            out_bshv, z_bshv, restore_index, batch, seq_len, packed_seq_params
+        )
+
+    def _packed_boundaries(
+        self, packed: PackedSeqParams | None, batch: int, seq_len: int
+    ) -> torch.Tensor | None:
+        """Cumulative sequence lengths ``[n + 1]`` of packed input, else None."""
+        if packed is None or packed.qkv_format != "thd":
+            return None
+        if batch != 1:
+            raise ValueError(f"packed sequences need a batch of 1, got {batch}")
+        cu_seqlens = self._resolve_cu_seqlens(
+            packed.cu_seqlens_q_padded, packed.cu_seqlens_q, seq_len, "cu_seqlens_q", self.cp_size
+        )
+        return cu_seqlens
+
+    def _local_conv_weight(self) -> torch.Tensor:
+        """``[channels, width]`` of the channels this context-parallel rank works on."""
+        return get_parameter_local_cp(
+            self.conv1d.weight,
+            dim=0,
+            cp_group=self.pg_collection.cp,
+            split_sections=[self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp],
+        ).squeeze(1)
+
+    def _split_heads(self, qkv_bsc: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q and k ``[b, s, key heads, k]`` and v ``[b, s, value heads, v]``."""
+        qk_dim, v_dim = self.qk_dim_local_tp // self.cp_size, self.v_dim_local_tp // self.cp_size
+        q, k, v = qkv_bsc.split([qk_dim, qk_dim, v_dim], dim=-1)
+        return (
+            q.unflatten(-1, (-1, self.key_head_dim)),
+            k.unflatten(-1, (-1, self.key_head_dim)),
+            v.unflatten(-1, (-1, self.value_head_dim)),
+        )
+
+    def _apply_gated_norm(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return self.kernel.gated_rms_norm(
+            x, gate, self.gated_norm.shared_weight(), self.gated_norm.eps
+        )
+
+    def _gate_and_project(
+        self, out: torch.Tensor, z: torch.Tensor, restore_index: torch.Tensor | None, *shape: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Norm, gate, way back from heads to sequence, and the output projection."""
+
+        def norm(out: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return self._gated_norm_and_a2a(out, z, restore_index, *shape)
+
+        if not self.recompute_norm_out:
+            return self.out_proj(norm(out, z))
+        checkpoint = CheckpointWithoutOutput()
+        projected, bias = self.out_proj(checkpoint.checkpoint(norm, out, z))
+        checkpoint.discard_output_and_register_recompute(projected)
+        return projected, bias

@@ -1,0 +1,1 @@
+"""Where memory and time go, and which parallel layout to use; standard library only."""

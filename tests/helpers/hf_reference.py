@@ -1,0 +1,49 @@
+"""Transformers as a reference on any machine, with FLA hidden while it is imported.
+
+Transformers binds FLA's kernels when a modeling module is imported, if FLA can be imported; on a
+CPU they crash, and on a GPU the reference would be the thing under test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+HIDDEN = ("fla", "causal_conv1d", "flash_qla")
+
+_loaded: dict[str, ModuleType] = {}
+
+
+@contextlib.contextmanager
+def kernels_hidden() -> Iterator[None]:
+    """Imports of FLA and its companions fail inside; modules loaded before come back after."""
+    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_hidden(name)}
+    sys.modules.update(dict.fromkeys(HIDDEN))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in HIDDEN:
+            sys.modules.pop(name, None)
+        sys.modules.update(saved)
+
+
+def modeling(name: str = "qwen3_5") -> ModuleType:
+    """``transformers.models.<name>.modeling_<name>``, bound to its own torch functions.
+
+    Raises:
+        RuntimeError: someone imported it with FLA in sight; its functions are bound for good.
+    """
+    module_name = f"transformers.models.{name}.modeling_{name}"
+    if name not in _loaded:
+        if module_name in sys.modules:
+            raise RuntimeError(f"{module_name} was imported before: import it through this helper")
+        with kernels_hidden():
+            _loaded[name] = importlib.import_module(module_name)
+    return _loaded[name]
+
+
+def _is_hidden(module_name: str) -> bool:
+    return module_name.partition(".")[0] in HIDDEN

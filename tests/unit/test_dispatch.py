@@ -1,0 +1,257 @@
+"""The choice of GDN kernels: rules over facts, errors with reasons, one announcement."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from qwen35_mcore.errors import KernelError
+from qwen35_mcore.ops import dispatch, support
+from qwen35_mcore.ops.dispatch import select_backend, supports
+from qwen35_mcore.ops.support import KernelFacts, flash_qla_support, gather_facts
+
+BF16 = torch.bfloat16
+CPU = KernelFacts(device_type="cpu", fla="0.6.0", triton="3.6.0")
+HOPPER = KernelFacts(
+    device_type="cuda",
+    capability=(9, 0),
+    fla="0.6.0",
+    triton="3.6.0",
+    tilelang="0.1.15",
+    nvcc=True,
+)
+
+
+def but(facts: KernelFacts, **changes: Any) -> KernelFacts:
+    return dataclasses.replace(facts, **changes)
+
+
+@pytest.fixture(autouse=True)
+def _announce_anew() -> None:
+    dispatch._announce.cache_clear()
+
+
+@pytest.fixture
+def fake_fla(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """FLA's four functions, replaced by ones that record how they were called."""
+    calls: dict[str, Any] = {}
+
+    def recorder(name: str, result: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = (args, kwargs)
+            return result
+
+        return record
+
+    functions = {
+        "fla.modules.causal_conv1d": {"causal_conv1d": recorder("conv", ("y", None))},
+        "fla.modules.norm.fused_norm_gate": {"rms_norm_gated": recorder("norm", "normed")},
+        "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": recorder("rule", ("o", None))},
+        "fla.ops.gated_delta_rule.gate": {"fused_gdn_gate": recorder("gate", "decay")},
+    }
+    packages = ("fla", "fla.modules", "fla.modules.norm", "fla.ops")
+    for name in (*packages, *functions):
+        module = ModuleType(name)
+        module.__path__ = []
+        for attribute, value in functions.get(name, {}).items():
+            setattr(module, attribute, value)
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def test_importing_ops_does_not_import_fla() -> None:
+    code = (
+        "import sys, qwen35_mcore.ops; sys.exit(any(m.split('.')[0] == 'fla' for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "dims", "reason", "fix"),
+    [
+        ({"device_type": "cpu", "capability": None}, (128, 128), "CUDA device", "torch"),
+        ({"capability": (7, 5)}, (128, 128), "capability 8.0", "torch"),
+        ({"fla": None}, (128, 128), "not installed", "flash-linear-attention>=0.6"),
+        ({"fla": "0.4.1"}, (128, 128), "got 0.4.1", "flash-linear-attention>=0.6"),
+        ({}, (512, 128), "at most 256", "torch"),
+        ({}, (63, 128), "even", "torch"),
+        ({"tilelang": None}, (128, 128), "issue 640", "pip install tilelang"),
+        ({"nvcc": False}, (128, 128), "nvcc", "nvidia-cuda-nvcc"),
+        ({"fla_switches": ("FLA_TILELANG=0",)}, (128, 128), "turned off", "unset FLA_TILELANG"),
+        (
+            {"fla_switches": ("FLA_DISABLE_BACKEND_DISPATCH=1",)},
+            (128, 128),
+            "turned off",
+            "unset FLA_DISABLE_BACKEND_DISPATCH",
+        ),
+    ],
+)
+def test_fla_refuses_with_reason_and_fix(
+    changes: dict[str, Any], dims: tuple[int, int], reason: str, fix: str
+) -> None:
+    answer = supports("fla", but(HOPPER, **changes), BF16, key_dim=dims[0], value_dim=dims[1])
+    assert not answer.ok
+    assert reason in answer.reason
+    assert answer.fix is not None
+    assert fix in answer.fix
+
+
+def test_fla_refuses_float32() -> None:
+    assert "TF32" in supports("fla", HOPPER, torch.float32).reason
+
+
+@pytest.mark.parametrize(
+    ("triton", "bad"),
+    [
+        ("3.3.1", False),
+        ("3.4.0", True),
+        ("3.6.0+git2a", True),
+        ("3.7.0", True),
+        ("3.7.1", False),
+        ("3.8", False),
+        ("3.10.0", False),
+    ],
+)
+def test_triton_on_hopper_without_tilelang(triton: str, bad: bool) -> None:
+    facts = but(HOPPER, triton=triton, tilelang=None, nvcc=False)
+    assert supports("fla", facts, BF16).ok is not bad
+    for capability in ((8, 0), (10, 0)):
+        assert supports("fla", but(facts, capability=capability), BF16).ok
+
+
+def test_flash_qla_takes_only_what_it_can() -> None:
+    facts = but(HOPPER, flash_qla="0.1.3")
+    assert flash_qla_support(facts, BF16).ok
+    assert not flash_qla_support(HOPPER, BF16).ok
+    assert not flash_qla_support(facts, BF16, key_dim=64).ok
+    assert not flash_qla_support(facts, torch.float32).ok
+    assert not flash_qla_support(but(facts, capability=(8, 0)), BF16).ok
+    assert not flash_qla_support(but(facts, tilelang=None), BF16).ok
+    off = flash_qla_support(but(facts, fla_switches=("FLA_FLASH_QLA=0",)), BF16)
+    assert "turned off by FLA_FLASH_QLA=0" in off.reason
+
+
+def test_auto_on_cpu_is_torch_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="qwen35_mcore.ops"):
+        backends = [select_backend("auto", "cpu", torch.float32, facts=CPU) for _ in range(3)]
+    assert {b.name for b in backends} == {"torch"}
+    assert "auto on cpu" in backends[0].reason
+    assert [r.levelname for r in caplog.records] == ["INFO"]
+    assert "GDN kernels: torch" in caplog.text
+
+
+def test_auto_on_cuda_is_fla(fake_fla: dict, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="qwen35_mcore.ops"):
+        backend = select_backend("auto", "cuda", BF16, facts=HOPPER)
+    assert backend.name == "fla"
+    assert "the backward by tilelang 0.1.15" in caplog.text
+
+
+def test_auto_on_cuda_never_falls_back() -> None:
+    with pytest.raises(KernelError, match="not installed") as error:
+        select_backend("auto", "cuda", BF16, facts=but(HOPPER, fla=None))
+    assert "name the torch kernels explicitly" in (error.value.fix or "")
+
+
+def test_torch_named_on_cuda_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="qwen35_mcore.ops"):
+        assert select_backend("torch", "cuda", BF16, facts=HOPPER).name == "torch"
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+
+
+def test_a_named_backend_that_cannot_run_is_an_error() -> None:
+    with pytest.raises(KernelError, match="CUDA device"):
+        select_backend("fla", "cpu", BF16, facts=CPU)
+    with pytest.raises(KernelError, match="unknown kernel backend"):
+        select_backend("flash", "cpu", BF16, facts=CPU)
+    with pytest.raises(KernelError, match="floating point"):
+        select_backend("torch", "cpu", torch.int32, facts=CPU)
+
+
+def test_fla_that_does_not_import_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(KernelError, match="does not import"):
+        select_backend("fla", "cuda", BF16, facts=HOPPER)
+
+
+def test_facts_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLA_TILELANG", "0")
+    monkeypatch.setattr(support, "_version_of", lambda module, *_: f"{module} version")
+    facts = gather_facts(torch.device("cpu"))
+    assert facts.device_type == "cpu"
+    assert facts.capability is None
+    assert facts.fla == "fla version"
+    assert facts.fla_switches == ("FLA_TILELANG=0",)
+
+
+def test_versions_of_absent_and_bare_modules(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    (tmp_path / "bare_kernels.py").write_text("__version__ = '1.2'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert support._version_of("bare_kernels", "no-such-distribution") == "1.2"
+    assert support._version_of("no_such_module", "no-such-distribution") is None
+    monkeypatch.setitem(sys.modules, "fla", None)
+    assert support._version_of("fla", "fla-core") is None
+
+
+def call_rule(backend: dispatch.KernelBackend, **options: Any) -> Any:
+    q, a, head = torch.randn(1, 8, 2, 4), torch.randn(1, 8, 2), torch.randn(2)
+    return backend.gated_delta_rule(q, q, q, a, a, head, head, **options)
+
+
+def test_fla_gets_raw_gates(fake_fla: dict) -> None:
+    backend = select_backend("fla", "cuda", BF16, facts=HOPPER)
+    cu_seqlens = torch.tensor([0, 3, 8])
+    assert call_rule(backend, cu_seqlens=cu_seqlens, output_final_state=True) == ("o", None)
+    _, options = fake_fla["rule"]
+    assert options["use_gate_in_kernel"]
+    assert options["use_beta_sigmoid_in_kernel"]
+    assert options["use_qk_l2norm_in_kernel"]
+    assert options["A_log"].dtype == options["dt_bias"].dtype == torch.float32
+    assert options["cu_seqlens"] is cu_seqlens
+    assert options["output_final_state"]
+    assert "gate" not in fake_fla
+
+
+def test_flash_qla_gets_ready_made_gates(fake_fla: dict) -> None:
+    backend = select_backend("fla", "cuda", BF16, facts=but(HOPPER, flash_qla="0.1.3"))
+    assert "FlashQLA: yes" in backend.reason
+    call_rule(backend)
+    _, options = fake_fla["rule"]
+    assert options["g"] == "decay"
+    assert (options["beta"] > 0).all()
+    assert "use_gate_in_kernel" not in options
+    call_rule(backend, cp_context="context")
+    _, options = fake_fla["rule"]
+    assert options["cp_context"] == "context"
+    assert options["use_gate_in_kernel"]
+
+
+def test_fla_conv_and_norm_arguments(fake_fla: dict) -> None:
+    backend = select_backend("fla", "cuda", BF16, facts=HOPPER)
+    x = torch.randn(1, 8, 4)
+    assert backend.causal_conv1d(x, torch.randn(4, 4), cp_context="context") == "y"
+    assert fake_fla["conv"][1]["activation"] == "silu"
+    assert fake_fla["conv"][1]["cp_context"] == "context"
+    assert backend.gated_rms_norm(x, x, torch.ones(4), 1e-5) == "normed"
+    assert fake_fla["norm"][1] == {"activation": "silu", "eps": 1e-5}
+
+
+def test_torch_backend_computes_what_it_says() -> None:
+    backend = select_backend("torch", "cpu", torch.float32, facts=CPU)
+    o, final = call_rule(backend, output_final_state=True)
+    assert o.shape == (1, 8, 2, 4)
+    assert final.shape == (1, 2, 4, 4)
+    assert backend.causal_conv1d(torch.randn(1, 8, 4), torch.randn(4, 4)).shape == (1, 8, 4)
+    with pytest.raises(KernelError, match="context-parallel"):
+        call_rule(backend, cp_context="context")

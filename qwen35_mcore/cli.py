@@ -56,7 +56,7 @@ def tokenize(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help="Text, jsonl or parquet files, or folders of them; 'stdlib' stands for the source "
             "files of this Python's standard library.",
         ),
@@ -123,6 +123,7 @@ def _flavor_row(name: str) -> dict[str, Any]:
         "experts": config.num_experts,
         "top_k": config.num_experts_per_tok,
         "max_positions": config.max_position_embeddings,
+        "yarn_factor": config.yarn.factor if config.yarn else None,
         "total": counts.total,
         "active": counts.active,
         "components": {
@@ -136,10 +137,13 @@ def _print_flavors(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        caption="total: with MTP; active: per token, without MTP (text model only)",
-        caption_justify="left",
-    )
+    notes = ["total: with MTP; active: per token, without MTP; text model only"]
+    notes += [
+        f"{row['name']}: YaRN factor {row['yarn_factor']:g}, {row['max_positions']:,} positions"
+        for row in rows
+        if row["yarn_factor"]
+    ]
+    table = Table(caption="\n".join(notes), caption_justify="left")
     table.add_column("flavor", no_wrap=True, min_width=10)
     for header in ("layers", "hidden", "heads/kv", "experts/top-k", "total", "active"):
         table.add_column(header, justify="right", no_wrap=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -292,6 +293,8 @@ def enable() -> None:
     sys.modules.setdefault("fla", None)  # type: ignore[arg-type]
     _apply_once("torch", TORCH_PATCHES)
     _apply_once("megatron", MEGATRON_PATCHES)
+    # It warns when the CPU generator moves inside a CUDA random context; here the two are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
 
 def enable_training() -> None:

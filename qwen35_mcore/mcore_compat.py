@@ -37,6 +37,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -76,6 +77,7 @@ __all__ = [
     "get_mlp_module_spec_for_backend",
     "get_moe_module_spec_for_backend",
     "get_parameter_local_cp",
+    "roll_tensor",
 ]
 
 SUPPORTED = (0, 19)

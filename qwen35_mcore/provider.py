@@ -7,7 +7,8 @@ from typing import Any
 
 from qwen35_mcore.backends import get_backend
 from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.mcore_compat import GPTModel, check_version, config_from_arguments
+from qwen35_mcore.mcore_compat import check_version, config_from_arguments
+from qwen35_mcore.model import Qwen35Model
 from qwen35_mcore.specs import decoder_block_spec, mtp_block_spec
 from qwen35_mcore.transformer_config import Qwen35TransformerConfig, apply_yarn
 
@@ -22,8 +23,8 @@ def build_model(
     pg_collection: Any = None,
     parallel_output: bool = True,
     fp16_lm_cross_entropy: bool = False,
-) -> GPTModel:
-    """megatron's GPTModel with Qwen3.5 layers, for one pipeline stage (or virtual stage).
+) -> Qwen35Model:
+    """megatron's GPTModel with Qwen3.5's layers, for one pipeline stage (or virtual stage).
 
     Args:
         pre_process, post_process: whether this stage holds the embedding, and the output layer.
@@ -35,7 +36,7 @@ def build_model(
     """
     check_version()
     backend = get_backend(config.transformer_impl)
-    return GPTModel(
+    return Qwen35Model(
         config=config,
         transformer_layer_spec=decoder_block_spec(hf, config, backend, vp_stage),
         mtp_block_spec=mtp_block_spec(config, backend, vp_stage),
@@ -54,7 +55,7 @@ def build_model(
     )
 
 
-def make_model_provider(hf: Qwen35Config, args: Any) -> Callable[..., GPTModel]:
+def make_model_provider(hf: Qwen35Config, args: Any) -> Callable[..., Qwen35Model]:
     """The ``model_provider`` that ``megatron.training.pretrain`` calls for every model chunk.
 
     Args:
@@ -67,7 +68,7 @@ def make_model_provider(hf: Qwen35Config, args: Any) -> Callable[..., GPTModel]:
         vp_stage: int | None = None,
         config: Qwen35TransformerConfig | None = None,
         pg_collection: Any = None,
-    ) -> GPTModel:
+    ) -> Qwen35Model:
         if config is None:
             config = config_from_arguments(args, Qwen35TransformerConfig)
             apply_yarn(config, hf.yarn)

@@ -174,7 +174,7 @@ def _check_text_column(source: Source, schema: object, text_key: str) -> None:
         raise DataError(
             f"{source.path} has no column {text_key!r}",
             got=f"columns {', '.join(fields)}",
-            fix="choose the column that holds the text with --text-key",
+            fix="choose the column that holds the text with --json-key",
         )
     kind = fields[text_key]
     if pyarrow.types.is_dictionary(kind):
@@ -185,7 +185,7 @@ def _check_text_column(source: Source, schema: object, text_key: str) -> None:
             f"{source.path}: column {text_key!r} does not hold text",
             got=f"type {kind}",
             allowed="string, large_string or string_view",
-            fix="choose the column that holds the text with --text-key",
+            fix="choose the column that holds the text with --json-key",
         )
 
 
@@ -243,7 +243,7 @@ def _json_text(record: Record, line: str, text_key: str) -> str:
         raise DataError(
             f"{record.where} has no key {text_key!r}",
             got=f"keys {', '.join(value)}",
-            fix="choose the key that holds the text with --text-key",
+            fix="choose the key that holds the text with --json-key",
         )
     return _valid_text(record, "" if value[text_key] is None else value[text_key], text_key)
 
@@ -253,7 +253,7 @@ def _valid_text(record: Record, text: object, text_key: str) -> str:
         raise DataError(
             f"{record.where}: {text_key!r} is not a string",
             got=type(text).__name__,
-            fix="choose the key that holds the text with --text-key",
+            fix="choose the key that holds the text with --json-key",
         )
     try:
         text.encode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen35_mcore.ops import reference
-from qwen35_mcore.ops.dispatch import KernelBackend, select_backend
+from qwen35_mcore.ops.dispatch import select_backend
+from qwen35_mcore.ops.fla import FlaKernels
+from qwen35_mcore.ops.support import fla_support, gather_facts
 from qwen35_mcore.ops.torch_kernels import TorchKernels
 from tests.helpers import hf_reference
 
@@ -57,7 +60,7 @@ class Case:
 
         heads = key_heads * ratio
         state_shape = (sequences or batch, heads, key_dim, value_dim)
-        case = cls(
+        return cls(
             q=normal(batch, tokens, key_heads, key_dim),
             k=normal(batch, tokens, key_heads, key_dim),
             v=normal(batch, tokens, heads, value_dim),
@@ -67,7 +70,6 @@ class Case:
             d_o=normal(batch, tokens, heads, value_dim),
             d_state=normal(*state_shape),
         )
-        return case
 
     def of_sequence(self, index: int, start: int, end: int) -> Case:
         tokens = {n: getattr(self, n)[:, start:end] for n in ("q", "k", "v", "g", "beta", "d_o")}
@@ -167,9 +169,9 @@ def test_packed_equals_one_by_one(
 def decay_pattern(pattern: str, shape: torch.Size) -> Tensor:
     tokens = torch.arange(shape[1], dtype=torch.float64)[None, :, None].expand(shape)
     if pattern == "alternating":
-        return torch.where(tokens % 2 == 0, 0.0, -50.0)
+        return -50.0 * (tokens % 2)
     if pattern == "burst":
-        return torch.where((tokens > 20) & (tokens < 60), -50.0, -1e-3)
+        return tokens.sub(40).abs().lt(20) * -49.999 - 0.001 * torch.ones_like(tokens)
     return torch.full(shape, float(pattern), dtype=torch.float64)
 
 
@@ -220,7 +222,7 @@ def test_gradcheck(packed: bool) -> None:
     leaves = [getattr(case, name).requires_grad_() for name in GRADIENTS]
     cu_seqlens = torch.tensor([0, 3, 7]) if packed else None
 
-    def chunked(*args: Tensor) -> tuple[Tensor, Tensor | None]:
+    def chunked(*args: Tensor) -> Any:
         return reference.chunk_gated_delta_rule(
             *args[:-1],
             initial_state=args[-1],
@@ -273,16 +275,15 @@ def raw_case(tokens: int, head_dim: int, device: str) -> dict[str, Tensor]:
 
 
 def run_layer_rule(
-    backend: KernelBackend,
+    backend: Any,
     case: dict[str, Tensor],
     dtype: torch.dtype | None,
     d_o: Tensor,
-    **options,
-) -> dict[str, Tensor]:
+    bounds: Any,
+) -> dict[str, Any]:
     leaves = {n: (x.to(dtype) if dtype else x).detach().requires_grad_() for n, x in case.items()}
-    o, final = backend.gated_delta_rule(
-        *(leaves[name] for name in RAW), output_final_state=True, **options
-    )
+    inputs = [leaves[name] for name in RAW]
+    o, final = backend.gated_delta_rule(*inputs, cu_seqlens=bounds, output_final_state=True)
     torch.autograd.backward([o, final], [d_o.to(o.dtype), torch.ones_like(final)])
     return {"o": o, "final": final, **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
 
@@ -292,19 +293,19 @@ def run_layer_rule(
 @pytest.mark.parametrize("lengths", [[256], [100, 1, 155]], ids=["one", "packed"])
 def test_fla_equals_reference(lengths: list[int], gates_in_kernel: bool) -> None:
     device, head_dim = "cuda", 64
-    fla = select_backend("fla", device, torch.bfloat16, key_dim=head_dim, value_dim=head_dim)
-    fla.gates_in_kernel = gates_in_kernel  # type: ignore[attr-defined]
-    bounds = torch.tensor(boundaries(lengths), device=device)
-    options = {"cu_seqlens": bounds} if len(lengths) > 1 else {}
+    support = fla_support(gather_facts(torch.device(device)), torch.bfloat16)
+    assert support.ok, support
+    fla = FlaKernels(support.reason, gates_in_kernel=gates_in_kernel)
+    bounds = torch.tensor(boundaries(lengths), device=device) if len(lengths) > 1 else None
     case = raw_case(sum(lengths), head_dim, device)
     d_o = torch.randn(1, sum(lengths), 4, head_dim, device=device)
-    exact = run_layer_rule(TorchKernels("exact"), case, torch.float64, d_o, **options)
-    rounded = run_layer_rule(TorchKernels("rounded"), case, None, d_o, **options)
+    exact = run_layer_rule(TorchKernels("exact"), case, torch.float64, d_o, bounds)
+    rounded = run_layer_rule(TorchKernels("rounded"), case, None, d_o, bounds)
 
     # Memory that the kernels get next is NaN: a read of what they did not write shows.
     del_me = torch.full((2**28,), float("nan"), device=device)
     del del_me
-    actual = run_layer_rule(fla, case, None, d_o, **options)
+    actual = run_layer_rule(fla, case, None, d_o, bounds)
     assert actual["final"].dtype == torch.float32
     for name in exact:
         assert actual[name].isfinite().all(), name

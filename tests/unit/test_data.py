@@ -74,7 +74,7 @@ def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_bpe(folder: Path, **special_tokens: str) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -86,6 +86,11 @@ def make_bpe(folder: Path, **special_tokens: str) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     backend.train_from_iterator([Path(os.__file__).read_text()], trainer)
+    # What some tokenizers do to prompts must not happen to documents.
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_end|> $A <|im_end|>", special_tokens=[("<|im_end|>", 1)]
+    )
+    backend.enable_truncation(64)
     PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens).save_pretrained(folder)
     return folder
 
@@ -395,7 +400,7 @@ class TestErrors:
 
         path = write_jsonl(tmp_path / "a.jsonl", ["a"])
         monkeypatch.setattr("os.fsync", full)
-        with pytest.raises(DataError, match="cannot be written[^$]*No space left"):
+        with pytest.raises(DataError, match=r"cannot be written[^$]*No space left"):
             tokenize([path], tmp_path / "out")
         assert sorted(tmp_path.iterdir()) == [path]
 
@@ -436,25 +441,28 @@ class TestInterruption:
         script.write_text(
             "from qwen35_mcore import data\n"
             "if __name__ == '__main__':\n"
-            f"    data.tokenize(inputs=[{str(source)!r}], output_prefix={str(tmp_path / 'out')!r},\n"
-            "                  tokenizer='byte', workers=2)\n"
+            f"    data.tokenize(inputs=[{str(source)!r}], tokenizer='byte', workers=2,\n"
+            f"                  output_prefix={str(tmp_path / 'out')!r})\n"
         )
         process = subprocess.Popen(
             [sys.executable, script],
             start_new_session=True,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONPATH": os.getcwd()},
         )
         partial = tmp_path / "out.bin.partial"
-        wait_for(lambda: partial.exists() and partial.stat().st_size > 0, process)
+        wait_for(lambda: partial.exists() and partial.stat().st_size > 20_000_000, process)
         workers = psutil.Process(process.pid).children(recursive=True)
         if number == signal.SIGINT:  # a terminal sends it to the whole group
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        assert process.wait(timeout=60) != 0
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0
         assert not (tmp_path / "out.idx").exists()
         if number == signal.SIGINT:
+            assert errors.count("\nKeyboardInterrupt") == 1, errors
             assert sorted(tmp_path.iterdir()) == [source, script]
         assert len(workers) >= 2
         assert not psutil.wait_procs(workers, timeout=30)[1]

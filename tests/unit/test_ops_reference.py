@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -125,11 +126,14 @@ def test_gradients_of_the_pointwise_operations() -> None:
     )
 
 
-def delta_rule_inputs(**replaced: Tensor) -> dict[str, Tensor]:
-    shapes = {"q": (1, 6, 2, 4), "k": (1, 6, 2, 4), "v": (1, 6, 4, 3), "g": (1, 6, 4)}
-    inputs = {f"{name}_bs{'hk' if name in 'qk' else 'hv' if name == 'v' else 'h'}": normal(*shape)
-              for name, shape in shapes.items()}  # fmt: skip
-    inputs["beta_bsh"] = normal(1, 6, 4)
+def delta_rule_inputs(**replaced: Any) -> dict[str, Any]:
+    inputs = {
+        "q_bshk": normal(1, 6, 2, 4),
+        "k_bshk": normal(1, 6, 2, 4, seed=1),
+        "v_bshv": normal(1, 6, 4, 3, seed=2),
+        "g_bsh": -normal(1, 6, 4, seed=3).abs(),
+        "beta_bsh": normal(1, 6, 4, seed=4).sigmoid(),
+    }
     return inputs | replaced
 
 
@@ -157,7 +161,6 @@ def test_packed_sequences_need_batch_one() -> None:
 
 def test_outputs_keep_the_dtype_and_states_the_compute_dtype() -> None:
     low = {name: x.bfloat16() for name, x in delta_rule_inputs().items()}
-    low["g_bsh"] = -low["g_bsh"].abs()
     for rule in (reference.chunk_gated_delta_rule, reference.recurrent_gated_delta_rule):
         o, final = rule(**low, output_final_state=True)
         assert o.dtype == torch.bfloat16

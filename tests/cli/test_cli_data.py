@@ -1,0 +1,80 @@
+"""`qwen35 data tokenize` as a user runs it: one message and status 2 when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen35_mcore import data
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen35_mcore.cli", "data", "tokenize", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "note.txt").write_text("a note")
+    (folder / "lines.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    return folder
+
+
+def test_files_and_folders_with_workers(tmp_path: Path, corpus: Path) -> None:
+    run(corpus, "--output-prefix", tmp_path / "new" / "out", "--json-key", "body", "--workers", 2)
+    sidecar = data.check_dataset(tmp_path / "new" / "out", vocab_size=257, eod_id=256)
+    assert sidecar is not None
+    assert (sidecar.documents, sidecar.tokens, sidecar.files) == (3, 15, 2)
+
+
+def test_stdlib_and_no_eod(tmp_path: Path) -> None:
+    run("stdlib", "--output-prefix", tmp_path / "out", "--workers", 2, "--no-append-eod")
+    sidecar = data.check_dataset(tmp_path / "out", vocab_size=257)
+    assert sidecar is not None
+    assert sidecar.tokens == sidecar.text_bytes > 5_000_000
+    assert sidecar.documents > 300
+
+
+def test_errors_are_one_message(tmp_path: Path, corpus: Path) -> None:
+    target = ("--output-prefix", tmp_path / "out")
+    for arguments, message in (
+        ((corpus, *target), r"^error: .*lines\.jsonl:1 has no key 'text'\n.*keys body"),
+        ((corpus / "none", *target), r"^error: input '.*none' does not exist"),
+        ((corpus / "note.txt", *target, "--tokenizer", "./none"), r"^error: tokenizer path"),
+    ):
+        assert re.search(message, run(*arguments, status=2).stderr, re.MULTILINE)
+        assert sorted(tmp_path.iterdir()) == [corpus]
+
+
+def test_overwrite_is_asked_for(tmp_path: Path, corpus: Path) -> None:
+    arguments = (corpus / "note.txt", "--output-prefix", tmp_path / "out")
+    run(*arguments)
+    assert "out.bin exists already" in run(*arguments, status=2).stderr
+    (corpus / "note.txt").write_text("another note")
+    run(*arguments, "--overwrite")
+    assert json.loads((tmp_path / "out.json").read_text())["text_bytes"] == 12
+
+
+def test_options_that_errors_advise_exist() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "qwen35_mcore" / "data").glob("*.py"))
+    advised = set(re.findall(r"--(?:json-key|output-prefix|overwrite|workers|no-append-eod)", code))
+    assert len(advised) == 5
+    usage = run("--help").stdout
+    assert not {option for option in advised if option not in usage}

@@ -1,0 +1,135 @@
+"""One persistent pool of processes that rebuilds its parallel state per case.
+
+Starting a process with torch and megatron imported takes longer than most cases, so the workers
+stay. A case is a module-level function; it runs in the first ``world_size`` workers, each inside a
+fresh gloo process group, and what it returns comes back in rank order.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+MAX_WORLD_SIZE = 4
+CASE_TIMEOUT_S = 240
+
+
+class CaseError(AssertionError):
+    """A case raised on at least one rank; the message holds that rank's traceback."""
+
+
+class WorkerPool:
+    """Workers over gloo on this machine; see the module docstring."""
+
+    def __init__(self, size: int = MAX_WORLD_SIZE) -> None:
+        self.size = size
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, case: Callable[..., Any], world_size: int, **kwargs: Any) -> list[Any]:
+        """Call ``case(**kwargs)`` on ``world_size`` ranks and return the results by rank.
+
+        Raises:
+            CaseError: with the traceback of the first rank that failed; the pool is rebuilt then,
+                since the other ranks may hang in a collective.
+        """
+        if not self._workers:
+            self._workers = [_start_worker() for _ in range(self.size)]
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world_size):
+                call = (case, kwargs, rank, world_size, os.path.join(folder, "store"))
+                self._workers[rank][1].send_bytes(_pack(call))
+            results: list[Any] = [None] * world_size
+            waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
+            while waiting:
+                ready = multiprocessing.connection.wait(list(waiting), timeout=CASE_TIMEOUT_S)
+                if not ready:
+                    self.close()
+                    raise CaseError(f"ranks {sorted(waiting.values())} gave no answer")
+                for connection in ready:
+                    rank = waiting.pop(connection)  # type: ignore[arg-type]
+                    try:
+                        ok, results[rank] = _unpack(connection.recv_bytes())  # type: ignore[union-attr]
+                    except EOFError:
+                        ok, results[rank] = False, "the process died"
+                    if not ok:
+                        self.close()
+                        raise CaseError(f"rank {rank} of {world_size}:\n{results[rank]}")
+        return results
+
+    def close(self) -> None:
+        """End every worker."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+
+_pool: WorkerPool | None = None
+
+
+def worker_pool() -> WorkerPool:
+    """The pool of this test run."""
+    global _pool
+    if _pool is None:
+        _pool = WorkerPool()
+        atexit.register(_pool.close)
+    return _pool
+
+
+def _pack(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def _start_worker() -> tuple[Any, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _serve(connection: Connection) -> None:
+    from qwen35_mcore import cpu
+
+    cpu.enable()
+    torch.set_num_threads(1)
+    while True:
+        try:
+            case, kwargs, rank, world_size, store = _unpack(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = (True, _run_case(case, kwargs, rank, world_size, store))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(_pack(answer))
+
+
+def _run_case(case: Any, kwargs: Any, rank: int, world_size: int, store: str) -> Any:
+    from megatron.core import parallel_state
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
+    try:
+        return case(**kwargs)
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

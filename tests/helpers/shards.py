@@ -1,0 +1,118 @@
+"""Read and write a model's parameters, or their gradients, by checkpoint key and global offset.
+
+The same view of a model that a distributed checkpoint has, so tensors of any parallel layout can be
+put together and compared with those of any other layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a global tensor; ``data`` has ``global_shape``'s number of axes."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: torch.Tensor
+
+
+def local_shards(chunks: list[torch.nn.Module]) -> list[Shard]:
+    """Every parameter of the (unwrapped) model chunks; ``data`` is a view of the parameter."""
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    shards = []
+    for chunk in chunks:
+        state = chunk.sharded_state_dict(metadata=metadata)
+        apply_factories(state)
+        for value in nested_values(state):
+            if isinstance(value, ShardedTensor):
+                shape, offset = tuple(value.global_shape), tuple(value.global_offset)
+                data = value.data.view((1,) * value.prepend_axis_num + tuple(value.data.shape))
+                shards.append(Shard(value.key, shape, offset, data))
+    return shards
+
+
+def load_global(chunks: list[torch.nn.Module], tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Copy global tensors into the model; returns the keys that were used.
+
+    Raises:
+        KeyError: the model has a key that ``tensors`` lacks.
+    """
+    used = set()
+    with torch.no_grad():
+        for shard in local_shards(chunks):
+            source = tensors[shard.key]
+            assert tuple(source.shape) == shard.global_shape, (shard.key, source.shape, shard)
+            shard.data.copy_(source[_window(shard)])
+            used.add(shard.key)
+    return used
+
+
+def gradient_shards(ddp_chunks: list[Any]) -> list[Shard]:
+    """The reduced gradients of DDP-wrapped chunks, whole on every rank."""
+    for ddp in ddp_chunks:
+        for buffer in ddp.buffers + ddp.expert_parallel_buffers:
+            if buffer.ddp_config.use_distributed_optimizer:
+                _gather_buffer(buffer)
+    parameters = [p for ddp in ddp_chunks for p in ddp.parameters()]
+    values = [p.data for p in parameters]
+    for p in parameters:
+        p.data = p.main_grad
+    try:
+        chunks = [_unwrapped(ddp) for ddp in ddp_chunks]
+        return [Shard(s.key, s.global_shape, s.offset, s.data.clone()) for s in local_shards(chunks)]
+    finally:
+        for p, value in zip(parameters, values, strict=True):
+            p.data = value
+
+
+def assemble(shards_by_rank: list[list[Shard]]) -> dict[str, torch.Tensor]:
+    """Global tensors from every rank's shards; asserts that replicas agree and nothing is missing.
+
+    Replicas may differ in the last bits where a reduction ran in another order.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    seen: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+    filled: dict[str, int] = {}
+    for shard in (s for shards in shards_by_rank for s in shards):
+        place = (shard.key, shard.offset)
+        if place in seen:
+            torch.testing.assert_close(shard.data, seen[place], rtol=1e-4, atol=1e-6, msg=shard.key)
+            continue
+        seen[place] = shard.data
+        if shard.key not in tensors:
+            tensors[shard.key] = torch.full(shard.global_shape, torch.nan, dtype=shard.data.dtype)
+        tensors[shard.key][_window(shard)] = shard.data
+        filled[shard.key] = filled.get(shard.key, 0) + shard.data.numel()
+    for key, tensor in tensors.items():
+        assert filled[key] == tensor.numel(), f"{key}: {filled[key]} of {tensor.numel()} elements"
+    return tensors
+
+
+def _window(shard: Shard) -> tuple[slice, ...]:
+    return tuple(
+        slice(start, start + size)
+        for start, size in zip(shard.offset, shard.data.shape, strict=True)
+    )
+
+
+def _unwrapped(module: Any) -> torch.nn.Module:
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def _gather_buffer(buffer: Any) -> None:
+    """Undo the distributed optimizer's reduce-scatter: each rank owns one slice of every bucket."""
+    group = buffer.data_parallel_group
+    for bucket in buffer.buckets:
+        pieces = list(bucket.grad_data.chunk(group.size()))
+        torch.distributed.all_gather(pieces, pieces[group.rank()].clone(), group=group)

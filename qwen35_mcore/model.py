@@ -1,4 +1,4 @@
-"""GPTModel with one correction: the multi-token-prediction loss under context parallelism."""
+"""GPTModel with two corrections: YaRN on partial RoPE, and MTP under context parallelism."""
 
 from __future__ import annotations
 
@@ -6,17 +6,41 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.mcore_compat import GPTModel, roll_tensor
+from qwen35_mcore.mcore_compat import GPTModel, YarnRotaryEmbedding, roll_tensor
 
 
 class Qwen35Model(GPTModel):
-    """megatron's GPTModel, whose MTP loss is the serial one however the sequence is cut.
+    """megatron's GPTModel, equal to transformers and to itself where megatron's is not.
 
-    The last position of a sequence has no token after next. megatron weighs the rest up for it, by
-    the counts of the rank at hand: of the context-parallel ranks only one lost a position, so the
-    ranks' losses and gradients are weighed differently from a serial run (2 % at 64 tokens, 1e-3 at
-    a few thousand). Here the weight is corrected to the counts of the whole sequence.
+    YaRN: megatron computes frequencies for the whole head and rotates all of it, whatever the
+    rotary percentage. Here the embedding is built for the rotated part.
+
+    MTP: the last position of a sequence has no token after next. megatron weighs the rest up for
+    it, by the counts of the rank at hand; of the context-parallel ranks only one lost a position,
+    so their gradients are weighed differently from a serial run (2 % at 64 tokens, 1e-3 at a few
+    thousand). Here the weight is corrected to the counts of the whole sequence.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.position_embedding_type == "yarn":
+            self.rotary_pos_emb = self._partial_yarn()
+
+    def _partial_yarn(self) -> YarnRotaryEmbedding:
+        config = self.config
+        return YarnRotaryEmbedding(
+            kv_channels=int(config.kv_channels * self.rotary_percent),
+            rotary_base=self.rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            scaling_factor=config.yarn_rotary_scaling_factor,
+            original_max_position_embeddings=config.yarn_original_max_position_embeddings,
+            beta_fast=config.yarn_beta_fast,
+            beta_slow=config.yarn_beta_slow,
+            mscale=config.yarn_mscale,
+            mscale_all_dim=config.yarn_mscale_all_dim,
+            correction_range_round_to_int=config.yarn_correction_range_round_to_int,
+            cp_group=self.pg_collection.cp,
+        )
 
     def _postprocess(self, *args: Any, **kwargs: Any) -> Any:
         if not self.mtp_process or self.pg_collection.cp.size() == 1:

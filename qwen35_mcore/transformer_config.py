@@ -48,7 +48,18 @@ class Qwen35TransformerConfig(TransformerConfig):
 
 
 def architecture_fields(config: Qwen35Config) -> dict[str, Any]:
-    """TransformerConfig fields that the model alone decides, by their megatron names."""
+    """TransformerConfig fields that the model alone decides, by their megatron names.
+
+    Raises:
+        ConfigError: for routing to a single expert: its renormalised weight is always 1, so the
+            router would never learn (megatron refuses it as well).
+    """
+    if config.num_experts_per_tok == 1:
+        raise ConfigError(
+            "routing to one expert gives the router no gradient",
+            got="num_experts_per_tok=1",
+            allowed="2 or more",
+        )
     fields: dict[str, Any] = {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -86,7 +97,7 @@ def architecture_fields(config: Qwen35Config) -> dict[str, Any]:
             "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
             "moe_shared_expert_gate": True,
             # softmax over the chosen logits is softmax over all of them, renormalised
-            "moe_router_pre_softmax": config.num_experts_per_tok == 1,
+            "moe_router_pre_softmax": False,
             "moe_router_score_function": "softmax",
             "moe_router_dtype": "fp32",
         }
@@ -149,10 +160,13 @@ def apply_yarn(config: TransformerConfig, yarn: YarnScaling | None) -> None:
     """Set the attributes from which megatron's YaRN embedding and attention read their numbers.
 
     Megatron knows the attention factor only as ``mscale``: with ``mscale_all_dim`` 0 it computes
-    ``0.1 * mscale * ln(factor) + 1``, which is solved here for the factor that is wanted.
+    ``0.1 * mscale * ln(factor) + 1``, which is solved here for the factor that is wanted. The fused
+    RoPE kernels know no attention factor (for packed sequences they drop it without a word), so
+    they are switched off.
     """
     if yarn is None:
         return
+    config.apply_rope_fusion = False
     log_factor = 0.1 * math.log(yarn.factor)
     wanted = yarn.resolved_attention_factor
     for name, value in {

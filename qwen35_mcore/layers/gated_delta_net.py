@@ -133,10 +133,9 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             return None
         if batch != 1:
             raise ValueError(f"packed sequences need a batch of 1, got {batch}")
-        cu_seqlens = self._resolve_cu_seqlens(
+        return self._resolve_cu_seqlens(
             packed.cu_seqlens_q_padded, packed.cu_seqlens_q, seq_len, "cu_seqlens_q", self.cp_size
         )
-        return cu_seqlens
 
     def _local_conv_weight(self) -> torch.Tensor:
         """``[channels, width]`` of the channels this context-parallel rank works on."""

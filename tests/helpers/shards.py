@@ -68,7 +68,9 @@ def gradient_shards(ddp_chunks: list[Any]) -> list[Shard]:
         p.data = p.main_grad
     try:
         chunks = [_unwrapped(ddp) for ddp in ddp_chunks]
-        return [Shard(s.key, s.global_shape, s.offset, s.data.clone()) for s in local_shards(chunks)]
+        return [
+            Shard(s.key, s.global_shape, s.offset, s.data.clone()) for s in local_shards(chunks)
+        ]
     finally:
         for p, value in zip(parameters, values, strict=True):
             p.data = value

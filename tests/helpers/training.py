@@ -17,6 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from qwen35_mcore.config import Qwen35Config
@@ -36,7 +37,7 @@ LOCAL = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes and what a run switches on beside the model; the defaults are the serial run."""
+    """Parallel sizes and what a run switches on beside the model; the default is the serial run."""
 
     tp: int = 1
     pp: int = 1
@@ -143,6 +144,7 @@ def train(
 ) -> Result:
     """Train one step per batch from the given global weights; the step-0 gradients come whole."""
     initialize(layout)
+    MTPLossLoggingHelper.tracker.clear()
     config = config_for(hf, layout)
     chunks = build_chunks(hf, config, layout)
     if weights is not None:
@@ -228,9 +230,7 @@ def _forward_backward(
     def forward_step(data_iterator: Any, model: Any) -> Any:
         first = next(data_iterator)
         sample = batch.sample(first, micro_batch_size)
-        sample = get_batch_on_this_cp_rank(
-            sample, False, cp_group=ps.get_context_parallel_group()
-        )
+        sample = get_batch_on_this_cp_rank(sample, False, cp_group=ps.get_context_parallel_group())
         output = model(
             sample["tokens"],
             sample["position_ids"],
@@ -270,7 +270,6 @@ def _forward_backward(
 
 def _mtp_loss() -> torch.Tensor | None:
     """The multi-token-prediction loss that megatron's own log shows, as this rank keeps it."""
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
     tracker = MTPLossLoggingHelper.tracker
-    return tracker["values"].clone() if "values" in tracker else None
+    losses = tracker.get("loss_values")
+    return None if losses is None else losses.clone()

@@ -1,0 +1,58 @@
+"""The ``_extra_state`` objects that Transformer Engine's modules keep in a checkpoint.
+
+Each linear and each norm of the transformer_engine backend stores one (its FP8 scaling state), and
+Megatron refuses to load a checkpoint that lacks one it asks for. So a checkpoint that is not
+written by such a model must hold them too, empty; a model that has no use for them ignores them.
+``core_attention`` has none: megatron-core leaves it out of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from checkpoint_tools.names import Layout
+from qwen35_mcore.config import Qwen35Config
+
+
+def extra_state_keys(config: Qwen35Config, *, mtp: bool, layout: Layout) -> list[str]:
+    """Unique keys (``<name>/shard_<index>_<count>``) of all objects, one per expert for experts."""
+    keys: list[str] = []
+    for layer in range(config.num_hidden_layers):
+        prefix = f"decoder.layers.{layer}."
+        if config.is_gdn(layer):
+            names = ["in_proj", "out_proj"] + (["out_norm"] if layout == "mcore" else [])
+            keys += [_single(f"{prefix}self_attention.{name}") for name in names]
+        else:
+            keys += _attention(prefix)
+        keys += _feed_forward(config, prefix)
+    keys.append(_single("decoder.final_layernorm"))
+    if mtp:
+        prefix = "mtp.layers.0."
+        keys += [
+            _single(f"{prefix}{name}") for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")
+        ]
+        keys += _attention(f"{prefix}transformer_layer.")
+        keys += _feed_forward(config, f"{prefix}transformer_layer.")
+    return keys
+
+
+def _attention(prefix: str) -> list[str]:
+    names = ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
+    return [_single(f"{prefix}self_attention.{name}") for name in names]
+
+
+def _feed_forward(config: Qwen35Config, prefix: str) -> list[str]:
+    linears = ("linear_fc1", "linear_fc2")
+    if not config.is_moe:
+        return [_single(f"{prefix}mlp.{linear}") for linear in linears]
+    return [
+        _single(f"{prefix}pre_mlp_layernorm"),
+        *(_single(f"{prefix}mlp.shared_experts.{linear}") for linear in linears),
+        *(
+            f"{prefix}mlp.experts.experts.{linear}._extra_state/shard_{expert}_{config.num_experts}"
+            for linear in linears
+            for expert in range(config.num_experts)
+        ),
+    ]
+
+
+def _single(module: str) -> str:
+    return f"{module}._extra_state/shard_0_1"

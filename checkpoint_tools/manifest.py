@@ -1,0 +1,182 @@
+"""A conversion in progress: a folder beside the target, and a manifest of the parts that are done.
+
+The result grows in ``TARGET.partial/tree`` and becomes the target by one rename at the end, so
+nothing half-finished is ever where a finished result is looked for. The manifest has one line per
+finished part with its size and checksum; the same command, run again, keeps the parts that still
+match and writes the others. What stood at the target before is moved away only after the new
+result is complete, and removed last.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from checkpoint_tools.storage import ChecksumWriter, checksum
+from qwen35_mcore.errors import CheckpointError
+
+_UNFINISHED = ".tmp"
+PARTIAL = ".partial"
+
+
+class Work:
+    """One conversion's folder. Use as a context manager; `publish` ends it.
+
+    Args:
+        target: where the result goes.
+        job: what is converted and how, as plain JSON values. Work is resumed only when equal.
+        overwrite: replace an existing target (after success).
+
+    Raises:
+        CheckpointError: the target exists, another process works on it, or the work in progress is
+            of another job.
+    """
+
+    def __init__(self, target: Path, job: dict[str, Any], *, overwrite: bool) -> None:
+        self.target, self.job, self.overwrite = target, job, overwrite
+        self.folder = target.with_name(target.name + PARTIAL)
+        self.tree = self.folder / "tree"
+        self._done: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+        self._manifest: Any = None
+
+    def __enter__(self) -> Work:
+        self._refuse_existing()
+        self.tree.mkdir(parents=True, exist_ok=True)
+        self._manifest = open(self.folder / "manifest.jsonl", "a+b")
+        try:
+            self._take()
+            self._read()
+        except BaseException:
+            self._manifest.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manifest.close()
+
+    def finished_before(self) -> bool:
+        """Whether this job was completed and killed while it was cleaning up; cleans up."""
+        manifest = self.folder / "manifest.jsonl"
+        if not _occupied(self.target) or not self.folder.is_dir() or self.tree.exists():
+            return False
+        if manifest.is_file() and _lines(manifest.read_bytes())[:1] != [{"job": self.job}]:
+            return False
+        _remove(self.folder)
+        return True
+
+    def part(self, name: str, write: Callable[[Any], Any]) -> Any:
+        """Write one file of the result unless it is there; returns what `write` returned.
+
+        `write` gets a binary stream and returns a JSON value, which is kept in the manifest.
+        """
+        path = self.tree / name
+        done = self._done.get(name)
+        if done and path.is_file() and path.stat().st_size == done["bytes"]:
+            if checksum(path) == done["crc32"]:
+                return done["value"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + _UNFINISHED)
+        with open(unfinished, "wb", buffering=0) as file:
+            stream = ChecksumWriter(file)
+            value = write(stream)
+            os.fsync(file.fileno())
+        os.rename(unfinished, path)
+        sync_folder(path.parent)
+        entry = {"part": name, "bytes": stream.count, "crc32": stream.crc, "value": value}
+        self._append(entry)
+        return json.loads(json.dumps(value))
+
+    def publish(self) -> None:
+        """Put the result in place of the target."""
+        for folder, _, _ in os.walk(self.tree, topdown=False):
+            sync_folder(Path(folder))
+        if _occupied(self.target):
+            os.rename(self.target, self.folder / "replaced")
+        os.rename(self.tree, self.target)
+        sync_folder(self.target.parent)
+        _remove(self.folder)
+
+    def _refuse_existing(self) -> None:
+        if self.target.exists() and not self.target.is_dir():
+            raise CheckpointError("the target is a file", got=str(self.target))
+        if _occupied(self.target) and not self.overwrite:
+            raise CheckpointError(
+                "the target exists",
+                got=str(self.target),
+                fix="choose another, or --overwrite to replace it after success",
+            )
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                "another process is writing this target", got=str(self.target)
+            ) from error
+
+    def _read(self) -> None:
+        self._manifest.seek(0)
+        content = self._manifest.read()
+        # a killed process can leave half a line, which the next one must not be glued to
+        complete = content.rfind(b"\n") + 1
+        self._manifest.truncate(complete)
+        lines = _lines(content[:complete])
+        if not lines:
+            self._append({"job": self.job})
+            return
+        if lines[0] != {"job": self.job}:
+            raise CheckpointError(
+                "there is unfinished work of another command or of other input",
+                got=str(self.folder),
+                fix="finish it with the command that began it, or delete this folder",
+            )
+        self._done = {line["part"]: line for line in lines[1:]}
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self._lock:
+            self._manifest.write(json.dumps(entry).encode() + b"\n")
+            self._manifest.flush()
+            os.fsync(self._manifest.fileno())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file so that it is there completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    with open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(unfinished, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _occupied(path: Path) -> bool:
+    return path.is_dir() and next(path.iterdir(), None) is not None
+
+
+def _lines(content: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def _remove(folder: Path) -> None:
+    """Remove a finished work folder, the manifest last: it tells a rerun that the job is done."""
+    shutil.rmtree(folder / "replaced", ignore_errors=True)
+    (folder / "manifest.jsonl").unlink(missing_ok=True)
+    folder.rmdir()

@@ -1,0 +1,126 @@
+"""Files read through mmap and written through a checksum, in pieces of bounded size."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import warnings
+import zlib
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_tools.transforms import Box
+from qwen35_mcore.errors import CheckpointError
+
+CHUNK_BYTES = 64 * 2**20
+"""The largest piece handled at once: what a reader of the result must hold in memory, too."""
+
+# mapped tensors are read only, and torch cannot know that nobody writes to them
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+class MappedFile:
+    """A file whose content is tensors without being read: pages come in as they are touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            self._map = (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+            )
+
+    def bytes(self, start: int, length: int) -> memoryview:
+        """The content from `start`, without a copy.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        if start < 0 or length < 0 or start + length > self.size:
+            raise CheckpointError(
+                "a file is shorter than the checkpoint says",
+                got=f"{self.path}: {self.size} bytes",
+                allowed=f"at least {start + length}",
+                fix="it was truncated: fetch or write it again",
+            )
+        return memoryview(self._map)[start : start + length]
+
+    def tensor(self, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A contiguous tensor whose storage is exactly these bytes of the file."""
+        count = prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        self.bytes(start, count * dtype.itemsize)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).reshape(shape)
+
+
+class ChecksumWriter(io.RawIOBase):
+    """An output stream that counts and checksums (CRC-32) what passes."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.crc = 0
+        self.count = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.count
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        length = len(view)
+        self.crc = zlib.crc32(view, self.crc)
+        self.count += length
+        while view:
+            view = view[self._file.write(view) :]
+        return length
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    flat = tensor.reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy()).cast("B") if flat.numel() else memoryview(b"")
+
+
+def split_rows(box: Box, itemsize: int, limit: int = CHUNK_BYTES) -> Iterator[Box]:
+    """The box in parts of at most `limit` bytes (one row at least), cut along its first long axis.
+
+    Parts come in the order of their elements.
+    """
+    axis = first_axis(box)
+    if axis is None:
+        yield box
+        return
+    row = box.size // box.shape[axis] * itemsize
+    step = max(1, limit // max(1, row))
+    for start in range(0, box.shape[axis], step):
+        yield cut_box(box, axis, start, min(step, box.shape[axis] - start))
+
+
+def first_axis(box: Box) -> int | None:
+    """The first axis along which the box has more than one element."""
+    return next((axis for axis, length in enumerate(box.shape) if length > 1), None)
+
+
+def cut_box(box: Box, axis: int, start: int, length: int) -> Box:
+    """`length` entries of the box along one axis, `start` counted from the box's own offset."""
+    offsets, shape = list(box.offsets), list(box.shape)
+    offsets[axis] += start
+    shape[axis] = length
+    return Box(tuple(offsets), tuple(shape))

@@ -1,0 +1,112 @@
+"""One tensor of a ``.distcp`` file: what torch.save wrote, mapped instead of loaded.
+
+A stored chunk is a zip archive without compression, so the numbers lie in the file as they are and
+the small pickle beside them says how. Only a tensor's own ingredients are unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from typing import Any, NamedTuple
+
+import torch
+
+from checkpoint_tools.storage import MappedFile
+from qwen35_mcore.errors import CheckpointError
+
+_LOCAL_HEADER = 30
+
+
+class _Storage(NamedTuple):
+    dtype: torch.dtype
+    key: str
+
+
+class _Layout(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def map_tensor(mapped: MappedFile, start: int, length: int) -> torch.Tensor:
+    """The tensor stored in these bytes, as a view of the file.
+
+    Raises:
+        CheckpointError: the bytes are no plain CPU tensor written by torch.save.
+    """
+    try:
+        archive = zipfile.ZipFile(_Slice(mapped.bytes(start, length)))
+        members = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+        layout = _Unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
+        data = members[f"data/{layout.storage.key}"]
+        if data.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("compressed")
+        local = mapped.bytes(start + data.header_offset, _LOCAL_HEADER)
+        name_and_extra = int.from_bytes(local[26:28], "little") + int.from_bytes(
+            local[28:30], "little"
+        )
+        first = start + data.header_offset + _LOCAL_HEADER + name_and_extra
+        flat = mapped.tensor(
+            first, layout.storage.dtype, (data.file_size // layout.storage.dtype.itemsize,)
+        )
+        return flat.as_strided(layout.shape, layout.stride, layout.offset)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            "a stored tensor cannot be read",
+            got=f"{mapped.path} at byte {start}: {error}",
+            fix="the checkpoint is damaged: fetch or write it again",
+        ) from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the description of a tensor and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, shape, stride, *_: _Layout(
+                storage, offset, tuple(shape), tuple(stride)
+            )
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name).dtype
+        raise pickle.UnpicklingError(f"{module}.{name} in a tensor")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, *_ = pid
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"{kind} in a tensor")
+        return _Storage(dtype, key)
+
+
+class _Slice(io.RawIOBase):
+    """A memory view as a seekable file, without a copy."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._view)}
+        self._position = max(0, base[whence] + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._view[self._position : self._position + len(buffer)]
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

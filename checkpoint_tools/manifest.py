@@ -71,6 +71,10 @@ class Work:
         _remove(self.folder)
         return True
 
+    def finished(self, name: str) -> bool:
+        """Whether the manifest knows a file as done."""
+        return name in self._done
+
     def part(self, name: str, write: Callable[[Any], Any]) -> Any:
         """Write one file of the result unless it is there; returns what `write` returned.
 

@@ -31,9 +31,7 @@ class MappedFile:
         self.path = path
         with open(path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
-            self._map = (
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
-            )
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
 
     def bytes(self, start: int, length: int) -> memoryview:
         """The content from `start`, without a copy.

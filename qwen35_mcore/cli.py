@@ -23,11 +23,6 @@ data_app = typer.Typer(help="Turn text into Megatron's .bin/.idx files.", no_arg
 app.add_typer(data_app, name="data")
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps `flavors` a subcommand: typer runs a lone command without its name."""
-
-
 @app.command()
 def flavors(
     name: Annotated[

@@ -7,9 +7,11 @@ wheel of 0.19 lacks or gets wrong for this model is mended here, each with its r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -83,6 +85,7 @@ __all__ = [
 ]
 
 SUPPORTED = (0, 19)
+TRACKER = "latest_checkpointed_iteration.txt"
 GDN_VARIANT = "gated_delta_net"  # spelt "gdn" on megatron-core's main branch
 
 
@@ -173,3 +176,60 @@ def config_from_arguments(args: Any, config_class: type) -> Any:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     return core_transformer_config_from_args(args, config_class)
+
+
+def prepare_training(step_flops: Callable[[float, float], float]) -> None:
+    """Mend ``megatron.training`` of the wheel before ``pretrain`` runs.
+
+    Args:
+        step_flops: operations of a step, from its tokens and the sum of its squared sequence
+            lengths. Megatron's own count raises for a list-valued ``linear_attention_freq`` with
+            MTP, and takes the MTP layer for a GDN layer otherwise.
+    """
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.training import checkpointing, training
+
+    def num_floating_point_operations(
+        args: Any,
+        batch_size: int,
+        seqlen_squared_sum_in_batch: float | None = None,
+        total_real_tokens_in_batch: float | None = None,
+    ) -> float:
+        tokens = total_real_tokens_in_batch or batch_size * args.seq_length
+        return step_flops(tokens, seqlen_squared_sum_in_batch or tokens * args.seq_length)
+
+    training.num_floating_point_operations = num_floating_point_operations
+    # The wheel ships the compiled helpers but not the Makefile that compile_helpers runs.
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        dataset_utils.compile_helpers = lambda: None
+    if not isinstance(checkpointing.maybe_msc, _AtomicTracker):
+        checkpointing.maybe_msc = _AtomicTracker(checkpointing.maybe_msc)
+
+
+class _AtomicTracker:
+    """megatron's file access, with the checkpoint tracker replaced in one step.
+
+    megatron truncates ``latest_checkpointed_iteration.txt`` and then writes it: a process killed in
+    between leaves an empty tracker, and the run no longer finds its checkpoints.
+    """
+
+    def __init__(self, files: Any) -> None:
+        self._files = files
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "w" and os.path.basename(path) == TRACKER:
+            return _replace_when_closed(path)
+        return self._files.open(path, mode, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replace_when_closed(path: str) -> Iterator[TextIO]:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -213,7 +213,6 @@ def configs(draw: st.DrawFn) -> Qwen35Config:
             "num_experts_per_tok": draw(st.integers(1, experts)),
             "moe_intermediate_size": draw(size),
             "shared_expert_intermediate_size": draw(size),
-            "router_aux_loss_coef": draw(st.floats(0, 1)),
         }
         if moe
         else {"intermediate_size": draw(size)}
@@ -238,6 +237,7 @@ def configs(draw: st.DrawFn) -> Qwen35Config:
         tie_word_embeddings=draw(st.booleans()),
         mtp_num_hidden_layers=draw(st.integers(0, 1)),
         rms_norm_eps=draw(st.floats(1e-12, 1e-2)),
+        router_aux_loss_coef=draw(st.floats(0, 1)),
         carried={"dtype": draw(st.sampled_from(["bfloat16", "float32"])), "eos_token_id": [1, 2]},
         carried_outer={"vision_config": {"depth": 2}} if MODEL_TYPES[model_type].nested else {},
         **sizes,

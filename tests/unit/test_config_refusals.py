@@ -90,6 +90,7 @@ class TestRefusals:
         ("key", "value"),
         [
             ("attn_output_gate", False),
+            ("attn_output_gate", 1),
             ("mtp_use_dedicated_embeddings", True),
             ("mlp_only_layers", [0]),
             ("mamba_ssm_dtype", "bfloat16"),

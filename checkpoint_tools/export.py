@@ -1,0 +1,252 @@
+"""Megatron checkpoint to Hugging Face folder, streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_tools.accounting import account
+from checkpoint_tools.convert import Options, Report, copy_file, fingerprint
+from checkpoint_tools.hf_io import INDEX_NAME
+from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
+from checkpoint_tools.manifest import Work, write_file
+from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.names import Naming
+from checkpoint_tools.origin import Origin, read_origin
+from checkpoint_tools.progress import Progress
+from checkpoint_tools.views import DtypeChoice, ModelView, has_mtp, main_parameter, model_keys
+from checkpoint_tools.workers import run_parallel
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.errors import CheckpointError, ConfigError
+
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """A Megatron checkpoint and everything that its Hugging Face folder will hold."""
+
+    checkpoint: MegatronCheckpoint
+    view: ModelView
+    config: Qwen35Config
+    origin: Origin | None
+    choice: DtypeChoice
+
+    def outputs(self) -> list[Output]:
+        """Every tensor of the result."""
+        view = self.view
+        outputs = [
+            Output(name, view.dtype(name), view.shape(name), partial(view.pieces, name))
+            for name in view.names()
+        ]
+        if self.origin and self.origin.carried:
+            carried = self.origin.carried
+            outputs += [
+                Output(
+                    name, carried.dtype(name), carried.shape(name), partial(carried.pieces, name)
+                )
+                for name in self.origin.carried_names
+            ]
+        return outputs
+
+    def config_bytes(self) -> bytes:
+        """The config.json: the original where it still says the truth, else a new one."""
+        if self.origin is not None:
+            original = Qwen35Config.from_hf(self.origin.config)
+            trained = _into_wrapper(self.config, original)
+            if trained == original and self.choice == "original":
+                return self.origin.config.read_bytes()
+            content = trained.to_hf()
+            if trained == original:
+                content = json.loads(self.origin.config.read_text())
+        else:
+            content = self.config.to_hf()
+        _set_dtype(content, self._main_dtype())
+        return json.dumps(content, indent=2).encode() + b"\n"
+
+    def _main_dtype(self) -> torch.dtype:
+        """The dtype of most bytes: transformers loads everything in the dtype of the config."""
+        sizes: dict[torch.dtype, int] = {}
+        for output in self.outputs():
+            sizes[output.dtype] = sizes.get(output.dtype, 0) + output.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def plan_export(
+    source: Path,
+    *,
+    reference: Path | None = None,
+    choice: DtypeChoice = "original",
+    no_mtp: bool = False,
+) -> ExportPlan:
+    """Read a Megatron checkpoint and find what belongs to it.
+
+    Args:
+        source: ``iter_NNNNNNN``, ``release``, or the folder above with its tracker file.
+        reference: the Hugging Face folder to take config, carried tensors, files, dtypes and
+            names from, for a run that never saw an import.
+        no_mtp: export without the MTP layer although the original has one.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or of another model, or what it carried is
+            not to be found.
+    """
+    checkpoint = MegatronCheckpoint(source)
+    origin = _origin(checkpoint, reference)
+    config = _config(checkpoint, origin)
+    if origin is not None:
+        naming = _naming_with_mtp(origin.naming, checkpoint, no_mtp)
+    else:
+        naming = replace(Naming.default(config), mtp=has_mtp(checkpoint))
+    config = replace(config, mtp_num_hidden_layers=int(naming.mtp))
+    if origin is None and config.is_vision_language:
+        raise CheckpointError(
+            "the run's config is vision-language and the checkpoint has no vision tower",
+            fix="give --reference HF_DIR to take it from there",
+        )
+    if choice == "float32":
+        _need_main_parameters(checkpoint)
+    dtypes = origin.dtypes if origin is not None else {}
+    view = ModelView(checkpoint, config, naming, dtypes, choice)
+    return ExportPlan(checkpoint=checkpoint, view=view, config=config, origin=origin, choice=choice)
+
+
+def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Report:
+    """Write the Hugging Face folder of a plan.
+
+    Killed at any moment and run again it goes on where it was; the target appears at the end.
+    """
+    outputs = plan.outputs()
+    shards = plan_shards(outputs, options.max_shard_bytes, "model")
+    files = dict(plan.origin.files) if plan.origin else {}
+    files.pop(_CONFIG, None)
+    report = Report(
+        source=str(plan.checkpoint.folder),
+        target=str(target),
+        tensors=len(outputs),
+        bytes=sum(output.nbytes for output in outputs),
+        carried=len(plan.origin.carried_names) if plan.origin else 0,
+        files=sorted([*shards, *files, _CONFIG]),
+    )
+    if options.dry_run:
+        return report
+    work = Work(target, _job(plan, files, options), overwrite=options.overwrite)
+    if work.finished_before():
+        return report
+    with work, Progress(report.bytes, "export", quiet=options.quiet) as progress:
+
+        def write(file: str) -> None:
+            if work.finished(file):
+                progress.advance(sum(output.nbytes for output in shards[file]))
+            work.part(file, lambda stream: write_shard(stream, shards[file], progress.advance))
+
+        run_parallel(write, shards, options.workers)
+        for name, path in files.items():
+            work.part(name, partial(copy_file, path))
+        if len(shards) > 1:
+            write_file(work.tree / INDEX_NAME, index_content(shards))
+        write_file(work.tree / _CONFIG, plan.config_bytes())
+        work.publish()
+    return report
+
+
+def _job(plan: ExportPlan, files: dict[str, Path], options: Options) -> dict[str, Any]:
+    folder = plan.checkpoint.folder
+    inputs = [folder / ".metadata", *(folder / file for file in plan.checkpoint.files)]
+    if plan.origin is not None and plan.origin.carried is not None:
+        carried = plan.origin.carried
+        inputs += [carried.folder / file for file in carried.files]
+    return {
+        "command": "export",
+        "dtype": plan.choice,
+        "mtp": plan.config.mtp_num_hidden_layers,
+        "max_shard_bytes": options.max_shard_bytes,
+        "input": fingerprint(inputs),
+        "files": fingerprint(list(files.values())),
+    }
+
+
+def _origin(checkpoint: MegatronCheckpoint, reference: Path | None) -> Origin | None:
+    if reference is not None:
+        return account(reference).origin
+    recorded = checkpoint.argument("qwen35_origin")
+    return read_origin(checkpoint.root / recorded) if recorded else None
+
+
+def _config(checkpoint: MegatronCheckpoint, origin: Origin | None) -> Qwen35Config:
+    recorded = checkpoint.argument("qwen35_hf_config")
+    if not recorded and origin is None:
+        raise CheckpointError(
+            "the checkpoint does not say which model it is",
+            got=str(checkpoint.folder),
+            fix="it was not written by this package: give --reference HF_DIR",
+        )
+    original = Qwen35Config.from_hf(origin.config) if origin is not None else None
+    if not recorded:
+        assert original is not None
+        return original
+    try:
+        config = Qwen35Config.from_hf(json.loads(recorded))
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(
+            "the checkpoint's own config is malformed", got=f"{checkpoint.folder}: {error}"
+        ) from error
+    return config if original is None else _into_wrapper(config, original)
+
+
+def _into_wrapper(config: Qwen35Config, original: Qwen35Config) -> Qwen35Config:
+    """A trained text model with the Hugging Face keys that the original carried around it."""
+    if config.text_model_type != original.text_model_type:
+        raise CheckpointError(
+            "the original is of another kind than what was trained",
+            got=f"{config.model_type}, original {original.model_type}",
+        )
+    return replace(
+        config,
+        model_type=original.model_type,
+        carried=original.carried,
+        carried_outer=original.carried_outer,
+    )
+
+
+def _naming_with_mtp(naming: Naming, checkpoint: MegatronCheckpoint, no_mtp: bool) -> Naming:
+    if naming.mtp and not has_mtp(checkpoint) and not no_mtp:
+        raise CheckpointError(
+            "the original has an MTP layer and the checkpoint does not",
+            fix="it was trained without; --no-mtp exports it so",
+        )
+    return replace(naming, mtp=has_mtp(checkpoint))
+
+
+def _need_main_parameters(checkpoint: MegatronCheckpoint) -> None:
+    narrow = [key for key in model_keys(checkpoint) if checkpoint.tensors[key].dtype.itemsize < 4]
+    without = [key for key in narrow if main_parameter(checkpoint, key) is None]
+    # an import has no optimizer: there the tensors themselves are all there is
+    if without and checkpoint.common.get("iteration"):
+        raise CheckpointError(
+            f"{len(without)} tensors have no float32 main parameter in the checkpoint",
+            got=without[0],
+            fix="save with the optimizer state and --dist-ckpt-optim-fully-reshardable, "
+            "or export with --dtype checkpoint",
+        )
+
+
+def _set_dtype(content: dict[str, Any], dtype: torch.dtype) -> None:
+    for level in _levels(content):
+        for key in ("dtype", "torch_dtype"):
+            if key in level:
+                level[key] = str(dtype).removeprefix("torch.")
+    if "dtype" not in content and "torch_dtype" not in content:
+        content["dtype"] = str(dtype).removeprefix("torch.")
+
+
+def _levels(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield content
+    if isinstance(content.get("text_config"), dict):
+        yield content["text_config"]

@@ -1,0 +1,221 @@
+"""Command-line arguments of a training run: one model choice, and megatron's own flags.
+
+``--flavor`` or ``--hf-config`` fills every architecture flag of ``megatron.training``; what the
+architecture leaves open gets defaults for this machine. A flag the user gives wins over a default
+and is refused where it contradicts the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from qwen35_mcore import cpu
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.data.sidecar import read_sidecar
+from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.ops.dispatch import BACKENDS
+from qwen35_mcore.transformer_config import architecture_arguments
+
+REFUSED = {
+    "yaml_cfg": "the model comes from --flavor or --hf-config",
+    "use_checkpoint_args": "the model comes from --flavor or --hf-config",
+    "use_precision_aware_optimizer": "with Transformer Engine its main copies of A_log, dt_bias "
+    "and the GDN norm, which stay float32, are never updated",
+    "use_megatron_fsdp": "GatedDeltaNet's checkpoint layout was not tested with it",
+    "use_torch_fsdp2": "GatedDeltaNet's checkpoint layout was not tested with it",
+    "fp16": "Qwen3.5 is trained in bf16 or float32",
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Qwen35Config]:
+    """Parse, fill, check and register megatron's arguments.
+
+    Returns:
+        megatron's validated namespace (registered as its global arguments) and the model. The
+        namespace carries the model as ``qwen35_hf_config``, a JSON string, into every checkpoint.
+
+    Raises:
+        ConfigError: no model or two, an architecture flag that contradicts the model, or a feature
+            that does not work with it.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    argv = sys.argv[1:] if argv is None else argv
+    early, _ = _model_parser().parse_known_args(argv)
+    hf = choose_model(early.flavor, early.hf_config, early.override)
+    architecture = architecture_arguments(hf)
+
+    def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        _add_model_arguments(parser)
+        parser.set_defaults(**run_defaults(hf), **architecture)
+        return parser
+
+    with _argv(argv):
+        args = parse_args(add_ours)
+    _check(args, architecture)
+    _complete(args, hf)
+    validate_args(args)
+    set_global_variables(args)
+    return args, hf
+
+
+def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]) -> Qwen35Config:
+    """The model of ``--flavor`` or ``--hf-config``, with every ``--override KEY=VALUE`` applied.
+
+    Values are JSON (or a bare word). Fewer ``num_hidden_layers`` than before keep the first layers.
+
+    Raises:
+        ConfigError: not exactly one of the two, an unknown key, or an impossible value.
+    """
+    if (flavor is None) == (hf_config is None):
+        raise ConfigError(
+            "a run needs exactly one model",
+            got=f"--flavor {flavor} --hf-config {hf_config}",
+            allowed="--flavor NAME, or --hf-config PATH of a config.json",
+            fix="see `qwen35 flavors` for the names",
+        )
+    hf = get_flavor(flavor) if flavor else Qwen35Config.from_hf(str(hf_config))
+    changes = dict(_parse_override(item) for item in overrides)
+    layers = changes.get("num_hidden_layers")
+    if isinstance(layers, int) and "layer_types" not in changes:
+        whole = layers // len(hf.layer_types) + 1
+        changes["layer_types"] = (hf.layer_types * whole)[:layers]
+    return replace(hf, **changes) if changes else hf
+
+
+def _parse_override(item: str) -> tuple[str, Any]:
+    key, equals, text = item.partition("=")
+    known = [f.name for f in fields(Qwen35Config) if not f.name.startswith("carried")]
+    if not equals or key not in known:
+        raise ConfigError(
+            "cannot read --override",
+            got=item,
+            allowed=f"KEY=VALUE with KEY one of {', '.join(known)}",
+        )
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    return key, tuple(value) if isinstance(value, list) else value
+
+
+def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
+    """Defaults for what the architecture leaves open, on this machine."""
+    defaults: dict[str, Any] = {
+        "dist_ckpt_optim_fully_reshardable": True,  # the usual format cannot change TP or PP
+        "eval_interval": 1000,  # megatron divides by it and has no default
+        "create_attention_mask_in_dataloader": False,
+        "attention_softmax_in_fp32": True,
+    }
+    if hf.is_moe:
+        defaults |= {
+            "moe_router_load_balancing_type": "global_aux_loss",
+            "moe_aux_loss_coeff": hf.router_aux_loss_coef,
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    if cpu.is_needed():
+        return defaults | {
+            "transformer_impl": "local",
+            "distributed_backend": "gloo",
+            "gradient_accumulation_fusion": False,
+            "masked_softmax_fusion": False,
+            "bias_dropout_fusion": False,
+            "bias_swiglu_fusion": False,
+            "apply_rope_fusion": False,
+            "no_persist_layer_norm": True,
+        }
+    return defaults | {"moe_grouped_gemm": hf.is_moe}
+
+
+def _model_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_model_arguments(parser)
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(title="qwen3.5")
+    group.add_argument("--flavor", help="A published size; see `qwen35 flavors`.")
+    group.add_argument("--hf-config", help="A Hugging Face config.json, or its folder.")
+    group.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Change the model: a Hugging Face field and a JSON value, e.g. num_experts=64.",
+    )
+    group.add_argument(
+        "--gdn-kernel",
+        choices=BACKENDS,
+        default="auto",
+        help="Kernels of the GatedDeltaNet. auto says what it chose and why.",
+    )
+
+
+def _check(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
+    for name, value in architecture.items():
+        if getattr(args, name) != value:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} contradicts the model",
+                got=getattr(args, name),
+                allowed=repr(value),
+                fix="drop the flag; to change the model pass --override KEY=VALUE",
+            )
+    for name, reason in REFUSED.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"--{name.replace('_', '-')} is not supported: {reason}")
+
+
+def _complete(args: argparse.Namespace, hf: Qwen35Config) -> None:
+    """What no default can say, because it depends on other flags."""
+    args.qwen35_hf_config = json.dumps(hf.to_hf(), sort_keys=True)
+    args.qwen35_origin = ""
+    if args.tensor_model_parallel_size > 1 and hf.is_moe:
+        args.sequence_parallel = True  # megatron refuses to train MoE under TP without it
+    if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
+        # megatron insists: it orders communication before the computation that overlaps it
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _tokenizer_from_sidecar(args)
+
+
+def _tokenizer_from_sidecar(args: argparse.Namespace) -> None:
+    """Without ``--tokenizer-type``, the tokenizer that made the first dataset."""
+    paths = [p for p in (args.data_path or args.train_data_path or []) if not _is_weight(p)]
+    if args.tokenizer_type is not None or not paths:
+        return
+    sidecar = read_sidecar(Path(paths[0]))
+    if sidecar is None:
+        return
+    flags = sidecar.megatron_flags()
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        name = flag.removeprefix("--").replace("-", "_")
+        setattr(args, name, int(value) if value.isdecimal() else value)
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class _argv:  # noqa: N801
+    """megatron's parser reads ``sys.argv``."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.argv = [sys.argv[0], *argv]
+
+    def __enter__(self) -> None:
+        self.saved, sys.argv = sys.argv, self.argv
+
+    def __exit__(self, *exc: object) -> None:
+        sys.argv = self.saved

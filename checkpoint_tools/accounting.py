@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
-from checkpoint_tools.hf_io import HFCheckpoint
+from checkpoint_tools.hf_io import HFCheckpoint, HFTensor
 from checkpoint_tools.names import (
     MTP_PREFIX,
     NESTED_PREFIX,
@@ -60,7 +60,7 @@ def account(
         no_mtp: convert without MTP although the config says there is one.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, misshapen, quantised, or contradict the config.
+        CheckpointError: a tensor is missing, unknown, misshapen, quantised or contradicts the config.
         ConfigError: config.json is missing or is not of this family.
     """
     hf = HFCheckpoint(folder)
@@ -79,8 +79,7 @@ def account(
     return Account(hf=hf, config=config, naming=naming, table=table, carried=sorted(carried))
 
 
-def _check_config(config: Qwen35Config, naming: Naming, names: object) -> None:
-    assert hasattr(names, "__contains__")
+def _check_config(config: Qwen35Config, naming: Naming, names: Collection[str]) -> None:
     if (naming.prefix == NESTED_PREFIX) != config.is_vision_language:
         raise CheckpointError(
             "config.json contradicts the tensor names",
@@ -109,7 +108,7 @@ def _check_config(config: Qwen35Config, naming: Naming, names: object) -> None:
         )
 
 
-def _check_tensors(given: dict[str, object], table: list[Row]) -> None:
+def _check_tensors(given: Mapping[str, HFTensor], table: list[Row]) -> None:
     expected = {spec.name: spec.shape for row in table for spec in row.hf}
     missing = sorted(expected.keys() - given.keys())
     if missing:

@@ -128,9 +128,10 @@ def import_checkpoint(
 
 def _row_items(hf: HFCheckpoint, row: Row) -> Iterator[Item]:
     dtypes = [hf.dtype(spec.name) for spec in row.hf]
-    if row.float32 or row.zero_centred:
+    if row.float32:
         dtypes.append(torch.float32)
-    dtype = common_dtype(dtypes)
+    # a float32 weight minus one needs more digits than float32 has to be given back exactly
+    dtype = torch.float64 if row.zero_centred else common_dtype(dtypes)
     targets = [Target(spec.name, dtype, spec.shape) for spec in row.mcore]
     for whole in row.copies():
         for copy in split_copy(whole, dtype.itemsize):

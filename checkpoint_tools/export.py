@@ -60,6 +60,9 @@ class ExportPlan:
         if self.origin is not None:
             original = Qwen35Config.from_hf(self.origin.config)
             trained = _into_wrapper(self.config, original)
+            if self.origin.naming.mtp == bool(trained.mtp_num_hidden_layers):
+                # transformers leaves the MTP layer in the config of a checkpoint without one
+                trained = replace(trained, mtp_num_hidden_layers=original.mtp_num_hidden_layers)
             if trained == original and self.choice == "original":
                 return self.origin.config.read_bytes()
             content = trained.to_hf()
@@ -82,6 +85,7 @@ def plan_export(
     source: Path,
     *,
     reference: Path | None = None,
+    naming: Naming | None = None,
     choice: DtypeChoice = "original",
     no_mtp: bool = False,
 ) -> ExportPlan:
@@ -91,6 +95,7 @@ def plan_export(
         source: ``iter_NNNNNNN``, ``release``, or the folder above with its tracker file.
         reference: the Hugging Face folder to take config, carried tensors, files, dtypes and
             names from, for a run that never saw an import.
+        naming: names of the Hugging Face side where neither import nor reference says them.
         no_mtp: export without the MTP layer although the original has one.
 
     Raises:
@@ -103,7 +108,7 @@ def plan_export(
     if origin is not None:
         naming = _naming_with_mtp(origin.naming, checkpoint, no_mtp)
     else:
-        naming = replace(Naming.default(config), mtp=has_mtp(checkpoint))
+        naming = replace(naming or Naming.default(config), mtp=has_mtp(checkpoint))
     config = replace(config, mtp_num_hidden_layers=int(naming.mtp))
     if origin is None and config.is_vision_language:
         raise CheckpointError(

@@ -1,9 +1,9 @@
-"""The ``_extra_state`` objects that Transformer Engine's modules keep in a checkpoint.
+"""The ``_extra_state`` objects that a model's modules look for in a checkpoint.
 
-Each linear and each norm of the transformer_engine backend stores one (its FP8 scaling state), and
-Megatron refuses to load a checkpoint that lacks one it asks for. So a checkpoint that is not
-written by such a model must hold them too, empty; a model that has no use for them ignores them.
-``core_attention`` has none: megatron-core leaves it out of the checkpoint.
+Each linear and each norm of the transformer_engine backend stores one (its FP8 scaling state), the
+local backend one per ``core_attention`` too, and Megatron refuses to load a checkpoint that lacks
+one it asks for. So a checkpoint that is not written by such a model must hold them all, empty; a
+model that has no use for one ignores it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def extra_state_keys(config: Qwen35Config, *, mtp: bool, layout: Layout) -> list
 
 
 def _attention(prefix: str) -> list[str]:
-    names = ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
+    names = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
     return [_single(f"{prefix}self_attention.{name}") for name in names]
 
 

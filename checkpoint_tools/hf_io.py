@@ -85,6 +85,10 @@ class HFCheckpoint:
         if index is not None:
             _check_index(index, self.tensors)
 
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self.tensors)
+
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a tensor."""
         return self.tensors[name].dtype
@@ -94,7 +98,7 @@ class HFCheckpoint:
         return self.tensors[name].shape
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """A part that is contiguous in the file (whole rows of the leading axes), without a copy."""
+        """A part that is contiguous in the file (whole trailing axes), without a copy."""
         entry = self.tensors[name]
         offset = 0
         for start, length in zip(box.offsets, entry.shape, strict=True):
@@ -201,8 +205,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise _bad(mapped, "the index has no weight_map")
     for tensor, file in weight_map.items():
-        # a name with a folder in it could read, and later write, anywhere
-        if not isinstance(file, str) or not file or Path(file).name != file:
+        # a name with a folder in it could read anywhere
+        if not isinstance(file, str) or Path(file).name != file or len(file) > 200:
             raise _bad(mapped, f"the index puts {tensor} into {file!r}, which is no file name")
     return weight_map
 

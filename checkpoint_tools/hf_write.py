@@ -53,11 +53,11 @@ def plan_shards(outputs: Sequence[Output], max_bytes: int, stem: str) -> dict[st
 def write_shard(
     stream: Any, outputs: Iterable[Output], progress: Callable[[int], None] = lambda count: None
 ) -> None:
-    """Write one safetensors file, tensors in the order given."""
+    """Write one safetensors file, tensors with the widest elements first."""
     outputs = list(outputs)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    # widest items first keeps every tensor aligned to its own item size
+    # so every tensor is aligned to its own item size
     outputs.sort(key=lambda output: -output.dtype.itemsize)
     for output in outputs:
         header[output.name] = {

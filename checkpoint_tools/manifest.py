@@ -82,9 +82,8 @@ class Work:
         """
         path = self.tree / name
         done = self._done.get(name)
-        if done and path.is_file() and path.stat().st_size == done["bytes"]:
-            if checksum(path) == done["crc32"]:
-                return done["value"]
+        if done and _matches(path, done):
+            return done["value"]
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + _UNFINISHED)
         with open(unfinished, "wb", buffering=0) as file:
@@ -169,6 +168,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _matches(path: Path, done: dict[str, Any]) -> bool:
+    same_size = path.is_file() and path.stat().st_size == done["bytes"]
+    return same_size and checksum(path) == done["crc32"]
 
 
 def _occupied(path: Path) -> bool:

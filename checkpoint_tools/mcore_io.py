@@ -1,8 +1,8 @@
-"""Read a Megatron ``torch_dist`` checkpoint: global tensors by key, without Megatron or processes.
+"""Read a Megatron ``torch_dist`` checkpoint: global tensors by key, no Megatron, no processes.
 
-A checkpoint is a folder of ``.distcp`` files and a ``.metadata`` that says which byte range of which
-file holds which box of which tensor. Whatever TP, PP, EP and DP wrote it, these boxes tile the
-global tensors, so reading is looking boxes up.
+A checkpoint is a folder of ``.distcp`` files and a ``.metadata`` that says which byte range of
+which file holds which box of which tensor. Whatever TP, PP, EP and DP wrote it, these boxes tile
+the global tensors, so reading is looking boxes up.
 """
 
 from __future__ import annotations

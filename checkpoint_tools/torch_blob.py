@@ -17,6 +17,18 @@ from checkpoint_tools.storage import MappedFile
 from qwen35_mcore.errors import CheckpointError
 
 _LOCAL_HEADER = 30
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
 
 
 class _Storage(NamedTuple):
@@ -73,8 +85,8 @@ class _Unpickler(pickle.Unpickler):
             )
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name).dtype
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
         raise pickle.UnpicklingError(f"{module}.{name} in a tensor")
 
     def persistent_load(self, pid: Any) -> _Storage:

@@ -51,10 +51,10 @@ class ModelView:
         self.checkpoint = checkpoint
         self.choice, self._dtypes = choice, dtypes
         self.layout = stored_layout(checkpoint)
-        table = rows(config, naming, self.layout)
-        _check(checkpoint, table)
+        self.table = rows(config, naming, self.layout)
+        _check(checkpoint, self.table)
         self._where = {
-            spec.name: (row, index) for row in table for index, spec in enumerate(row.hf)
+            spec.name: (row, index) for row in self.table for index, spec in enumerate(row.hf)
         }
         self._copies = lru_cache(maxsize=8)(_grouped)
 
@@ -74,6 +74,8 @@ class ModelView:
         if self.choice == "original" and name in self._dtypes:
             return self._dtypes[name]
         row, index = self._where[name]
+        if row.float32:
+            return torch.float32
         keys = {row.mcore[copy.mcore].name for copy in self._copies(row)[index]}
         return common_dtype(self.checkpoint.tensors[key].dtype for key in sorted(keys))
 
@@ -87,7 +89,7 @@ class ModelView:
             for box in split_rows(copy.mcore_box, max(stored.itemsize, dtype.itemsize)):
                 piece = self.checkpoint.read(key, box)
                 if row.zero_centred:
-                    piece = piece.to(common_dtype([piece.dtype, torch.float32])) + 1
+                    piece = piece.double() + 1
                 yield piece.to(dtype)
 
     def _source(self, spec: TensorSpec, wanted: torch.dtype) -> str:

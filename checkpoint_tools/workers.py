@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import TypeVar
-
-Input = TypeVar("Input")
-Result = TypeVar("Result")
 
 
-def run_parallel(
+def run_parallel[Input, Result](
     function: Callable[[Input], Result], inputs: Iterable[Input], workers: int
 ) -> list[Result]:
     """`function` of every input, in order; the first error cancels what has not begun."""

@@ -120,6 +120,7 @@ def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
             "moe_router_load_balancing_type": "global_aux_loss",
             "moe_aux_loss_coeff": hf.router_aux_loss_coef,
             "moe_token_dispatcher_type": "alltoall",
+            "moe_grouped_gemm": True,
         }
     if cpu.is_needed():
         return defaults | {
@@ -132,7 +133,7 @@ def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
             "apply_rope_fusion": False,
             "no_persist_layer_norm": True,
         }
-    return defaults | {"moe_grouped_gemm": hf.is_moe}
+    return defaults
 
 
 def _model_parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ from typing import Any
 
 from qwen35_mcore.errors import ConfigError, KernelError
 from qwen35_mcore.layers.core_attention import CoreAttention
+from qwen35_mcore.layers.experts import GroupedExperts
 from qwen35_mcore.layers.linear import LayerNormColumnParallelLinear
 from qwen35_mcore.layers.norms import RMSNorm
 from qwen35_mcore.mcore_compat import LocalSpecProvider, te_spec_provider
@@ -28,6 +29,9 @@ class LocalBackend(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return CoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> type:
+        return GroupedExperts
 
 
 def get_backend(transformer_impl: str) -> Any:

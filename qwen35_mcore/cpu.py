@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -182,6 +183,9 @@ _FACTORIES = (
     *("rand_like", "randn_like", "empty_strided"),
 )
 
+_HOPPER = SimpleNamespace(name="cpu", major=9, minor=0, total_memory=0, multi_processor_count=1)
+_CAPABILITY_REASON = "argument checks; the local backend runs what they allow on Hopper"
+
 TORCH_PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "current_device", _value(CPU), "used as device= at about sixty sites"),
     Patch("torch.cuda", "device_count", _value(1), "0 would skip model-parallel set-up and seeds"),
@@ -207,7 +211,8 @@ TORCH_PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "memory_allocated", _value(0), "memory report"),
     Patch("torch.cuda", "memory_reserved", _value(0), "memory report"),
     Patch("torch.cuda", "memory_stats", _value({}), "memory report"),
-    Patch("torch.cuda", "get_device_capability", _value((0, 0)), "argument validation"),
+    Patch("torch.cuda", "get_device_capability", _value((9, 0)), _CAPABILITY_REASON),
+    Patch("torch.cuda", "get_device_properties", _value(_HOPPER), _CAPABILITY_REASON),
     Patch("torch:Tensor", "cuda", _self, "tensors of the data loader and schedules"),
     Patch("torch:Tensor", "pin_memory", _self, "optimizer offload, checkpoint staging"),
     Patch("torch:Tensor", "record_stream", _value(None), "dispatcher"),

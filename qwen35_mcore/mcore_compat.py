@@ -14,7 +14,13 @@ from importlib.metadata import version
 from typing import Any, TextIO
 
 import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -37,9 +43,11 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
 )
+from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -64,10 +72,14 @@ __all__ = [
     "IdentityOp",
     "LocalSpecProvider",
     "McoreGatedDeltaNet",
+    "MegatronModule",
     "ModuleSpec",
     "PackedSeqParams",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "ShardedObject",
+    "ShardedTensor",
+    "ShardedTensorFactory",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
@@ -148,6 +160,16 @@ def gather_heads(
         return x_sbc, None
     index, inverse = _gdn._build_thd_cp_a2a_perm(cu_seqlens, cp_size, seq_len)
     return x_sbc.index_select(0, index), inverse
+
+
+def expert_rng() -> Any:
+    """Context in which every expert-parallel rank draws numbers of its own."""
+    return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
+
+
+def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up * weight`` of ``[t, 2 f]`` and ``[t]``, in gate_up's dtype."""
+    return weighted_bias_swiglu_impl(gate_up, None, weights.unsqueeze(-1))
 
 
 def te_spec_provider() -> Any:

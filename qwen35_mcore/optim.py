@@ -45,7 +45,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Advance every parameter that has a gradient by one step."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:

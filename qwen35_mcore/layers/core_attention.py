@@ -63,7 +63,9 @@ class CoreAttention(EmptyExtraState):
                 gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value)
             )
         out_bhsd = scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),  # s b h d -> b h s d
+            query.permute(1, 2, 0, 3),  # s b h d -> b h s d
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             attn_mask=mask,
             is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,

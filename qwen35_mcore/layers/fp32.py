@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,10 @@ class KeepFloat32(torch.nn.Module):
     """
 
     float32_parameters: tuple[str, ...] = ()
+
+    if TYPE_CHECKING:
+        # megatron-core's classes, the other base of most users, carry no types
+        def __getattr__(self, name: str) -> Any: ...
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> torch.nn.Module:
         before = {name: getattr(self, name).data for name in self.float32_parameters}

@@ -26,6 +26,6 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         self.zero_centered = config.layernorm_zero_centered_gamma
         self.layer_norm_weight = new_norm_weight(input_size, config)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         normed = rms_norm(x, self.layer_norm_weight, self.eps, zero_centered=self.zero_centered)
         return super().forward(normed, *args, **kwargs)

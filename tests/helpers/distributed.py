@@ -99,7 +99,7 @@ def _unpack(data: bytes) -> Any:
 def _start_worker() -> tuple[Any, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process = context.Process(target=_serve, args=(theirs,))  # no daemon: saving forks
     process.start()
     theirs.close()
     return process, ours

@@ -32,6 +32,7 @@ LOCAL = {
     "bias_dropout_fusion": False,
     "persist_layer_norm": False,
     "calculate_per_token_loss": True,
+    "moe_grouped_gemm": True,
 }
 
 
@@ -42,6 +43,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    stages: str | None = None  # megatron's pipeline_model_parallel_layout
     cp: int = 1
     ep: int = 1
     etp: int = 1
@@ -104,6 +106,7 @@ def config_for(hf: Qwen35Config, layout: Layout) -> Qwen35TransformerConfig:
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
+        "pipeline_model_parallel_layout": layout.stages,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,

@@ -1,0 +1,52 @@
+# Every target sets itself up: a virtual environment in .venv, installed once for each set of extras
+# and again when pyproject.toml or constraints.txt change.
+
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+BIN := $(VENV)/bin
+
+export PYTHON
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+.PHONY: help
+help:  ## show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+.PHONY: demo
+demo: $(VENV)/.installed-demo  ## train a tiny Qwen3.5 MoE on this CPU, resume it, draw its loss curve
+	$(BIN)/python examples/demo.py $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.installed-test  ## run the tests; ARGS="-k rope" passes flags to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.installed-dev  ## formatting, lint, types and import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: $(VENV)/.installed-dev  ## format the code and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: install
+install: $(VENV)/.installed-base  ## only the virtual environment, with the package in it
+
+.PHONY: clean
+clean:  ## remove the virtual environment and every cache; keeps runs/
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed-base: pyproject.toml constraints.txt tools/venv.sh
+	bash tools/venv.sh $(VENV)
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt tools/venv.sh
+	bash tools/venv.sh $(VENV) $*
+	@touch $@

@@ -1,0 +1,267 @@
+"""The `qwen35-ckpt` command. Commands import what they need when they run, so that `--help`
+answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from qwen35_mcore.errors import CheckpointError, Qwen35Error
+
+app = typer.Typer(
+    name="qwen35-ckpt",
+    help="Convert Qwen3.5 checkpoints between Hugging Face and Megatron: exact, streamed, no GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Workers = Annotated[int, typer.Option(min=1, help="Files read and written at the same time.")]
+MaxShardSize = Annotated[
+    str, typer.Option(help="Largest file, such as 5GB or 500MiB (a tensor is never split).")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing target, after success.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Explain = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Only say where this tensor goes and how; write nothing."),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HF_DIR",
+        help="Hugging Face folder (or repo id) that supplies config, vision tower, tokenizer, "
+        "dtypes and expert layout for a run that never saw an import.",
+    ),
+]
+NoMtp = Annotated[
+    bool, typer.Option("--no-mtp", help="Convert without the MTP layer that the config has.")
+]
+
+
+@app.command("import")
+def import_(
+    hf_dir: Annotated[str, typer.Argument(help="Hugging Face folder, or a Hub repo id.")],
+    out_dir: Annotated[Path, typer.Argument(help="Where the Megatron checkpoint goes.")],
+    layout: Annotated[
+        Literal["qwen35", "mcore"],
+        typer.Option(help="qwen35: for this package. mcore: megatron-core's own GatedDeltaNet."),
+    ] = "qwen35",
+    carry: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Carry unknown tensors through. Repeatable."),
+    ] = None,
+    no_mtp: NoMtp = False,
+    workers: Workers = min(4, os.cpu_count() or 1),
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    explain: Explain = None,
+    as_json: Json = False,
+) -> None:
+    """Hugging Face to a Megatron torch_dist checkpoint.
+
+    Start training from it with --pretrained-checkpoint OUT_DIR --load RUN --save RUN.
+    """
+    from checkpoint_tools.accounting import account
+    from checkpoint_tools.convert import import_checkpoint
+    from checkpoint_tools.explain import explain as explained
+    from checkpoint_tools.hub import local_folder
+
+    source = local_folder(hf_dir)
+    if explain:
+        plan = account(source, layout=layout, carry=carry or (), no_mtp=no_mtp)
+        typer.echo(explained(explain, plan.table, plan.carried))
+        return
+    options = _options(workers, max_shard_size, overwrite, dry_run, as_json)
+    report = import_checkpoint(
+        source, out_dir, options, layout=layout, carry=carry or (), no_mtp=no_mtp
+    )
+    _print_report(report, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="iter_NNNNNNN, release, or the run folder above it.")
+    ],
+    hf_out: Annotated[Path, typer.Argument(help="Where the Hugging Face folder goes.")],
+    dtype: Annotated[
+        Literal["original", "checkpoint", "float32"],
+        typer.Option(
+            help="original: as before the import. checkpoint: as stored. float32: the optimizer's "
+            "main parameters."
+        ),
+    ] = "original",
+    reference: Reference = None,
+    no_mtp: NoMtp = False,
+    workers: Workers = min(4, os.cpu_count() or 1),
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    explain: Explain = None,
+    as_json: Json = False,
+) -> None:
+    """A Megatron checkpoint to a folder that transformers loads."""
+    from checkpoint_tools.explain import explain as explained
+    from checkpoint_tools.export import export_checkpoint, plan_export
+    from checkpoint_tools.hub import local_folder
+
+    plan = plan_export(
+        checkpoint,
+        reference=local_folder(reference) if reference else None,
+        choice=dtype,
+        no_mtp=no_mtp,
+    )
+    if explain:
+        carried = plan.origin.carried_names if plan.origin else ()
+        typer.echo(explained(explain, plan.view.table, carried))
+        return
+    options = _options(workers, max_shard_size, overwrite, dry_run, as_json)
+    report = export_checkpoint(hf_out, plan, options)
+    _print_report(report, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
+    second: Annotated[Path, typer.Argument(help="The other one, of either kind.")],
+    reference: Reference = None,
+    workers: Workers = min(4, os.cpu_count() or 1),
+    as_json: Json = False,
+) -> None:
+    """Compare every tensor bit for bit, dtype and shape included. Exit 1 on any difference."""
+    from checkpoint_tools.hub import local_folder
+    from checkpoint_tools.verify import compare
+
+    result = compare(
+        first,
+        second,
+        reference=local_folder(reference) if reference else None,
+        workers=workers,
+        quiet=as_json,
+    )
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), indent=2))
+    else:
+        _print_comparison(result)
+    raise typer.Exit(0 if result.equal else 1)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """What a folder is, and whether it is complete. Exit 1 if it is not."""
+    from checkpoint_tools.inspect_ckpt import inspect_folder
+
+    facts = inspect_folder(folder)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        for name, value in facts.items():
+            typer.echo(f"{name:20} {_shown(name, value)}")
+    raise typer.Exit(0 if facts["complete"] else 1)
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one message on stderr and exit status 2."""
+    try:
+        app()
+    except Qwen35Error as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        typer.echo(f"error: {error.strerror or error}{where}", err=True)
+        typer.echo("  nothing that looks complete was written", err=True)
+        sys.exit(2)
+
+
+def _options(workers: int, max_shard_size: str, overwrite: bool, dry_run: bool, quiet: bool) -> Any:
+    from checkpoint_tools.convert import Options
+
+    return Options(
+        workers=workers,
+        max_shard_bytes=parse_size(max_shard_size),
+        overwrite=overwrite,
+        dry_run=dry_run,
+        quiet=quiet,
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as 5GB, 500MiB or 1000000.
+
+    Raises:
+        CheckpointError: it is no positive size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        number, unit, binary = match.groups()
+        power = " KMGT".index(unit.upper() or " ")
+        size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise CheckpointError("not a size", got=text, allowed="such as 5GB or 500MiB")
+    return size
+
+
+def _print_report(report: Any, *, dry_run: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"dry_run": dry_run, **vars(report)}, indent=2))
+        return
+    done = "would write" if dry_run else "wrote"
+    typer.echo(
+        f"{done} {report.target}: {report.tensors} tensors, {_size(report.bytes)}, "
+        f"{report.carried} carried through, {len(report.files)} other files"
+    )
+    for note in report.notes:
+        typer.echo(f"  {note}")
+
+
+def _print_comparison(result: Any) -> None:
+    for name in result.missing:
+        typer.echo(f"missing  {name}")
+    for name in result.extra:
+        typer.echo(f"extra    {name}")
+    for one in result.differences:
+        detail = f"{one.first} / {one.second}"
+        if one.what == "values":
+            detail = f"{one.elements} elements, largest difference {one.largest:.3g}"
+        typer.echo(f"{one.what:8} {one.name}: {detail}")
+    verdict = "equal" if result.equal else "DIFFERENT"
+    typer.echo(f"{verdict}: {result.tensors} tensors compared, {_size(result.bytes)}")
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "bytes":
+        return _size(value)
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key} {_size(one) if name == 'dtypes' else one}" for key, one in value.items()
+        )
+    return str(value)
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+if __name__ == "__main__":
+    main()

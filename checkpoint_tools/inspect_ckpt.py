@@ -1,0 +1,126 @@
+"""Say what a folder is: format, model, tensors, dtypes, iteration, layout, completeness."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from checkpoint_tools.hf_io import HFCheckpoint, HFTensor
+from checkpoint_tools.manifest import PARTIAL
+from checkpoint_tools.mcore_io import TRACKER, MegatronCheckpoint, MegatronTensor
+from checkpoint_tools.verify import is_hf_folder
+from checkpoint_tools.views import has_mtp, model_keys, stored_layout
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.errors import CheckpointError, ConfigError
+from qwen35_mcore.flavors import FLAVORS
+
+_PARALLEL = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "cp": "context_parallel_size",
+    "dp": "data_parallel_size",
+}
+
+
+def inspect_folder(path: Path) -> dict[str, Any]:
+    """Plain values describing a folder; `complete` is false, with `problem`, when it is damaged.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint of any kind.
+    """
+    if not path.is_dir():
+        raise CheckpointError("there is no such folder", got=str(path))
+    if path.name.endswith(PARTIAL) or (path / "manifest.jsonl").is_file():
+        return {
+            "kind": "unfinished conversion",
+            "path": str(path),
+            "complete": False,
+            "problem": "it was interrupted: run the same command again",
+        }
+    describe, kind = _describe_megatron, "Megatron torch_dist checkpoint"
+    if is_hf_folder(path):
+        describe, kind = _describe_hf, "Hugging Face folder"
+    elif not _looks_like_megatron(path):
+        raise CheckpointError(
+            "neither a Hugging Face folder nor a Megatron checkpoint", got=str(path)
+        )
+    base: dict[str, Any] = {"kind": kind, "path": str(path)}
+    try:
+        return {**base, "complete": True, **describe(path)}
+    except (CheckpointError, ConfigError) as error:
+        return {**base, "complete": False, "problem": str(error).replace("\n ", ";")}
+
+
+def _looks_like_megatron(path: Path) -> bool:
+    names = (TRACKER, ".metadata", "metadata.json")
+    return any((path / name).is_file() for name in names) or any(path.glob("*.distcp"))
+
+
+def _describe_hf(path: Path) -> dict[str, Any]:
+    hf = HFCheckpoint(path)
+    config = Qwen35Config.from_hf(path)
+    return {
+        **_describe_config(config),
+        "tensors": len(hf.tensors),
+        "bytes": sum(entry.nbytes for entry in hf.tensors.values()),
+        "dtypes": _dtypes(hf.tensors.values()),
+        "shards": len(hf.files),
+        "vision_tensors": sum(name.startswith("model.visual.") for name in hf.tensors),
+        "mtp": any(name.startswith("mtp.") for name in hf.tensors),
+    }
+
+
+def _describe_megatron(path: Path) -> dict[str, Any]:
+    checkpoint = MegatronCheckpoint(path)
+    keys = model_keys(checkpoint)
+    tensors = [checkpoint.tensors[key] for key in keys]
+    recorded = checkpoint.argument("qwen35_hf_config")
+    origin = checkpoint.argument("qwen35_origin")
+    return {
+        **(_describe_config(Qwen35Config.from_hf(json.loads(recorded))) if recorded else {}),
+        "folder": str(checkpoint.folder),
+        "iteration": checkpoint.common.get("iteration"),
+        "checkpoint_version": checkpoint.common.get("checkpoint_version"),
+        "tensors": len(tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": _dtypes(tensors),
+        "mtp": has_mtp(checkpoint),
+        "gdn_layout": stored_layout(checkpoint),
+        "optimizer_tensors": len(checkpoint.tensors) - len(tensors),
+        "saved_with": {
+            short: value
+            for short, name in _PARALLEL.items()
+            if (value := checkpoint.argument(name)) is not None
+        },
+        "origin": origin,
+        "origin_present": (checkpoint.root / origin).is_dir() if origin else None,
+    }
+
+
+def _describe_config(config: Qwen35Config) -> dict[str, Any]:
+    return {
+        "model_type": config.model_type,
+        "flavor": _flavor(config),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "experts": config.num_experts,
+    }
+
+
+def _flavor(config: Qwen35Config) -> str | None:
+    bare = replace(config.to_text_only(), carried={}, mtp_num_hidden_layers=1)
+    return next((name for name, flavor in FLAVORS.items() if flavor == bare), None)
+
+
+def _dtypes(tensors: Iterable[HFTensor | MegatronTensor]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return dict(counts.most_common())

@@ -1,0 +1,149 @@
+"""Whether the checkpoint that a run wants to start from is there, whole, and of this model."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from qwen35_mcore.checkpoint_files import (
+    TRACKER,
+    complete_checkpoints,
+    damage,
+    iteration_folder,
+    tracked_folder,
+)
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.errors import CheckpointError
+
+MAY_DIFFER = (
+    *("model_type", "carried", "carried_outer"),  # how the model is packaged
+    *("max_position_embeddings", "rope_parameters"),  # changed on purpose for longer contexts
+    *("router_aux_loss_coef", "attention_dropout", "initializer_range"),  # of training only
+)
+"""Fields of the config in which a run may differ from the checkpoint it continues."""
+
+
+def check_start(args: Namespace, hf: Qwen35Config) -> None:
+    """Check ``--load``, ``--pretrained-checkpoint`` and ``--ckpt-step``.
+
+    ``--load`` may name an empty folder only where ``--save`` names the same one: that is how a job
+    that is queued again and again starts for the first time.
+
+    Raises:
+        CheckpointError: nothing to load where something must be, a damaged checkpoint, or one of
+            another architecture.
+    """
+    folder = _starting_point(args)
+    if folder is None:
+        return
+    problem = damage(folder)
+    if problem is not None:
+        raise CheckpointError(
+            "the checkpoint to start from is not complete",
+            got=problem,
+            allowed=_others(folder),
+            fix="choose another one with --ckpt-step N",
+        )
+    _check_model(folder, hf)
+
+
+def _starting_point(args: Namespace) -> Path | None:
+    load = Path(args.load) if args.load else None
+    if load is not None and args.ckpt_step:
+        return iteration_folder(load, args.ckpt_step)
+    folder = tracked_folder(load) if load is not None else None
+    if folder is not None:
+        return folder
+    if load is not None:
+        _refuse_untracked(load)
+    if args.pretrained_checkpoint:
+        return _pretrained(Path(args.pretrained_checkpoint))
+    if load is not None and not _same_folder(args.load, args.save):
+        raise CheckpointError(
+            "--load names a folder without a checkpoint",
+            got=f"{load} ({'no tracker file ' + TRACKER if load.is_dir() else 'does not exist'})",
+            allowed="a run's checkpoint folder, or the folder that --save names",
+            fix="correct the path, or drop --load to start from random weights",
+        )
+    return None
+
+
+def _refuse_untracked(load: Path) -> None:
+    """Checkpoints without a usable tracker: starting from scratch beside them is never meant."""
+    there = complete_checkpoints(load)
+    if there or (load / TRACKER).exists():
+        raise CheckpointError(
+            "the folder of --load does not say which checkpoint to start from",
+            got=f"{load / TRACKER}: {'unreadable' if (load / TRACKER).exists() else 'missing'}",
+            allowed=_others(load / "none"),
+            fix="choose one with --ckpt-step N, or name an empty folder to start from scratch",
+        )
+
+
+def _pretrained(path: Path) -> Path:
+    folder = tracked_folder(path)
+    if folder is None:
+        raise CheckpointError(
+            "--pretrained-checkpoint names a folder without a checkpoint",
+            got=f"{path} ({'no tracker file ' + TRACKER if path.is_dir() else 'does not exist'})",
+            allowed=f"a folder with {TRACKER}, as `qwen35-ckpt import` writes it",
+            fix="correct the path; for an imported model it is the output folder of the import",
+        )
+    return folder
+
+
+def _check_model(folder: Path, hf: Qwen35Config) -> None:
+    saved = _saved_config(folder)
+    names = [f.name for f in fields(Qwen35Config) if f.name not in MAY_DIFFER]
+    different = [name for name in names if getattr(saved, name) != getattr(hf, name)]
+    if different:
+        raise CheckpointError(
+            f"the checkpoint in {folder} is of another model",
+            got=_values(saved, different),
+            allowed=_values(hf, different),
+            fix="choose the --flavor, --hf-config and --override it was trained with, or another "
+            "checkpoint",
+        )
+
+
+def _saved_config(folder: Path) -> Qwen35Config:
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    try:
+        args: Any = load_common_state_dict(str(folder)).get("args")
+    except Exception as error:
+        raise CheckpointError(
+            f"the common state of {folder} cannot be read",
+            got=f"{type(error).__name__}: {error}",
+            fix="choose another checkpoint with --ckpt-step N",
+        ) from error
+    text = getattr(args, "qwen35_hf_config", None)
+    if text is None:
+        raise CheckpointError(
+            "the checkpoint was not written by this package",
+            got=str(folder),
+            allowed="a checkpoint of examples/pretrain_qwen35.py or of `qwen35-ckpt import`",
+            fix="export it to a Hugging Face folder and import that",
+        )
+    return Qwen35Config.from_hf(json.loads(text))
+
+
+def _values(config: Qwen35Config, names: list[str]) -> str:
+    return ", ".join(f"{name} {_plain(getattr(config, name))}" for name in names)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
+
+
+def _others(folder: Path) -> str:
+    names = [other.name for other in complete_checkpoints(folder.parent) if other != folder]
+    return f"complete in {folder.parent}: {', '.join(names) or 'none'}"
+
+
+def _same_folder(a: str | None, b: str | None) -> bool:
+    return bool(a and b) and os.path.realpath(str(a)) == os.path.realpath(str(b))

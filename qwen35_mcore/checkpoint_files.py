@@ -1,0 +1,121 @@
+"""The files of a run's checkpoints: which are complete, and how a new one takes its place.
+
+A run folder holds ``iter_NNNNNNN`` (or ``release``) folders and a tracker file that names the one
+to resume from. Nothing here needs a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from torch.distributed.checkpoint import FileSystemReader
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def iteration_folder(root: Path, iteration: int | str) -> Path:
+    """The folder of an iteration, or of ``release``."""
+    return root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
+
+
+def tracked_folder(root: Path) -> Path | None:
+    """The folder that the tracker file names; None without a tracker, or when it says nothing."""
+    try:
+        text = (root / TRACKER).read_text().strip()
+    except FileNotFoundError:
+        return None
+    if text == "release":
+        return iteration_folder(root, text)
+    return iteration_folder(root, int(text)) if text.isdecimal() else None
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint folder cannot be loaded; None for a complete checkpoint."""
+    for name in (".metadata", "metadata.json"):
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+    try:
+        stored = FileSystemReader(str(folder)).read_metadata().storage_data
+    except Exception as error:
+        return f"{folder / '.metadata'} cannot be read: {error}"
+    ends: dict[str, int] = {}
+    for info in stored.values():
+        end = info.offset + info.length
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), end)
+    for name, end in ends.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else -1
+        if size < end:
+            return f"{path} is missing" if size < 0 else f"{path} has {size} of {end} bytes"
+    return None
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """The complete ``iter_NNNNNNN`` folders of a run, newest first."""
+    folders = [f for f in root.glob("iter_*") if f.name.removeprefix("iter_").isdecimal()]
+    newest_first = sorted(folders, key=lambda f: int(f.name.removeprefix("iter_")), reverse=True)
+    return [folder for folder in newest_first if damage(folder) is None]
+
+
+def partial_folder(target: Path) -> Path:
+    """Where a checkpoint is written until it is complete."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what a killed save left behind."""
+    for pattern in (".iter_*.partial", ".iter_*.replaced"):
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Put a finished checkpoint in its place.
+
+    Whenever the process dies in here, the tracker names a complete checkpoint or, when the one
+    that it named was the only one, does not exist.
+    """
+    for path in (partial / "metadata.json", partial):
+        _sync(path)
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.is_dir() and any(target.iterdir()):
+        if tracked_folder(target.parent) == target:
+            _track_another(target)
+        os.rename(target, replaced)
+    os.rename(partial, target)
+    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced_when_closed(path: str | Path) -> Iterator[TextIO]:
+    """Open a text file for writing that takes the place of ``path`` in one step, once complete."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _track_another(folder: Path) -> None:
+    tracker = folder.parent / TRACKER
+    others = [other for other in complete_checkpoints(folder.parent) if other != folder]
+    if not others:
+        tracker.unlink()
+        return
+    with replaced_when_closed(tracker) as file:
+        file.write(str(int(others[0].name.removeprefix("iter_"))))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

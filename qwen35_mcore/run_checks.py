@@ -1,0 +1,180 @@
+"""Everything that can be wrong with a run, found before any process group forms.
+
+Every rank comes to the same answer, from the flags, the environment and shared files.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from qwen35_mcore.checkpoint_checks import check_start
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.data import check_dataset, read_sidecar
+from qwen35_mcore.errors import ConfigError, DataError
+from qwen35_mcore.parallel import ParallelLayout, check_layout
+from qwen35_mcore.pipeline_layout import parse_pipeline_layout
+
+REFUSED = {
+    "yaml_cfg": "the model comes from --flavor or --hf-config",
+    "use_checkpoint_args": "the model comes from --flavor or --hf-config",
+    "use_precision_aware_optimizer": "with Transformer Engine its main copies of A_log, dt_bias "
+    "and the GDN norm, which stay float32, are never updated",
+    "use_megatron_fsdp": "GatedDeltaNet's checkpoint layout was not tested with it",
+    "use_torch_fsdp2": "GatedDeltaNet's checkpoint layout was not tested with it",
+    "fp16": "Qwen3.5 is trained in bf16 or float32",
+}
+
+NEEDED = {
+    "micro_batch_size": "sequences per forward pass and data parallel rank",
+    "seq_length": "tokens per sequence",
+    "lr": "the peak learning rate",
+}
+
+DATA_FLAGS = (
+    *("data_path", "data_args_path", "mock_data", "per_split_data_args_path"),
+    *("train_data_path", "valid_data_path", "test_data_path"),
+)
+
+
+def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
+    """Refuse flags that contradict the model, that do not work with it, or that are missing.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    for name, value in architecture.items():
+        if getattr(args, name) != value:
+            raise ConfigError(
+                f"{_flag(name)} contradicts the model",
+                got=getattr(args, name),
+                allowed=repr(value),
+                fix="drop the flag; to change the model pass --override KEY=VALUE",
+            )
+    for name, reason in REFUSED.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"{_flag(name)} is not supported: {reason}", got=getattr(args, name))
+    if args.ckpt_format != "torch_dist":
+        raise ConfigError(
+            "checkpoints are written in one format, the one that converts and changes layout",
+            got=f"--ckpt-format {args.ckpt_format}",
+            allowed="torch_dist",
+            fix="drop the flag",
+        )
+    _check_needed(args)
+
+
+def _check_needed(args: Namespace) -> None:
+    missing = {flag: what for flag, what in NEEDED.items() if getattr(args, flag) is None}
+    if args.train_iters is None and args.train_samples is None:
+        missing["train_iters"] = "optimizer steps (or --train-samples)"
+    if not any(getattr(args, name) for name in DATA_FLAGS):
+        missing["data_path"] = "a dataset prefix (or --mock-data)"
+    if args.save and args.save_interval is None:
+        missing["save_interval"] = "steps between checkpoints, needed with --save"
+    if missing:
+        listing = "; ".join(f"{_flag(flag)}, {what}" for flag, what in missing.items())
+        raise ConfigError("flags are missing", fix=f"pass {listing}")
+
+
+def check_run(args: Namespace, hf: Qwen35Config) -> None:
+    """Check the parallel layout, the datasets and the checkpoint to start from.
+
+    Raises:
+        ConfigError: the layout cannot run the model; all violations at once.
+        DataError: a dataset is missing, damaged, or of another vocabulary.
+        CheckpointError: see `check_start`.
+    """
+    _check_layout(args, hf)
+    for prefix in dataset_prefixes(args):
+        check_dataset(prefix, vocab_size=hf.vocab_size)
+    check_start(args, hf)
+
+
+def check_tokenizer(args: Namespace, hf: Qwen35Config, tokenizer: Any) -> None:
+    """Check the tokenizer that megatron built against the model and the datasets.
+
+    Raises:
+        DataError: it has more ids than the model, or datasets end documents with another one.
+    """
+    if tokenizer.vocab_size > hf.vocab_size:
+        raise DataError(
+            "the tokenizer is larger than the model's vocabulary",
+            got=f"{args.tokenizer_type} {args.tokenizer_model or ''} with {tokenizer.vocab_size} ids",
+            allowed=f"at most {hf.vocab_size}",
+            fix="use the model's own tokenizer, or choose a model with this vocabulary",
+        )
+    for prefix in dataset_prefixes(args):
+        if read_sidecar(prefix) is not None:
+            check_dataset(prefix, vocab_size=hf.vocab_size, eod_id=getattr(tokenizer, "eod", None))
+
+
+def dataset_prefixes(args: Namespace) -> list[str]:
+    """The prefixes of every dataset that the flags name, weights left out.
+
+    Raises:
+        DataError: a file of prefixes is missing or cannot be read.
+    """
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        raise DataError("cannot tell the datasets from the flags", got=str(error)) from error
+    blends = [blend, *(per_split or [])]
+    return list(dict.fromkeys(prefix for one in blends if one for prefix in one[0]))
+
+
+def _check_layout(args: Namespace, hf: Qwen35Config) -> None:
+    uneven = any(
+        getattr(args, name)
+        for name in (
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "account_for_embedding_in_pipeline_split",
+            "account_for_loss_in_pipeline_split",
+        )
+    )
+    violations = check_layout(
+        hf,
+        _layout(args, hf),
+        seq_length=args.seq_length,
+        world_size=args.world_size,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=None if args.rampup_batch_size else args.global_batch_size,
+        fp8=bool(args.fp8),
+    )
+    if uneven:  # megatron checks its own ways of splitting unevenly
+        violations = [v for v in violations if v.rule != "pp * vpp divides num_hidden_layers"]
+    if violations:
+        listing = "\n  - ".join(str(violation) for violation in violations)
+        raise ConfigError(f"the parallel layout cannot run this model:\n  - {listing}")
+
+
+def _layout(args: Namespace, hf: Qwen35Config) -> ParallelLayout:
+    return ParallelLayout(
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        vpp=_virtual_stages(args, hf),
+        cp=args.context_parallel_size,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        pipeline_layout=args.pipeline_model_parallel_layout,
+    )
+
+
+def _virtual_stages(args: Namespace, hf: Qwen35Config) -> int:
+    pp = max(1, args.pipeline_model_parallel_size)
+    if args.pipeline_model_parallel_layout is not None:
+        try:
+            return max(1, len(parse_pipeline_layout(args.pipeline_model_parallel_layout)) // pp)
+        except ConfigError:  # the layout's own rule reports it
+            return 1
+    if args.num_layers_per_virtual_pipeline_stage:
+        return max(1, hf.num_hidden_layers // (pp * args.num_layers_per_virtual_pipeline_stage))
+    return args.num_virtual_stages_per_pipeline_rank or 1
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

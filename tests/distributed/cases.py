@@ -1,0 +1,99 @@
+"""The parallel modes that are proven equal to the serial run.
+
+``python -m tests.distributed.cases`` runs them and prints the README's table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.helpers.distributed import worker_pool
+from tests.helpers.equivalence import Case, compare
+from tests.helpers.training import Layout
+
+MOE: dict[str, Any] = {"mtp_num_hidden_layers": 1}
+DENSE: dict[str, Any] = {"moe": False, "mtp_num_hidden_layers": 1, "tie_word_embeddings": True}
+PLAIN: dict[str, Any] = {}  # MoE without MTP
+ODD: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "layer_types": ("linear_attention", "full_attention", *["linear_attention"] * 3),
+    "mtp_num_hidden_layers": 1,
+}
+EIGHT: dict[str, Any] = {"num_hidden_layers": 8, "mtp_num_hidden_layers": 1}
+FULL_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+SELECTIVE_RECOMPUTE = {
+    "recompute_granularity": "selective",
+    "recompute_modules": ["core_attn", "moe_act", "gdn_norm_out"],
+}
+ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+
+
+def _aux(kind: str) -> dict[str, Any]:
+    return {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": 0.01}
+
+
+CASES = [
+    Case("TP2 dense without SP", 2, Layout(tp=2, sp=False), DENSE),
+    Case("TP2 dense with SP", 2, Layout(tp=2), DENSE),
+    Case("TP2 MoE with SP", 2, Layout(tp=2), MOE),
+    Case("TP4, 2 KV heads", 4, Layout(tp=4), MOE),
+    Case("TP4 dense, 1 KV head", 4, Layout(tp=4, sp=False), DENSE | {"num_key_value_heads": 1}),
+    Case("PP2 MoE", 2, Layout(pp=2), MOE),
+    Case("PP2 dense, tied embeddings", 2, Layout(pp=2), DENSE),
+    Case("PP4", 4, Layout(pp=4), MOE),
+    Case("PP2 x VPP2", 2, Layout(pp=2, vpp=2), MOE),
+    Case("PP4 x VPP2", 4, Layout(pp=4, vpp=2), EIGHT),
+    Case("PP2, uneven layout, MTP last", 2, Layout(pp=2, stages="Ettt|tmL"), MOE),
+    Case(
+        "PP2 x VPP2, uneven layout, 5 layers",
+        2,
+        Layout(pp=2, vpp=2, stages="Et|tt|t|tmL"),
+        ODD,
+    ),
+    Case("EP2", 2, Layout(ep=2), MOE),
+    Case("EP4", 4, Layout(ep=4), MOE),
+    Case("EP2, all-gather dispatcher", 2, Layout(ep=2, run=ALLGATHER), PLAIN),
+    Case("TP2 x ETP2", 2, Layout(tp=2, etp=2), MOE),
+    Case("TP2 x EP2 (ETP1)", 2, Layout(tp=2, ep=2), MOE),
+    Case("CP2 (all-to-all GDN)", 2, Layout(cp=2), MOE),
+    Case("CP2 dense", 2, Layout(cp=2), DENSE),
+    Case("CP4", 4, Layout(cp=4), PLAIN),
+    Case("CP2 x TP2", 4, Layout(cp=2, tp=2), MOE),
+    Case("DP2", 2, Layout(), MOE),
+    Case("DP2 dense, no distributed optimizer", 2, Layout(distributed_optimizer=False), DENSE),
+    Case("DP4, overlapped reduce and gather", 4, Layout(overlap=True), MOE),
+    Case("PP2 x DP2, overlapped", 4, Layout(pp=2, overlap=True), MOE),
+    Case("TP2 x PP2 x EP2", 4, Layout(tp=2, pp=2, ep=2), MOE),
+    Case("PP2 x VPP2 x EP2", 4, Layout(pp=2, vpp=2, ep=2), MOE),
+    Case("microbatch of 4", 1, Layout(), MOE, micro_batch_size=4),
+    Case("full recompute", 1, Layout(run=FULL_RECOMPUTE), MOE),
+    Case("selective recompute", 1, Layout(run=SELECTIVE_RECOMPUTE), MOE),
+    Case("TP2 x EP2, full recompute", 2, Layout(tp=2, ep=2, run=FULL_RECOMPUTE), MOE),
+    Case("PP2, selective recompute", 2, Layout(pp=2, run=SELECTIVE_RECOMPUTE), MOE),
+    Case("TP2 x EP2, aux_loss", 2, Layout(tp=2, ep=2, run=_aux("aux_loss")), MOE),
+    Case("PP2, seq_aux_loss", 2, Layout(pp=2, run=_aux("seq_aux_loss")), MOE),
+    Case("CP2, aux_loss", 2, Layout(cp=2, run=_aux("aux_loss")), MOE),
+    Case("CP2, global_aux_loss", 2, Layout(cp=2, run=_aux("global_aux_loss")), MOE),
+    Case("TP2 x EP2, global_aux_loss", 2, Layout(tp=2, ep=2, run=_aux("global_aux_loss")), MOE),
+]
+
+
+def main() -> None:
+    """Print the table of differences in markdown."""
+    pool = worker_pool()
+    print(
+        "| mode | ranks | largest per-token loss difference | largest relative gradient difference |"
+    )
+    print("| --- | --- | --- | --- |")
+    for case in CASES:
+        d = compare(pool, case)
+        print(f"| {case.name} | {case.world} | {d.token_loss:.1e} | {d.gradient:.1e} |", flush=True)
+    pool.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib as mpl
 
@@ -20,10 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 INK, GREY = "#1f2933", "#7b8794"
 SERIES = {
     # tag in the event files: (label, colour)
-    "mtp_1 loss": ("MTP loss, one token further", "#d9822b"),
-    "lm loss": ("training loss", "#2f6fde"),
-    "lm loss validation": ("validation loss", "#0b8a5f"),
+    "mtp_1 loss": ("MTP, 2 ahead", "#d9822b"),
+    "lm loss": ("training", "#2f6fde"),
+    "lm loss validation": ("validation", "#0b8a5f"),
 }
+VALIDATION = "lm loss validation"
 
 
 @dataclass
@@ -72,26 +75,35 @@ def draw(history: History, output: Path, title: str, subtitle: str) -> None:
     """Write the picture; its format follows from the name of ``output``."""
     plt.rcParams.update({"font.size": 11, "text.color": INK, "axes.labelcolor": INK})
     figure, axes = plt.subplots(figsize=(10, 5.6), dpi=160, layout="constrained")
-    drawn = [tag for tag in SERIES if history.losses[tag]]
-    for tag in drawn:
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    ends = []
+    for tag in SERIES:
+        if not history.losses[tag]:
+            continue
         label, colour = SERIES[tag]
         steps, values = zip(*sorted(history.losses[tag].items()), strict=True)
-        style = (
-            {"marker": "o", "markersize": 7, "markeredgecolor": "white", "zorder": 4}
-            if tag == "lm loss validation"
-            else {"linewidth": 1.6}
-        )
-        axes.plot(steps, values, color=colour, label=label, **style)
-    last_step = max(history.losses["lm loss"])
-    axes.set_xlim(0, last_step * 1.01)
+        if tag == VALIDATION:
+            axes.plot(
+                *(steps, values, "o-"),
+                color=colour,
+                linewidth=1.2,
+                markersize=7.5,
+                markeredgecolor="white",
+                zorder=4,
+            )
+        else:
+            axes.plot(steps, values, color=colour, linewidth=1, alpha=0.28)
+            values = _smooth(values)
+            axes.plot(steps, values, color=colour, linewidth=2.2, solid_capstyle="round")
+        ends.append((values[-1], label, colour))
+    axes.set_xlim(0, max(history.losses["lm loss"]) * 1.01)
     for step in history.resumed_after:
         _mark_resume(axes, step)
-    _label_ends(axes, [(history.last(tag)[1], SERIES[tag][1]) for tag in drawn])
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("loss, nats per token")
-    axes.set_title(title, loc="left", fontsize=15, fontweight="bold", pad=26)
-    axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=GREY)
-    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.98))
+    _label_ends(axes, ends)
+    axes.set_xlabel("iteration", labelpad=8)
+    axes.set_ylabel("loss, nats per token", labelpad=8)
+    axes.set_title(title, loc="left", fontsize=15, fontweight="bold", pad=30)
+    axes.text(0, 1.03, subtitle, transform=axes.transAxes, color=GREY)
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=GREY, length=0)
@@ -99,6 +111,15 @@ def draw(history: History, output: Path, title: str, subtitle: str) -> None:
     axes.spines["bottom"].set_color("#cbd2d9")
     figure.savefig(output)
     plt.close(figure)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred mean over at most nine points, fewer near both ends."""
+    smooth = []
+    for i in range(len(values)):
+        reach = min(4, i, len(values) - 1 - i)
+        smooth.append(fmean(values[i - reach : i + reach + 1]))
+    return smooth
 
 
 def _mark_resume(axes: Axes, step: int) -> None:
@@ -114,15 +135,15 @@ def _mark_resume(axes: Axes, step: int) -> None:
     )
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, str]]) -> None:
-    """The last value of every series, right of the axes; close ones are moved apart."""
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Last value and name of every series, right of the axes; close ones are moved apart."""
     low, high = axes.get_ylim()
-    gap, floor = 0.05 * (high - low), low
-    for value, colour in sorted(ends):
+    gap, floor = 0.055 * (high - low), low
+    for value, label, colour in sorted(ends):
         y = max(value, floor)
         floor = y + gap
         axes.annotate(
-            f"{value:.2f}",
+            f"{value:.2f}  {label}",
             xy=(1, y),
             xycoords=("axes fraction", "data"),
             xytext=(8, 0),

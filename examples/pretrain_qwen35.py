@@ -8,13 +8,14 @@ this file for a walk-through.
 
 from __future__ import annotations
 
-import sys
+import warnings
 from functools import partial
 from typing import Any
 
 from qwen35_mcore import cpu
 
 if cpu.is_needed():
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine)")
     cpu.enable_training()
 
 import torch
@@ -36,7 +37,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from qwen35_mcore.arguments import parse_arguments
-from qwen35_mcore.errors import Qwen35Error
+from qwen35_mcore.job_errors import reported_once
 from qwen35_mcore.mcore_compat import prepare_training
 from qwen35_mcore.planner.flops import training_flops
 from qwen35_mcore.provider import make_model_provider
@@ -183,7 +184,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported_once():
         main()
-    except Qwen35Error as error:
-        sys.exit(f"error: {error}")

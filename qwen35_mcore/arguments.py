@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from qwen35_mcore import cpu
@@ -20,18 +19,11 @@ from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data.sidecar import read_sidecar
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.mcore_compat import config_from_arguments
+from qwen35_mcore.megatron_refusals import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.ops.dispatch import BACKENDS
-from qwen35_mcore.transformer_config import architecture_arguments
-
-REFUSED = {
-    "yaml_cfg": "the model comes from --flavor or --hf-config",
-    "use_checkpoint_args": "the model comes from --flavor or --hf-config",
-    "use_precision_aware_optimizer": "with Transformer Engine its main copies of A_log, dt_bias "
-    "and the GDN norm, which stay float32, are never updated",
-    "use_megatron_fsdp": "GatedDeltaNet's checkpoint layout was not tested with it",
-    "use_torch_fsdp2": "GatedDeltaNet's checkpoint layout was not tested with it",
-    "fp16": "Qwen3.5 is trained in bf16 or float32",
-}
+from qwen35_mcore.run_checks import check_flags, check_run, check_tokenizer, dataset_prefixes
+from qwen35_mcore.transformer_config import Qwen35TransformerConfig, architecture_arguments
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Qwen35Config]:
@@ -42,28 +34,39 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         namespace carries the model as ``qwen35_hf_config``, a JSON string, into every checkpoint.
 
     Raises:
-        ConfigError: no model or two, an architecture flag that contradicts the model, or a feature
-            that does not work with it.
+        ConfigError: no model or two, a flag that does not exist or contradicts the model, or a
+            parallel layout that cannot run it.
+        DataError: a dataset or tokenizer that cannot train it.
+        CheckpointError: no checkpoint where the run must start from one, or one of another model.
     """
+    from megatron.training import get_tokenizer
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
     argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        with _argv(argv):
+            parse_args(_add_model_arguments)  # prints the help and exits
     early, _ = _model_parser().parse_known_args(argv)
     hf = choose_model(early.flavor, early.hf_config, early.override)
     architecture = architecture_arguments(hf)
 
     def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        raise_instead_of_usage(parser)
         _add_model_arguments(parser)
         parser.set_defaults(**run_defaults(hf), **architecture)
         return parser
 
     with _argv(argv):
         args = parse_args(add_ours)
-    _check(args, architecture)
+    check_flags(args, architecture)
     _complete(args, hf)
-    validate_args(args)
-    set_global_variables(args)
+    check_run(args, hf)
+    with as_config_errors(args):
+        validate_args(args)
+        config_from_arguments(args, Qwen35TransformerConfig)
+        set_global_variables(args)
+    check_tokenizer(args, hf, get_tokenizer())
     return args, hf
 
 
@@ -114,6 +117,7 @@ def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
         "eval_interval": 1000,  # megatron divides by it and has no default
         "create_attention_mask_in_dataloader": False,
         "attention_softmax_in_fp32": True,
+        "rerun_mode": "disabled",  # see nonfinite
     }
     if hf.is_moe:
         defaults |= {
@@ -138,11 +142,11 @@ def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
 
 def _model_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    _add_model_arguments(parser)
-    return parser
+    raise_instead_of_usage(parser)
+    return _add_model_arguments(parser)
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group(title="qwen3.5")
     group.add_argument("--flavor", help="A published size; see `qwen35 flavors`.")
     group.add_argument("--hf-config", help="A Hugging Face config.json, or its folder.")
@@ -159,20 +163,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="Kernels of the GatedDeltaNet. auto says what it chose and why.",
     )
-
-
-def _check(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
-    for name, value in architecture.items():
-        if getattr(args, name) != value:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} contradicts the model",
-                got=getattr(args, name),
-                allowed=repr(value),
-                fix="drop the flag; to change the model pass --override KEY=VALUE",
-            )
-    for name, reason in REFUSED.items():
-        if getattr(args, name, None):
-            raise ConfigError(f"--{name.replace('_', '-')} is not supported: {reason}")
+    return parser
 
 
 def _complete(args: argparse.Namespace, hf: Qwen35Config) -> None:
@@ -189,24 +180,16 @@ def _complete(args: argparse.Namespace, hf: Qwen35Config) -> None:
 
 def _tokenizer_from_sidecar(args: argparse.Namespace) -> None:
     """Without ``--tokenizer-type``, the tokenizer that made the first dataset."""
-    paths = [p for p in (args.data_path or args.train_data_path or []) if not _is_weight(p)]
-    if args.tokenizer_type is not None or not paths:
+    prefixes = dataset_prefixes(args)
+    if args.tokenizer_type is not None or not prefixes:
         return
-    sidecar = read_sidecar(Path(paths[0]))
+    sidecar = read_sidecar(prefixes[0])
     if sidecar is None:
         return
     flags = sidecar.megatron_flags()
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
         name = flag.removeprefix("--").replace("-", "_")
         setattr(args, name, int(value) if value.isdecimal() else value)
-
-
-def _is_weight(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 class _argv:  # noqa: N801

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -114,7 +115,9 @@ def _saved_config(folder: Path) -> Qwen35Config:
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     try:
-        args: Any = load_common_state_dict(str(folder)).get("args")
+        with warnings.catch_warnings():  # torch doubts that one process is meant
+            warnings.simplefilter("ignore")
+            args: Any = load_common_state_dict(str(folder)).get("args")
     except Exception as error:
         raise CheckpointError(
             f"the common state of {folder} cannot be read",

@@ -20,6 +20,7 @@ from qwen35_mcore.errors import Qwen35Error
 
 PATIENCE_S = 20.0
 """How long other ranks give rank 0, which may still be importing, to print the error they share."""
+EXIT_USAGE = 2
 _KEY = "qwen35_mcore/error"
 
 
@@ -45,7 +46,7 @@ def _leave(error: Qwen35Error) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(1.0)  # the launcher ends every rank as soon as one has left
-    sys.exit(error.exit_status)
+    sys.exit(getattr(error, "exit_status", EXIT_USAGE))
 
 
 def _prints(store: Any) -> bool:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -97,7 +96,6 @@ __all__ = [
 ]
 
 SUPPORTED = (0, 19)
-TRACKER = "latest_checkpointed_iteration.txt"
 GDN_VARIANT = "gated_delta_net"  # spelt "gdn" on megatron-core's main branch
 
 
@@ -209,7 +207,9 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
             MTP, and takes the MTP layer for a GDN layer otherwise.
     """
     from megatron.core.datasets import utils as dataset_utils
-    from megatron.training import checkpointing, training
+    from megatron.training import training
+
+    from qwen35_mcore import nonfinite, resharding, safe_saving
 
     def num_floating_point_operations(
         args: Any,
@@ -224,34 +224,6 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
     # The wheel ships the compiled helpers but not the Makefile that compile_helpers runs.
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         dataset_utils.compile_helpers = lambda: None
-    if not isinstance(checkpointing.maybe_msc, _AtomicTracker):
-        checkpointing.maybe_msc = _AtomicTracker(checkpointing.maybe_msc)
-
-
-class _AtomicTracker:
-    """megatron's file access, with the checkpoint tracker replaced in one step.
-
-    megatron truncates ``latest_checkpointed_iteration.txt`` and then writes it: a process killed in
-    between leaves an empty tracker, and the run no longer finds its checkpoints.
-    """
-
-    def __init__(self, files: Any) -> None:
-        self._files = files
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._files, name)
-
-    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if mode == "w" and os.path.basename(path) == TRACKER:
-            return _replace_when_closed(path)
-        return self._files.open(path, mode, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def _replace_when_closed(path: str) -> Iterator[TextIO]:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    nonfinite.install()
+    resharding.install()
+    safe_saving.install()

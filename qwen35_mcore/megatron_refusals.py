@@ -27,7 +27,9 @@ def raise_instead_of_usage(parser: argparse.ArgumentParser) -> None:
 
     def error(message: str) -> NoReturn:
         if message.startswith(_UNKNOWN):
-            raise _unknown_flags(message.removeprefix(_UNKNOWN), list(parser._option_string_actions))
+            raise _unknown_flags(
+                message.removeprefix(_UNKNOWN), list(parser._option_string_actions)
+            )
         raise ConfigError(f"cannot read the command line: {message}")
 
     parser.error = error  # type: ignore[method-assign]

@@ -1,4 +1,5 @@
-"""GPTModel with two corrections: YaRN on partial RoPE, and MTP under context parallelism."""
+"""GPTModel with three corrections: YaRN on partial RoPE, MTP under context parallelism, and MTP
+with tied embeddings under pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -19,12 +20,19 @@ class Qwen35Model(GPTModel):
     it, by the counts of the rank at hand; of the context-parallel ranks only one lost a position,
     so their gradients are weighed differently from a serial run (2 % at 64 tokens, 1e-3 at a few
     thousand). Here the weight is corrected to the counts of the whole sequence.
+
+    Tied embeddings: the last of several pipeline stages holds a copy of the embedding for MTP and
+    computes its logits from it. megatron allocates an output weight there all the same, which
+    nothing reads, and then refuses to save it. Here it is dropped.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.position_embedding_type == "yarn":
             self.rotary_pos_emb = self._partial_yarn()
+        ties_to_mtp_embedding = self.mtp_process and not self.pre_process
+        if self.post_process and ties_to_mtp_embedding and self.share_embeddings_and_output_weights:
+            self.output_layer.weight = None
 
     def _partial_yarn(self) -> YarnRotaryEmbedding:
         config = self.config

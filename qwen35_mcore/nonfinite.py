@@ -8,6 +8,8 @@ every step and raises.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ from megatron.training import get_args
 
 from qwen35_mcore.checkpoint_files import tracked_folder
 from qwen35_mcore.errors import Qwen35Error
-from pathlib import Path
 
 
 class NonFiniteError(Qwen35Error):
@@ -35,7 +36,9 @@ def install() -> None:
 
 
 def _raising(original: Any) -> Any:
-    def validate_result(self: Any, result: Any, rejection_func: Any, message: str, **rest: Any) -> None:
+    def validate_result(
+        self: Any, result: Any, rejection_func: Any, message: str, **rest: Any
+    ) -> None:
         if self.mode != rerun_state_machine.RerunMode.DISABLED:
             original(self, result, rejection_func, message, **rest)
             return
@@ -62,13 +65,12 @@ def refuse_to_save(state: dict[str, Any]) -> None:
         raise _error("the weights are not finite, so no checkpoint was written", names[:3] or None)
 
 
-def _weights(state: dict[str, Any]) -> Any:
-    for part, values in state.items():
-        if part.startswith("model") and isinstance(values, dict):
-            for value in nested_values(values):
-                if isinstance(value, ShardedTensor | ShardedTensorFactory):
-                    if isinstance(value.data, torch.Tensor) and value.data.is_floating_point():
-                        yield value.key, value.data
+def _weights(state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    models = [part for name, part in state.items() if name.startswith("model")]
+    for value in (value for model in models for value in nested_values(model)):
+        data = value.data if isinstance(value, ShardedTensor | ShardedTensorFactory) else None
+        if isinstance(data, torch.Tensor) and data.is_floating_point():
+            yield value.key, data
 
 
 def _error(what: str, got: Any) -> NonFiniteError:

@@ -100,7 +100,7 @@ def check_tokenizer(args: Namespace, hf: Qwen35Config, tokenizer: Any) -> None:
     if tokenizer.vocab_size > hf.vocab_size:
         raise DataError(
             "the tokenizer is larger than the model's vocabulary",
-            got=f"{args.tokenizer_type} {args.tokenizer_model or ''} with {tokenizer.vocab_size} ids",
+            got=f"{args.tokenizer_model or args.tokenizer_type} with {tokenizer.vocab_size} ids",
             allowed=f"at most {hf.vocab_size}",
             fix="use the model's own tokenizer, or choose a model with this vocabulary",
         )
@@ -141,7 +141,7 @@ def _check_layout(args: Namespace, hf: Qwen35Config) -> None:
         seq_length=args.seq_length,
         world_size=args.world_size,
         micro_batch_size=args.micro_batch_size,
-        global_batch_size=None if args.rampup_batch_size else args.global_batch_size,
+        global_batch_size=args.global_batch_size,
         fp8=bool(args.fp8),
     )
     if uneven:  # megatron checks its own ways of splitting unevenly

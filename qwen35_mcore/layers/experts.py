@@ -96,7 +96,7 @@ class GroupedExperts(MegatronModule):
         if not self.recompute_activation:
             activated = weighted_swiglu(gate_up, probs_t)
             return grouped_linear(activated, self.weight2, tokens_per_expert), None
-        checkpoint = CheckpointWithoutOutput()
+        checkpoint = CheckpointWithoutOutput(fp8=None)
         activated = checkpoint.checkpoint(weighted_swiglu, gate_up, probs_t)
         output = grouped_linear(activated, self.weight2, tokens_per_expert)
         checkpoint.discard_output_and_register_recompute(output)

@@ -171,7 +171,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
 
         if not self.recompute_norm_out:
             return self.out_proj(norm(out, z))
-        checkpoint = CheckpointWithoutOutput()
+        checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8)
         projected, bias = self.out_proj(checkpoint.checkpoint(norm, out, z))
         checkpoint.discard_output_and_register_recompute(projected)
         return projected, bias

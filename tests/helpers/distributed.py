@@ -48,12 +48,15 @@ class WorkerPool:
                 call = (case, kwargs, rank, world_size, os.path.join(folder, "store"))
                 self._workers[rank][1].send_bytes(_pack(call))
             results: list[Any] = [None] * world_size
+            failures: dict[int, str] = {}
+            patience: float = CASE_TIMEOUT_S
             waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
             while waiting:
-                ready = multiprocessing.connection.wait(list(waiting), timeout=CASE_TIMEOUT_S)
+                ready = multiprocessing.connection.wait(list(waiting), timeout=patience)
                 if not ready:
-                    self.close()
-                    raise CaseError(f"ranks {sorted(waiting.values())} gave no answer")
+                    message = f"ranks {sorted(waiting.values())} gave no answer"
+                    failures = failures or {min(waiting.values()): message}
+                    break
                 for connection in ready:
                     rank = waiting.pop(connection)  # type: ignore[arg-type]
                     try:
@@ -61,8 +64,13 @@ class WorkerPool:
                     except EOFError:
                         ok, results[rank] = False, "the process died"
                     if not ok:
-                        self.close()
-                        raise CaseError(f"rank {rank} of {world_size}:\n{results[rank]}")
+                        failures[rank] = results[rank]
+                        patience = 1.0  # the others fail after it, or hang in a collective
+        if failures:
+            self.close()
+            # a lost connection is what the other ranks see of the failure
+            first = min(failures, key=lambda rank: "Connection" in failures[rank])
+            raise CaseError(f"rank {first} of {world_size}:\n{failures[first]}")
         return results
 
     def close(self) -> None:

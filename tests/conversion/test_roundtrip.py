@@ -1,0 +1,163 @@
+"""Import, then export: the same tensors, names, dtypes and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.storage import CHUNK_BYTES
+from tests.helpers.ckpt_cli import ckpt, ckpt_process, ok
+from tests.helpers.hf_toy import KINDS, OTHER_FILES, pack_experts, read_all, rewrite, write_toy
+
+FOLDERS = (*KINDS, "qwen3_5_moe_text-packed", "qwen3_5_moe-packed")
+
+
+def assert_same_folder(source: Path, result: Path) -> None:
+    """Every tensor equal with its name and dtype, read by safetensors itself; files identical."""
+    before, after = read_all(source), read_all(result)
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name], tensor), name
+    for name in ("config.json", *OTHER_FILES):
+        assert (result / name).read_bytes() == (source / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("layout", ["qwen35", "mcore"])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_import_then_export_gives_the_folder_back(
+    toys: dict[str, Path], tmp_path: Path, folder: str, layout: str
+) -> None:
+    source = toys[folder]
+    ok(ckpt("import", source, tmp_path / "m", "--layout", layout, "--max-shard-size", "200KB"))
+    ok(ckpt("export", tmp_path / "m", tmp_path / "hf", "--max-shard-size", "300KB"))
+    assert_same_folder(source, tmp_path / "hf")
+    ok(ckpt("verify", source, tmp_path / "m"))
+    ok(ckpt("verify", source, tmp_path / "hf"))
+
+
+def test_the_commands_as_processes(toys: dict[str, Path], tmp_path: Path) -> None:
+    source = toys["qwen3_5_moe"]
+    ok(ckpt_process("import", source, tmp_path / "m"))
+    ok(ckpt_process("export", tmp_path / "m" / "release", tmp_path / "hf"))
+    assert_same_folder(source, tmp_path / "hf")
+    verdict = json.loads(ok(ckpt_process("verify", tmp_path / "hf", source, "--json")).out)
+    assert verdict["equal"] is True
+    assert verdict["tensors"] == len(read_all(source))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tied_without_mtp(tmp_path: Path, kind: str) -> None:
+    write_toy(tmp_path / "hf", kind, mtp=False, tied=True)
+    assert "lm_head.weight" not in read_all(tmp_path / "hf")
+    ok(ckpt("import", tmp_path / "hf", tmp_path / "m"))
+    assert not any(
+        key.startswith(("mtp.", "output_layer."))
+        for key in MegatronCheckpoint(tmp_path / "m").tensors
+    )
+    ok(ckpt("export", tmp_path / "m", tmp_path / "back"))
+    assert_same_folder(tmp_path / "hf", tmp_path / "back")
+
+
+def test_transformers_finds_every_tensor_of_an_export(
+    toys: dict[str, Path], tmp_path: Path
+) -> None:
+    from tests.helpers.hf_reference import modeling
+
+    for folder in FOLDERS:
+        ok(ckpt("import", toys[folder], tmp_path / folder / "m"))
+        ok(ckpt("export", tmp_path / folder / "m", tmp_path / folder / "hf"))
+        config = json.loads((toys[folder] / "config.json").read_text())
+        module = modeling("qwen3_5_moe" if "moe" in folder else "qwen3_5")
+        model_class = getattr(module, config["architectures"][0])
+        _, info = model_class.from_pretrained(tmp_path / folder / "hf", output_loading_info=True)
+        assert not info["missing_keys"], folder
+        assert not info["mismatched_keys"], folder
+        assert all(key.startswith("mtp.") for key in info["unexpected_keys"]), folder
+
+
+def test_any_mix_of_dtypes(tmp_path: Path) -> None:
+    write_toy(tmp_path / "hf", "qwen3_5_moe_text")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def mix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(dtypes[i % 3]) for i, (name, tensor) in enumerate(tensors.items())}
+
+    rewrite(tmp_path / "hf", mix)
+    ok(ckpt("import", tmp_path / "hf", tmp_path / "m"))
+    ok(ckpt("export", tmp_path / "m", tmp_path / "back"))
+    assert_same_folder(tmp_path / "hf", tmp_path / "back")
+
+
+def test_other_tensors_are_carried_when_asked(tmp_path: Path) -> None:
+    write_toy(tmp_path / "hf", "qwen3_5_text")
+    extra = {"adapter.scale": torch.tensor(3), "adapter.empty": torch.empty(0, 4)}
+    rewrite(tmp_path / "hf", lambda tensors: tensors | extra)
+    ok(ckpt("import", tmp_path / "hf", tmp_path / "m", "--carry", "adapter.*"))
+    ok(ckpt("export", tmp_path / "m", tmp_path / "back"))
+    assert_same_folder(tmp_path / "hf", tmp_path / "back")
+
+
+def test_a_config_that_promises_an_mtp_layer_that_was_dropped(tmp_path: Path) -> None:
+    write_toy(tmp_path / "hf", "qwen3_5_text")
+    rewrite(
+        tmp_path / "hf",
+        lambda tensors: {n: t for n, t in tensors.items() if not n.startswith("mtp.")},
+    )
+    assert "--no-mtp" in ckpt("import", tmp_path / "hf", tmp_path / "m").err
+    ok(ckpt("import", tmp_path / "hf", tmp_path / "m", "--no-mtp"))
+    recorded = json.loads(MegatronCheckpoint(tmp_path / "m").argument("qwen35_hf_config"))
+    assert recorded["mtp_num_hidden_layers"] == 0
+    ok(ckpt("export", tmp_path / "m", tmp_path / "back"))
+    assert_same_folder(tmp_path / "hf", tmp_path / "back")
+
+
+def test_packed_and_separate_experts_make_the_same_checkpoint(
+    toys: dict[str, Path], tmp_path: Path
+) -> None:
+    ok(ckpt("import", toys["qwen3_5_moe"], tmp_path / "a"))
+    ok(ckpt("import", toys["qwen3_5_moe-packed"], tmp_path / "b"))
+    ok(ckpt("verify", tmp_path / "a", tmp_path / "b"))
+
+
+def test_values_that_bfloat16_cannot_hold_stay(toys: dict[str, Path], tmp_path: Path) -> None:
+    a_log = read_all(toys["qwen3_5_text"])["model.layers.0.linear_attn.A_log"]
+    assert not torch.equal(a_log.bfloat16().float(), a_log)
+    ok(ckpt("import", toys["qwen3_5_text"], tmp_path / "m"))
+    tensors = MegatronCheckpoint(tmp_path / "m").tensors
+    float32 = {key for key, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert {key.split("self_attention.")[1] for key in float32} == {
+        "A_log",
+        "dt_bias",
+        "gated_norm.weight",
+    }
+
+
+def test_chunks_are_small_and_one_per_expert_and_half(
+    toys: dict[str, Path], tmp_path: Path
+) -> None:
+    ok(ckpt("import", toys["qwen3_5_moe-packed"], tmp_path / "m"))
+    tensors: Any = MegatronCheckpoint(tmp_path / "m").tensors
+    experts = tensors["decoder.layers.0.mlp.experts.experts.linear_fc1.weight"]
+    assert {chunk.box.shape for chunk in experts.chunks} == {(1, 32, 64)}
+    assert len(experts.chunks) == 2 * 8
+    for tensor in tensors.values():
+        for chunk in tensor.chunks:
+            assert chunk.box.size * tensor.dtype.itemsize <= CHUNK_BYTES
+
+
+def test_pack_experts_is_what_transformers_means(toys: dict[str, Path]) -> None:
+    """The toy's packed form, against transformers' own parameters loaded from the separate one."""
+    from tests.helpers.hf_reference import modeling
+
+    model_class = modeling("qwen3_5_moe").Qwen3_5MoeForCausalLM
+    model = model_class.from_pretrained(toys["qwen3_5_moe_text"])
+    packed = pack_experts(read_all(toys["qwen3_5_moe_text"]))
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            assert torch.equal(packed[name], parameter), name

@@ -1,0 +1,153 @@
+"""The table of correspondences: closed, invertible, complete, for any config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint_tools.names import Naming, Row, hf_to_mcore, mcore_to_hf, rows
+from checkpoint_tools.transforms import Box
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.flavors import FLAVORS
+from qwen35_mcore.rope import RopeParameters
+from tests.helpers.toys import toy_config
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Qwen35Config:
+    """Small configs of any proportion."""
+    groups, key_heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    layers = draw(st.integers(1, 3))
+    kinds = st.sampled_from(["linear_attention", "full_attention"])
+    changes: dict[str, Any] = {
+        "hidden_size": draw(st.integers(1, 9)),
+        "vocab_size": draw(st.integers(1, 9)),
+        "num_hidden_layers": layers,
+        "layer_types": tuple(draw(st.lists(kinds, min_size=layers, max_size=layers))),
+        "num_key_value_heads": groups,
+        "num_attention_heads": groups * draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from([8, 16])),
+        "rope_parameters": RopeParameters(rope_theta=1e4),
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * draw(st.integers(1, 3)),
+        "linear_key_head_dim": draw(st.integers(1, 4)),
+        "linear_value_head_dim": draw(st.integers(1, 4)),
+        "linear_conv_kernel_dim": draw(st.integers(1, 4)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "mtp_num_hidden_layers": draw(st.integers(0, 1)),
+    }
+    moe = draw(st.booleans())
+    if moe:
+        changes |= {
+            "num_experts": draw(st.integers(1, 4)),
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": draw(st.integers(1, 5)),
+            "shared_expert_intermediate_size": draw(st.integers(1, 5)),
+        }
+    return toy_config(moe=moe, **changes)
+
+
+experts = st.sampled_from(["packed", "per_expert"])
+layouts = st.sampled_from(["qwen35", "mcore"])
+
+
+def random_side(table: list[Row], side: str) -> dict[str, torch.Tensor]:
+    """Every tensor of one side, each element another number."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        spec.name: torch.randn(spec.shape, generator=generator, dtype=torch.float64)
+        for row in table
+        for spec in getattr(row, side)
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configs(), experts=experts, layout=layouts)
+def test_every_element_is_in_exactly_one_box_on_both_sides(
+    config: Qwen35Config, experts: Any, layout: Any
+) -> None:
+    for row in rows(config, Naming.default(config, experts), layout):
+        for side in ("hf", "mcore"):
+            counts = [torch.zeros(spec.shape, dtype=torch.int32) for spec in getattr(row, side)]
+            for copy in row.copies():
+                box: Box = getattr(copy, f"{side}_box")
+                box.of(counts[getattr(copy, side)]).add_(1)
+                assert copy.hf_box.size == copy.mcore_box.size
+            assert all(bool((count == 1).all()) for count in counts), row.mcore[0].name
+
+
+@settings(max_examples=40, deadline=None)
+@given(config=configs(), experts=experts)
+def test_there_and_back_is_the_identity_from_both_sides(config: Qwen35Config, experts: Any) -> None:
+    table = rows(config, Naming.default(config, experts))
+    hf = random_side(table, "hf")
+    back = mcore_to_hf(config, hf_to_mcore(config, hf), experts)
+    assert back.keys() == hf.keys()
+    assert all(torch.equal(back[name], hf[name]) for name in hf)
+    mcore = random_side(table, "mcore")
+    back = hf_to_mcore(config, mcore_to_hf(config, mcore, experts))
+    assert back.keys() == mcore.keys()
+    assert all(torch.equal(back[key], mcore[key]) for key in mcore)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("experts", ["packed", "per_expert"])
+def test_no_tensor_is_in_two_rows(flavor: str, experts: Any) -> None:
+    table = rows(FLAVORS[flavor], Naming.default(FLAVORS[flavor], experts))
+    for side in ("hf", "mcore"):
+        names = [spec.name for row in table for spec in getattr(row, side)]
+        assert len(names) == len(set(names))
+
+
+def test_qkv_rows_are_grouped_by_key_value_head() -> None:
+    config = toy_config(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    table = rows(config, Naming.default(config))
+    row = next(r for r in table if r.mcore[0].name.endswith("3.self_attention.linear_qkv.weight"))
+    q, k, v = (torch.empty(spec.shape) for spec in row.hf)
+    for head in range(4):
+        q[16 * head : 16 * head + 8] = head
+        q[16 * head + 8 : 16 * head + 16] = 10 + head
+    for group in range(2):
+        k[8 * group : 8 * group + 8], v[8 * group : 8 * group + 8] = 20 + group, 30 + group
+    tensors = dict(zip((spec.name for spec in row.hf), (q, k, v), strict=True))
+    (fused,) = row.to_mcore(tensors).values()
+    assert fused[::8, 0].tolist() == [0, 1, 10, 11, 20, 30, 2, 3, 12, 13, 21, 31]
+
+
+def test_a_state_dict_without_mtp_and_with_vision_tensors() -> None:
+    config = toy_config(mtp_num_hidden_layers=1)
+    table = rows(config, Naming(prefix="model.language_model.", mtp=False))
+    hf = random_side(table, "hf")
+    mcore = hf_to_mcore(config, hf | {"model.visual.blocks.0.weight": torch.zeros(2)})
+    assert not any(key.startswith("mtp.") for key in mcore)
+    assert not any("visual" in key for key in mcore)
+
+
+def test_the_native_layout_holds_the_gdn_norm_minus_one() -> None:
+    config = toy_config()
+    hf = random_side(rows(config, Naming.default(config)), "hf")
+    native, ours = hf_to_mcore(config, hf, "mcore"), hf_to_mcore(config, hf)
+    key = "decoder.layers.0.self_attention."
+    assert torch.equal(native[f"{key}out_norm.weight"], ours[f"{key}gated_norm.weight"] - 1)
+    assert f"{key}gated_norm.weight" not in native
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_a_wrong_state_dict_is_refused_by_name(change: str) -> None:
+    config = toy_config()
+    hf = random_side(rows(config, Naming.default(config)), "hf")
+    name = "model.layers.0.mlp.gate.weight"
+    if change == "missing":
+        del hf[name]
+    elif change == "unknown":
+        name = "model.layers.0.mlp.gate.bias"
+        hf[name] = torch.zeros(1)
+    else:
+        hf[name] = hf[name][:1]
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        hf_to_mcore(config, hf)

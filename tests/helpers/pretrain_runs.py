@@ -1,0 +1,212 @@
+"""Run examples/pretrain_qwen35.py many times without importing torch and megatron every time.
+
+One process imports everything and then forks: each rank of a run is a fork that gets its own
+environment, arguments and output file, and calls the script's main as ``__main__`` would.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+RUN_TIMEOUT_S = 120.0
+
+
+@dataclass
+class Run:
+    """A started run: one process and one output file per rank."""
+
+    server: ScriptServer
+    pids: list[int]
+    outputs: list[Path]
+    statuses: dict[int, int] = field(default_factory=dict)
+
+    def wait(self, timeout: float = RUN_TIMEOUT_S) -> list[int]:
+        """Exit status of every rank; negative for a signal. The first failure ends the others."""
+        deadline = time.monotonic() + timeout
+        while len(self.statuses) < len(self.pids):
+            self.poll()
+            if any(self.statuses.values()):
+                time.sleep(0.5)
+                self.kill()
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"no end after {timeout} s:\n{self.output()}")
+            time.sleep(0.02)
+        return [self.statuses[pid] for pid in self.pids]
+
+    def poll(self) -> None:
+        """Collect what has ended."""
+        self.statuses |= self.server.call("poll", [p for p in self.pids if p not in self.statuses])
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to every rank that has not ended."""
+        for pid in self.pids:
+            if pid not in self.statuses:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def output(self) -> str:
+        """What all ranks wrote, rank after rank."""
+        return "".join(path.read_text() for path in self.outputs)
+
+
+class ScriptServer:
+    """The process that imports once and forks; started with the first run."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._folder = Path(tempfile.mkdtemp(prefix="pretrain_runs_"))
+        self._runs = 0
+
+    def start(
+        self, flags: list[str], world_size: int = 1, ranks: list[int] | None = None, **env: str
+    ) -> Run:
+        """Start the script on ``ranks`` (all by default) of a job of ``world_size``."""
+        self._runs += 1
+        ranks = list(range(world_size)) if ranks is None else ranks
+        outputs = [self._folder / f"{self._runs}.{rank}.txt" for rank in ranks]
+        job = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost"} | env
+        job["MASTER_PORT"] = str(_free_port())
+        calls = [
+            (flags, job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, str(output))
+            for rank, output in zip(ranks, outputs, strict=True)
+        ]
+        return Run(self, self.call("start", calls), outputs)
+
+    def run(self, flags: list[str], world_size: int = 1, **env: str) -> Run:
+        """Start, wait, and assert that every rank ended well."""
+        run = self.start(flags, world_size, **env)
+        statuses = run.wait()
+        assert not any(statuses), f"{statuses}\n{run.output()}"
+        return run
+
+    def call(self, request: str, argument: Any) -> Any:
+        self._connection.send((request, argument))
+        return self._connection.recv()
+
+    def close(self) -> None:
+        """End the server and remove the output files."""
+        self._process.kill()
+        self._process.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@functools.cache
+def script_server() -> ScriptServer:
+    """The server of this test run."""
+    server = ScriptServer()
+    atexit.register(server.close)
+    return server
+
+
+@functools.cache
+def small_dataset() -> str:
+    """Prefix of a byte-level dataset made of a few standard library files (about 400 kB)."""
+    from qwen35_mcore.data import tokenize
+
+    folder = Path(tempfile.mkdtemp(prefix="dataset_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    names = ["argparse.py", "ast.py", "difflib.py", "inspect.py", "pathlib.py", "typing.py"]
+    library = Path(os.__file__).parent
+    files = [library / name for name in names if (library / name).is_file()]
+    prefix = folder / "text"
+    tokenize(inputs=files, output_prefix=prefix, tokenizer="byte", workers=1, quiet=True)
+    return str(prefix)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return int(s.getsockname()[1])
+
+
+def _serve(connection: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    script = _import_script()
+    while True:
+        try:
+            request, argument = connection.recv()
+        except EOFError:
+            return
+        if request == "start":
+            connection.send([_fork(script, connection, *call) for call in argument])
+        else:
+            connection.send(_ended(argument))
+
+
+def _import_script() -> Any:
+    import importlib.util
+
+    import torch
+
+    torch.set_num_threads(1)
+    path = Path(__file__).parents[2] / "examples" / "pretrain_qwen35.py"
+    spec = importlib.util.spec_from_file_location("pretrain_qwen35", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _ended(pids: list[int]) -> dict[int, int]:
+    found = {pid: os.waitpid(pid, os.WNOHANG) for pid in pids}
+    return {
+        pid: os.waitstatus_to_exitcode(status) for pid, (ended, status) in found.items() if ended
+    }
+
+
+def _fork(
+    script: Any, connection: Connection, flags: list[str], env: dict[str, str], to: str
+) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        connection.close()
+        descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        status = _main(script, flags, env)
+    finally:
+        os._exit(status)
+
+
+def _main(script: Any, flags: list[str], env: dict[str, str]) -> int:
+    import sys
+
+    os.environ.update(env)
+    sys.argv = ["pretrain_qwen35.py", *flags]
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    try:
+        with script.reported_once():
+            script.main()
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0

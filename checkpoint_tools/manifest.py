@@ -84,14 +84,7 @@ class Work:
         done = self._done.get(name)
         if done and _matches(path, done):
             return done["value"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + _UNFINISHED)
-        with open(unfinished, "wb", buffering=0) as file:
-            stream = ChecksumWriter(file)
-            value = write(stream)
-            os.fsync(file.fileno())
-        os.rename(unfinished, path)
-        sync_folder(path.parent)
+        stream, value = _write(path, write)
         entry = {"part": name, "bytes": stream.count, "crc32": stream.crc, "value": value}
         self._append(entry)
         return json.loads(json.dumps(value))
@@ -148,6 +141,28 @@ class Work:
             self._manifest.write(json.dumps(entry).encode() + b"\n")
             self._manifest.flush()
             os.fsync(self._manifest.fileno())
+
+
+def _write(path: Path, write: Callable[[Any], Any]) -> tuple[ChecksumWriter, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    with open(unfinished, "wb", buffering=0) as file:
+        stream = ChecksumWriter(file)
+        try:
+            value = write(stream)
+            os.fsync(file.fileno())
+        except Exception as error:
+            reason = stream.failure or error
+            if not isinstance(reason, OSError):
+                raise
+            raise CheckpointError(
+                "cannot write",
+                got=f"{unfinished}: {reason.strerror}",
+                fix="make room, and run the same command again: it goes on where it stopped",
+            ) from error
+    os.rename(unfinished, path)
+    sync_folder(path.parent)
+    return stream, value
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -64,6 +64,8 @@ class ChecksumWriter(io.RawIOBase):
         self._file = file
         self.crc = 0
         self.count = 0
+        self.failure: OSError | None = None
+        """The first error of the file: torch.save hides it behind one of its own."""
 
     def writable(self) -> bool:
         return True
@@ -76,8 +78,12 @@ class ChecksumWriter(io.RawIOBase):
         length = len(view)
         self.crc = zlib.crc32(view, self.crc)
         self.count += length
-        while view:
-            view = view[self._file.write(view) :]
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
         return length
 
 

@@ -37,7 +37,10 @@ LOADED = re.compile(r"successfully loaded checkpoint .*at iteration (\d+)")
 VALIDATION = re.compile(
     r"validation loss at iteration \d+ on validation set \| lm loss value: (\S+)"
 )
-CAUSE = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+(?:Error|Exception)|error|bash)\b.*: .+)")
+CAUSE = re.compile(
+    r"(?:\[rank\d+\]: ?)?((?:[\w.]+(?:Error|Exception)|error): .+)"
+    r"|.*\b(failed \(exitcode: -?\d+\) local_rank: \d+)"  # torchrun's word on a killed process
+)
 
 GPU_COMMANDS = """\
 qwen35 data tokenize corpus/ --tokenizer Qwen/Qwen3.5-35B-A3B \\
@@ -228,20 +231,20 @@ def run_script(
             status, cause = _run(command, output, on_line)
     if status:
         raise DemoError(
-            f"{script} failed with exit status {status}: {cause}\n"
+            f"{script} ended with exit status {status}: {cause}\n"
             f"  everything it printed: {shown(output / 'demo.log')}"
         )
     return time.monotonic() - started
 
 
 def _run(command: list[str], output: Path, on_line: Callable[[str], None]) -> tuple[int, str]:
-    """Exit status of the command, and the first line of its output that names an error."""
+    """Exit status of the command, and the first line that names an error (else the last one)."""
     scripts = Path(sys.executable).parent  # where pip put qwen35 and torchrun
     environment = os.environ | {
         "QWEN35_RUN_DIR": str(output),
         "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
-    cause = "no error message"
+    cause, last = "", "it printed nothing"
     with (
         open(output / "demo.log", "a") as log,
         subprocess.Popen(
@@ -259,12 +262,13 @@ def _run(command: list[str], output: Path, on_line: Callable[[str], None]) -> tu
             for line in process.stdout or ():
                 log.write(line)
                 on_line(line)
-                if cause == "no error message" and (match := CAUSE.match(line)):
-                    cause = match.group(1)
+                last = line.strip() or last
+                if not cause and (match := CAUSE.match(line)):
+                    cause = match[1] or match[2]
         except BaseException:
             process.terminate()
             raise
-    return process.returncode, cause
+    return process.returncode, cause or last
 
 
 if __name__ == "__main__":

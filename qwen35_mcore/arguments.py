@@ -16,13 +16,14 @@ from typing import Any
 
 from qwen35_mcore import cpu
 from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.data.sidecar import read_sidecar
+from qwen35_mcore.data import read_sidecar
+from qwen35_mcore.data_checks import check_tokenizer, dataset_prefixes
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.mcore_compat import config_from_arguments
 from qwen35_mcore.megatron_refusals import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.ops.dispatch import BACKENDS
-from qwen35_mcore.run_checks import check_flags, check_run, check_tokenizer, dataset_prefixes
+from qwen35_mcore.run_checks import check_flags, check_run
 from qwen35_mcore.transformer_config import Qwen35TransformerConfig, architecture_arguments
 
 

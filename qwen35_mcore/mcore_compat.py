@@ -209,7 +209,7 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
     from megatron.core.datasets import utils as dataset_utils
     from megatron.training import training
 
-    from qwen35_mcore import nonfinite, resharding, safe_saving
+    from qwen35_mcore import megatron_refusals, nonfinite, resharding, safe_saving
 
     def num_floating_point_operations(
         args: Any,
@@ -224,6 +224,7 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
     # The wheel ships the compiled helpers but not the Makefile that compile_helpers runs.
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         dataset_utils.compile_helpers = lambda: None
+    megatron_refusals.explain_schedule_changes()
     nonfinite.install()
     resharding.install()
     safe_saving.install()

@@ -10,8 +10,8 @@ from typing import Any
 
 from qwen35_mcore.checkpoint_checks import check_start
 from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.data import check_dataset, read_sidecar
-from qwen35_mcore.errors import ConfigError, DataError
+from qwen35_mcore.data_checks import check_datasets
+from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel import ParallelLayout, check_layout
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
 
@@ -82,47 +82,12 @@ def check_run(args: Namespace, hf: Qwen35Config) -> None:
 
     Raises:
         ConfigError: the layout cannot run the model; all violations at once.
-        DataError: a dataset is missing, damaged, or of another vocabulary.
+        DataError: see `check_datasets`.
         CheckpointError: see `check_start`.
     """
     _check_layout(args, hf)
-    for prefix in dataset_prefixes(args):
-        check_dataset(prefix, vocab_size=hf.vocab_size)
+    check_datasets(args, hf)
     check_start(args, hf)
-
-
-def check_tokenizer(args: Namespace, hf: Qwen35Config, tokenizer: Any) -> None:
-    """Check the tokenizer that megatron built against the model and the datasets.
-
-    Raises:
-        DataError: it has more ids than the model, or datasets end documents with another one.
-    """
-    if tokenizer.vocab_size > hf.vocab_size:
-        raise DataError(
-            "the tokenizer is larger than the model's vocabulary",
-            got=f"{args.tokenizer_model or args.tokenizer_type} with {tokenizer.vocab_size} ids",
-            allowed=f"at most {hf.vocab_size}",
-            fix="use the model's own tokenizer, or choose a model with this vocabulary",
-        )
-    for prefix in dataset_prefixes(args):
-        if read_sidecar(prefix) is not None:
-            check_dataset(prefix, vocab_size=hf.vocab_size, eod_id=getattr(tokenizer, "eod", None))
-
-
-def dataset_prefixes(args: Namespace) -> list[str]:
-    """The prefixes of every dataset that the flags name, weights left out.
-
-    Raises:
-        DataError: a file of prefixes is missing or cannot be read.
-    """
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    try:
-        blend, per_split = get_blend_and_blend_per_split(args)
-    except (OSError, ValueError, KeyError, AssertionError) as error:
-        raise DataError("cannot tell the datasets from the flags", got=str(error)) from error
-    blends = [blend, *(per_split or [])]
-    return list(dict.fromkeys(prefix for one in blends if one for prefix in one[0]))
 
 
 def _check_layout(args: Namespace, hf: Qwen35Config) -> None:

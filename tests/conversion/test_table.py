@@ -105,7 +105,8 @@ def test_no_tensor_is_in_two_rows(flavor: str, experts: Any) -> None:
 
 
 def test_qkv_rows_are_grouped_by_key_value_head() -> None:
-    config = toy_config(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    rope = RopeParameters(rope_theta=1e4)
+    config = toy_config(num_key_value_heads=2, head_dim=8, rope_parameters=rope)
     table = rows(config, Naming.default(config))
     row = next(r for r in table if r.mcore[0].name.endswith("3.self_attention.linear_qkv.weight"))
     q, k, v = (torch.empty(spec.shape) for spec in row.hf)

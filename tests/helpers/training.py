@@ -152,7 +152,7 @@ def train(
     chunks = build_chunks(hf, config, layout)
     if weights is not None:
         load_global(chunks, weights)
-    wrapped, optimizer = _wrap(chunks, config, layout, lr)
+    wrapped, optimizer = wrap(chunks, config, layout, lr)
     result = Result()
     for step, batch in enumerate(batches):
         for chunk in wrapped:
@@ -171,7 +171,7 @@ def train(
     return result
 
 
-def _wrap(
+def wrap(
     chunks: list[torch.nn.Module], config: Qwen35TransformerConfig, layout: Layout, lr: float
 ) -> tuple[list[Any], Any]:
     modules: list[Any] = chunks

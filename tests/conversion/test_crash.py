@@ -1,0 +1,215 @@
+"""Killed at any moment, a conversion goes on, and nothing half-finished looks finished."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoint_tools.inspect_ckpt import inspect_folder
+from checkpoint_tools.mcore_io import MegatronCheckpoint
+from qwen35_mcore.errors import CheckpointError
+from tests.helpers.ckpt_cli import ckpt, ok, refused
+from tests.helpers.forked_ckpt import ForkServer
+
+KILLS = 20
+SMALL_PARTS = ("--max-shard-size", "40KB", "--workers", "2")
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_does_not_look_complete(target: Path) -> None:
+    assert not target.exists()
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        assert inspect_folder(partial)["complete"] is False
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_killed_at_twenty_random_moments(
+    toys: dict[str, Path], tmp_path: Path, forks: ForkServer, direction: str
+) -> None:
+    source = toys["qwen3_5_moe"]
+    if direction == "export":
+        ok(ckpt("import", source, tmp_path / "m"))
+        source = tmp_path / "m"
+    undisturbed = tmp_path / "undisturbed"
+    began = time.monotonic()
+    forks.start(direction, source, undisturbed, *SMALL_PARTS)
+    assert forks.wait() == 0
+    duration = time.monotonic() - began
+    expected = content(undisturbed)
+
+    target, rng, killed, rounds = tmp_path / "target", random.Random(0), 0, 0
+    while killed < KILLS:
+        rounds += 1
+        assert rounds < 10 * KILLS
+        process = forks.start(direction, source, target, *SMALL_PARTS)
+        time.sleep(rng.uniform(0, duration))
+        os.kill(process, signal.SIGKILL)
+        status = forks.wait()
+        if target.exists():
+            assert content(target) == expected
+            # killed after it was done: the same command may only say so
+            forks.start(direction, source, target, *SMALL_PARTS)
+            assert forks.wait() in (0, 2)
+            shutil.rmtree(target)
+            shutil.rmtree(tmp_path / "target.partial", ignore_errors=True)
+        else:
+            assert_does_not_look_complete(target)
+        killed += status == -signal.SIGKILL
+    forks.start(direction, source, target, *SMALL_PARTS)
+    assert forks.wait() == 0
+    assert content(target) == expected
+    assert not (tmp_path / "target.partial").exists()
+
+
+def interrupted(tmp_path: Path, source: Path, forks: ForkServer) -> Path:
+    """An import killed after some parts were finished; returns its partial folder."""
+    partial = tmp_path / "target.partial"
+    for _ in range(50):
+        shutil.rmtree(tmp_path / "target", ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        process = forks.start("import", source, tmp_path / "target", *SMALL_PARTS)
+        while len(list(partial.glob("tree/release/*.distcp"))) < 3:
+            time.sleep(0.001)
+            if (tmp_path / "target").exists():
+                break
+        os.kill(process, signal.SIGKILL)
+        forks.wait()
+        if not (tmp_path / "target").exists():
+            return partial
+    raise AssertionError("it was never caught in the middle")
+
+
+def test_finished_parts_are_kept_and_damaged_ones_written_again(
+    toys: dict[str, Path], tmp_path: Path, forks: ForkServer
+) -> None:
+    source = toys["qwen3_5_moe"]
+    partial = interrupted(tmp_path, source, forks)
+    manifest = (partial / "manifest.jsonl").read_text()
+    parts = sorted(
+        path for path in partial.glob("tree/release/*.distcp") if f'/{path.name}"' in manifest
+    )
+    kept, damaged = parts[0], parts[1]
+    kept_inode, damaged_content = kept.stat().st_ino, damaged.read_bytes()
+    flipped = bytearray(damaged_content)
+    flipped[len(flipped) // 2] ^= 1
+    damaged.write_bytes(flipped)
+    ok(ckpt("import", source, tmp_path / "target", *SMALL_PARTS))
+    release = tmp_path / "target" / "release"
+    assert (release / kept.name).stat().st_ino == kept_inode
+    assert (release / damaged.name).read_bytes() == damaged_content
+    ok(ckpt("verify", source, tmp_path / "target"))
+
+
+def test_half_a_line_in_the_manifest_is_forgotten(
+    toys: dict[str, Path], tmp_path: Path, forks: ForkServer
+) -> None:
+    source = toys["qwen3_5_moe"]
+    manifest = interrupted(tmp_path, source, forks) / "manifest.jsonl"
+    manifest.write_bytes(manifest.read_bytes()[:-7])
+    ok(ckpt("import", source, tmp_path / "target", *SMALL_PARTS))
+    ok(ckpt("verify", source, tmp_path / "target"))
+
+
+def test_work_of_another_command_is_not_continued(
+    toys: dict[str, Path], tmp_path: Path, forks: ForkServer
+) -> None:
+    partial = interrupted(tmp_path, toys["qwen3_5_moe"], forks)
+    refused(ckpt("import", toys["qwen3_5_text"], tmp_path / "target"), str(partial), "delete")
+    refused(
+        ckpt("import", toys["qwen3_5_moe"], tmp_path / "target", *SMALL_PARTS, "--layout", "mcore"),
+        "another command",
+    )
+
+
+def test_an_existing_target_is_refused_and_stays(toys: dict[str, Path], tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    ok(ckpt("import", toys["qwen3_5_text"], target))
+    before = content(target)
+    refused(ckpt("import", toys["qwen3_5_moe"], target), str(target), "--overwrite")
+    assert content(target) == before
+
+
+def test_overwrite_replaces_only_after_success(
+    toys: dict[str, Path], tmp_path: Path, forks: ForkServer
+) -> None:
+    target = tmp_path / "target"
+    ok(ckpt("import", toys["qwen3_5_text"], target))
+    before = content(target)
+    arguments = ("import", toys["qwen3_5_moe"], target, *SMALL_PARTS, "--overwrite")
+    process = forks.start(*arguments)
+    while not list(tmp_path.glob("target.partial/tree/release/*.distcp")):
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    forks.wait()
+    assert content(target) == before
+    ok(ckpt(*arguments))
+    ok(ckpt("verify", toys["qwen3_5_moe"], target))
+    assert not (tmp_path / "target.partial").exists()
+
+
+def test_killed_while_cleaning_up(toys: dict[str, Path], tmp_path: Path) -> None:
+    source, target = toys["qwen3_5_text"], tmp_path / "target"
+    ok(ckpt("import", source, tmp_path / "other"))
+    # the moment after the rename: the result in place, the manifest not yet removed
+    from checkpoint_tools import manifest
+
+    remove = manifest._remove
+    manifest._remove = lambda folder: None
+    try:
+        ok(ckpt("import", source, target))
+    finally:
+        manifest._remove = remove
+    assert (tmp_path / "target.partial" / "manifest.jsonl").exists()
+    ok(ckpt("import", source, target))
+    assert not (tmp_path / "target.partial").exists()
+    assert content(target) == content(tmp_path / "other")
+
+
+def test_two_processes_cannot_write_one_target(
+    toys: dict[str, Path], tmp_path: Path, forks: ForkServer
+) -> None:
+    partial = interrupted(tmp_path, toys["qwen3_5_moe"], forks)
+    import fcntl
+
+    with open(partial / "manifest.jsonl", "rb") as manifest:
+        fcntl.flock(manifest, fcntl.LOCK_EX)
+        refused(
+            ckpt("import", toys["qwen3_5_moe"], tmp_path / "target", *SMALL_PARTS),
+            "another process",
+        )
+
+
+def test_the_tracker_is_what_makes_it_a_checkpoint(toys: dict[str, Path], tmp_path: Path) -> None:
+    ok(ckpt("import", toys["qwen3_5_text"], tmp_path / "m"))
+    (tmp_path / "m" / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(CheckpointError, match="no Megatron checkpoint"):
+        MegatronCheckpoint(tmp_path / "m")
+
+
+def test_an_empty_folder_may_be_the_target(toys: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    ok(ckpt("import", toys["qwen3_5_text"], tmp_path / "target"))
+    ok(ckpt("verify", toys["qwen3_5_text"], tmp_path / "target"))

@@ -1,0 +1,49 @@
+"""Fails when a megatron-core or torch attribute that CPU mode or mcore_compat mends disappears."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+
+import pytest
+
+from qwen35_mcore.cpu import MEGATRON_PATCHES, TORCH_PATCHES, TRAINING_PATCHES, Patch
+from tests.helpers.distributed import WorkerPool
+
+ALL = [*TORCH_PATCHES, *MEGATRON_PATCHES, *TRAINING_PATCHES]
+MENDED = [
+    ("megatron.core.ssm.gated_delta_net.common", "HAVE_FLA"),
+    ("megatron.core.ssm.gated_delta_net.common", "_build_head_perm_for_split_sections"),
+    ("megatron.core.ssm.gated_delta_net.common", "_build_thd_cp_a2a_perm"),
+    ("megatron.core.ssm.gated_delta_net.common", "tensor_a2a_cp2hp"),
+    ("megatron.core.ssm.gated_delta_net.common", "get_parameter_local_cp"),
+    ("megatron.core.datasets.utils", "compile_helpers"),
+    ("megatron.core.datasets.helpers_cpp", "build_sample_idx_int32"),
+    ("megatron.training.training", "num_floating_point_operations"),
+    ("megatron.training.checkpointing", "maybe_msc"),
+]
+
+
+@pytest.mark.parametrize("patch", ALL, ids=lambda p: f"{p.owner}.{p.attribute}")
+def test_patched_attribute_exists(patch: Patch, pool: WorkerPool) -> None:
+    assert pool.run(attribute_exists, 1, owner=patch.owner, attribute=patch.attribute) == [True]
+
+
+@pytest.mark.parametrize(("module", "attribute"), MENDED, ids=lambda x: x)
+def test_mended_attribute_exists(module: str, attribute: str, pool: WorkerPool) -> None:
+    assert pool.run(attribute_exists, 1, owner=module, attribute=attribute) == [True]
+
+
+def test_the_canary_can_fail(pool: WorkerPool) -> None:
+    assert pool.run(attribute_exists, 1, owner="torch.cuda", attribute="no_such_name") == [False]
+
+
+def test_tested_versions() -> None:
+    """CPU mode is pinned to the minor version whose internals it was written against."""
+    assert version("megatron-core").startswith("0.19.")
+
+
+def attribute_exists(owner: str, attribute: str) -> bool:
+    module_name, _, class_name = owner.partition(":")
+    module = importlib.import_module(module_name)
+    return hasattr(getattr(module, class_name) if class_name else module, attribute)

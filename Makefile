@@ -28,7 +28,7 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 .PHONY: format
 format: $(VENV)/.installed-dev  ## format the code and fix what ruff can fix

@@ -138,7 +138,7 @@ def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
             "apply_rope_fusion": False,
             "no_persist_layer_norm": True,
         }
-    return defaults
+    return defaults | {"moe_permute_fusion": hf.is_moe, "moe_router_fusion": hf.is_moe}
 
 
 def _model_parser() -> argparse.ArgumentParser:
@@ -163,6 +163,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         choices=BACKENDS,
         default="auto",
         help="Kernels of the GatedDeltaNet. auto says what it chose and why.",
+    )
+    group.add_argument(
+        "--moe-experts",
+        choices=("auto", "grouped_mm", "te"),
+        default="auto",
+        help="Routed experts on a GPU: one grouped_mm kernel (bf16), or Transformer Engine (FP8).",
     )
     return parser
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
+
+import torch
 
 from qwen35_mcore.errors import ConfigError, KernelError
 from qwen35_mcore.layers.core_attention import CoreAttention
@@ -10,6 +14,9 @@ from qwen35_mcore.layers.experts import GroupedExperts
 from qwen35_mcore.layers.linear import LayerNormColumnParallelLinear
 from qwen35_mcore.layers.norms import RMSNorm
 from qwen35_mcore.mcore_compat import LocalSpecProvider, te_spec_provider
+from qwen35_mcore.transformer_config import Qwen35TransformerConfig
+
+logger = logging.getLogger(__name__)
 
 
 class LocalBackend(LocalSpecProvider):
@@ -34,19 +41,19 @@ class LocalBackend(LocalSpecProvider):
         return GroupedExperts
 
 
-def get_backend(transformer_impl: str) -> Any:
-    """The spec provider for megatron's ``--transformer-impl``.
+def get_backend(config: Qwen35TransformerConfig) -> Any:
+    """The spec provider for ``config.transformer_impl`` (megatron's ``--transformer-impl``).
 
     Raises:
         ConfigError: for an unknown name.
         KernelError: when Transformer Engine is asked for and cannot be imported.
     """
-    if transformer_impl == "local":
+    if config.transformer_impl == "local":
         return LocalBackend()
-    if transformer_impl != "transformer_engine":
+    if config.transformer_impl != "transformer_engine":
         raise ConfigError(
             "unknown transformer implementation",
-            got=transformer_impl,
+            got=config.transformer_impl,
             allowed="transformer_engine, local",
         )
     try:
@@ -57,4 +64,50 @@ def get_backend(transformer_impl: str) -> Any:
             got=f"{type(error).__name__}: {error}",
             fix="pip install 'qwen35-mcore[te]' on a GPU machine, or pass --transformer-impl local",
         ) from error
-    return te_spec_provider()
+    return _transformer_engine_backend(config)
+
+
+def _transformer_engine_backend(config: Qwen35TransformerConfig) -> Any:
+    backend = te_spec_provider()
+    if config.num_moe_experts is None:
+        return backend
+    experts, reason = choose_experts(config)
+    _announce(experts, reason)
+    if experts == "grouped_mm":
+        backend.grouped_mlp_modules = lambda moe_use_grouped_gemm: GroupedExperts
+    return backend
+
+
+def choose_experts(config: Qwen35TransformerConfig) -> tuple[str, str]:
+    """``grouped_mm`` or ``te`` for the routed experts, and why.
+
+    Raises:
+        ConfigError: grouped_mm was named for a run that it cannot serve.
+    """
+    needs_te = [
+        name
+        for name, value in (
+            ("fp8", config.fp8),
+            ("fp4", config.fp4),
+            ("delay_wgrad_compute", config.delay_wgrad_compute),
+            ("a parameter dtype other than bfloat16", config.params_dtype != torch.bfloat16),
+        )
+        if value
+    ]
+    if config.moe_experts == "te":
+        return "te", "named"
+    if needs_te and config.moe_experts == "grouped_mm":
+        raise ConfigError(
+            "grouped_mm experts cannot run here",
+            got=", ".join(needs_te),
+            allowed="bfloat16 without FP8 or delayed weight gradients",
+            fix="pass --moe-experts te",
+        )
+    if needs_te:
+        return "te", f"auto: {', '.join(needs_te)}"
+    return "grouped_mm", config.moe_experts if config.moe_experts != "auto" else "auto: bfloat16"
+
+
+@functools.cache
+def _announce(experts: str, reason: str) -> None:
+    logger.info("routed experts: %s, chosen because %s", experts, reason)

@@ -35,8 +35,8 @@ def check_start(args: Namespace, hf: Qwen35Config) -> None:
     that is queued again and again starts for the first time.
 
     Raises:
-        CheckpointError: nothing to load where something must be, a damaged checkpoint, or one of
-            another architecture.
+        CheckpointError: nothing to load where something must be, a damaged checkpoint, one of
+            another architecture, or one with the other kind of optimizer state.
     """
     folder = _starting_point(args)
     if folder is None:
@@ -49,7 +49,9 @@ def check_start(args: Namespace, hf: Qwen35Config) -> None:
             allowed=_others(folder),
             fix="choose another one with --ckpt-step N",
         )
-    _check_model(folder, hf)
+    saved = _saved_arguments(folder)
+    _check_model(Qwen35Config.from_hf(json.loads(saved.qwen35_hf_config)), folder, hf)
+    _check_optimizer(saved, folder, args)
 
 
 def _starting_point(args: Namespace) -> Path | None:
@@ -97,8 +99,7 @@ def _pretrained(path: Path) -> Path:
     return folder
 
 
-def _check_model(folder: Path, hf: Qwen35Config) -> None:
-    saved = _saved_config(folder)
+def _check_model(saved: Qwen35Config, folder: Path, hf: Qwen35Config) -> None:
     names = [f.name for f in fields(Qwen35Config) if f.name not in MAY_DIFFER]
     different = [name for name in names if getattr(saved, name) != getattr(hf, name)]
     if different:
@@ -111,7 +112,21 @@ def _check_model(folder: Path, hf: Qwen35Config) -> None:
         )
 
 
-def _saved_config(folder: Path) -> Qwen35Config:
+def _check_optimizer(saved: Any, folder: Path, args: Namespace) -> None:
+    """The distributed optimizer and the plain one store their state in different ways."""
+    loads = not (args.finetune or args.no_load_optim or folder.name == "release")
+    stored = not getattr(saved, "no_save_optim", False)
+    distributed = bool(getattr(saved, "use_distributed_optimizer", False))
+    if loads and stored and distributed != args.use_distributed_optimizer:
+        raise CheckpointError(
+            f"the checkpoint in {folder} was saved {'with' if distributed else 'without'} "
+            f"--use-distributed-optimizer, and this run is the other way round",
+            fix=f"{'pass' if distributed else 'drop'} --use-distributed-optimizer, or pass "
+            "--no-load-optim to start with fresh moments",
+        )
+
+
+def _saved_arguments(folder: Path) -> Any:
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     try:
@@ -124,15 +139,14 @@ def _saved_config(folder: Path) -> Qwen35Config:
             got=f"{type(error).__name__}: {error}",
             fix="choose another checkpoint with --ckpt-step N",
         ) from error
-    text = getattr(args, "qwen35_hf_config", None)
-    if text is None:
+    if not hasattr(args, "qwen35_hf_config"):
         raise CheckpointError(
             "the checkpoint was not written by this package",
             got=str(folder),
             allowed="a checkpoint of examples/pretrain_qwen35.py or of `qwen35-ckpt import`",
             fix="export it to a Hugging Face folder and import that",
         )
-    return Qwen35Config.from_hf(json.loads(text))
+    return args
 
 
 def _values(config: Qwen35Config, names: list[str]) -> str:

@@ -7,11 +7,13 @@ buries it. The launcher's store, which exists before any process group, says who
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -42,11 +44,25 @@ def reported_once() -> Iterator[None]:
 
 
 def _leave(error: Qwen35Error) -> NoReturn:
-    if _prints(_store()):
+    prints = _prints(_store())
+    if prints:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1.0)  # the launcher ends every rank as soon as one has left
+    _point_to_message()
+    if dist.is_initialized():
+        time.sleep(1.0)  # rank 0 may hold the store that tells the others to be silent
+    elif not prints:
+        time.sleep(0.2)  # the launcher ends all ranks when one leaves, also the one that prints
     sys.exit(getattr(error, "exit_status", EXIT_USAGE))
+
+
+def _point_to_message() -> None:
+    """torchrun ends its own report with this file's text, or else with advice on tracebacks."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        text = "see the line that begins with 'error:' above"
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
 def _prints(store: Any) -> bool:

@@ -47,6 +47,9 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -72,6 +75,8 @@ __all__ = [
     "LocalSpecProvider",
     "McoreGatedDeltaNet",
     "MegatronModule",
+    "MoEAlltoAllTokenDispatcher",
+    "MoELayer",
     "ModuleSpec",
     "PackedSeqParams",
     "SelfAttention",
@@ -88,6 +93,7 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "get_bias_dropout_add",
     "get_cuda_rng_tracker",
+    "get_default_pg_collection",
     "get_gpt_mtp_block_spec_for_backend",
     "get_mlp_module_spec_for_backend",
     "get_moe_module_spec_for_backend",

@@ -35,7 +35,7 @@ def build_model(
         KernelError: a kernel or backend that was named cannot run here.
     """
     check_version()
-    backend = get_backend(config.transformer_impl)
+    backend = get_backend(config)
     return Qwen35Model(
         config=config,
         transformer_layer_spec=decoder_block_spec(hf, config, backend, vp_stage),

@@ -61,6 +61,13 @@ def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
             allowed="torch_dist",
             fix="drop the flag",
         )
+    if args.bf16 and not args.use_distributed_optimizer and (args.save or args.load):
+        raise ConfigError(
+            "megatron's plain bf16 optimizer cannot write or read the state of float32 parameters "
+            "(A_log, dt_bias and the GDN norm)",
+            got="--bf16 without --use-distributed-optimizer",
+            fix="pass --use-distributed-optimizer",
+        )
     _check_needed(args)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.layer_pattern import LayerKind
 from qwen35_mcore.layers.gated_delta_net import GatedDeltaNet
+from qwen35_mcore.layers.moe import Qwen35MoELayer
 from qwen35_mcore.mcore_compat import (
     AttnMaskType,
     GatedDeltaNetSubmodules,
@@ -54,13 +56,19 @@ def gated_attention_spec(backend: Any) -> ModuleSpec:
     )
 
 
+def moe_spec(config: TransformerConfig, backend: Any) -> Any:
+    """megatron's MoE with its router and shared expert, our layer class around them."""
+    spec = get_moe_module_spec_for_backend(
+        backend, config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    return functools.partial(Qwen35MoELayer, **spec.keywords)
+
+
 def layer_spec(kind: LayerKind, config: TransformerConfig, backend: Any) -> ModuleSpec:
     """One decoder layer: a token mixer of the given kind and the model's MLP or MoE."""
     is_moe = config.num_moe_experts is not None
     if is_moe:
-        mlp = get_moe_module_spec_for_backend(
-            backend, config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-        )
+        mlp = moe_spec(config, backend)
     else:
         mlp = get_mlp_module_spec_for_backend(backend, num_experts=None)
     mixer = gated_delta_net_spec if kind is LayerKind.GDN else gated_attention_spec

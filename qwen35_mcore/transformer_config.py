@@ -30,6 +30,10 @@ class Qwen35TransformerConfig(TransformerConfig):
     """Kernels of the GatedDeltaNet: auto, fla or torch. auto says what it chose and why, and never
     falls back to torch on a GPU."""
 
+    moe_experts: str = "auto"
+    """Routed experts of the Transformer Engine backend: grouped_mm (one kernel for all experts,
+    bfloat16), te (TEGroupedMLP: FP8, delayed weight gradients), or auto."""
+
     hetereogenous_dist_checkpoint: bool = True
     """Layers differ, so each has its own checkpoint keys (megatron's spelling)."""
 

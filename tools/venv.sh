@@ -50,7 +50,8 @@ MESSAGE
 fi
 
 echo "installing qwen35-mcore${extra:+ with its extra \"$extra\"} into $venv (once; torch is large)"
-if ! "$venv/bin/python" -m pip install -c constraints.txt -e ".${extra:+[$extra]}"; then
-    echo "error: the installation into $venv failed; pip's message is above" >&2
+if ! "$venv/bin/python" -m pip install -c constraints.txt -e ".${extra:+[$extra]}" |
+    awk '/^ +(Downloading|Using cached) / { print; fflush() }'; then
+    echo "error: the installation into $venv failed; pip's messages are above" >&2
     exit 1
 fi

@@ -37,6 +37,8 @@ class GroupedExperts(MegatronModule):
         ConfigError: FP8 or delayed weight gradients, which need Transformer Engine's experts.
     """
 
+    reads_counts_on_device = True  # what layers/moe.py looks for
+
     def __init__(
         self,
         num_local_experts: int,

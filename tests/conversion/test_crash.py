@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
@@ -19,7 +18,7 @@ from tests.helpers.ckpt_cli import ckpt, ok, refused
 from tests.helpers.forked_ckpt import ForkServer
 
 KILLS = 20
-SMALL_PARTS = ("--max-shard-size", "40KB", "--workers", "2")
+SMALL_PARTS = ("--max-shard-size", "100KB", "--workers", "2")
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +65,7 @@ def test_killed_at_twenty_random_moments(
         assert rounds < 10 * KILLS
         process = forks.start(direction, source, target, *SMALL_PARTS)
         time.sleep(rng.uniform(0, duration))
-        os.kill(process, signal.SIGKILL)
-        status = forks.wait()
+        status = forks.kill(process)
         if target.exists():
             assert content(target) == expected
             # killed after it was done: the same command may only say so
@@ -95,8 +93,7 @@ def interrupted(tmp_path: Path, source: Path, forks: ForkServer) -> Path:
             time.sleep(0.001)
             if (tmp_path / "target").exists():
                 break
-        os.kill(process, signal.SIGKILL)
-        forks.wait()
+        forks.kill(process)
         if not (tmp_path / "target").exists():
             return partial
     raise AssertionError("it was never caught in the middle")
@@ -162,8 +159,7 @@ def test_overwrite_replaces_only_after_success(
     process = forks.start(*arguments)
     while not list(tmp_path.glob("target.partial/tree/release/*.distcp")):
         time.sleep(0.001)
-    os.kill(process, signal.SIGKILL)
-    forks.wait()
+    forks.kill(process)
     assert content(target) == before
     ok(ckpt(*arguments))
     ok(ckpt("verify", toys["qwen3_5_moe"], target))

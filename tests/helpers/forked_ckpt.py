@@ -6,8 +6,10 @@ status (negative: the signal that ended it).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,12 @@ class ForkServer:
         """Exit status of the command."""
         return int(self._answer())
 
+    def kill(self, process: int) -> int:
+        """Kill the command without warning; its exit status, should it have ended just before."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        return self.wait()
+
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin
@@ -53,6 +61,8 @@ class ForkServer:
 
 def serve() -> None:
     """Answer commands until standard input ends."""
+    import checkpoint_tools.convert  # noqa: F401
+    import checkpoint_tools.export  # noqa: F401
     from checkpoint_tools.cli import main
 
     answers = os.fdopen(os.dup(1), "w")

@@ -1,0 +1,149 @@
+"""Our GatedDeltaNet against megatron-core's: forward and backward, same weights, one process.
+
+    python -m tests.bench.bench_gdn --case 35b-a3b,4096,4 --json out.jsonl
+
+Floor: operations of the projections and the delta rule at 790 TFLOP/s, or the bytes of inputs,
+outputs and intermediates each touched once at 3 TB/s, whichever is longer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.backends import get_backend as mcore_backend
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_gated_delta_net_module_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
+
+from qwen35_mcore.backends import get_backend
+from qwen35_mcore.planner.flops import gdn_layer_flops
+from qwen35_mcore.specs import gated_delta_net_spec
+from tests.bench.common import (
+    arguments,
+    cut_config,
+    gpu_config,
+    median_ms,
+    peak_gib,
+    profile,
+    report,
+    start,
+)
+
+RATE_TFLOPS, BANDWIDTH = 790.0, 3.0e12
+
+
+def build_native(config: Any) -> torch.nn.Module:
+    spec = get_gated_delta_net_module_spec(config, mcore_backend("transformer_engine"))
+    return _build(spec, config)
+
+
+def build_ours(config: Any) -> torch.nn.Module:
+    return _build(gated_delta_net_spec(get_backend(config)), config)
+
+
+def _build(spec: Any, config: Any) -> torch.nn.Module:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return build_module(spec, config=config, layer_number=1, pg_collection=groups).cuda()
+
+
+@torch.no_grad()
+def copy_weights(native: Any, ours: Any) -> None:
+    """Ours from native: the same numbers, as far as bf16 A_log and dt_bias hold them."""
+    theirs = dict(native.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if name == "gated_norm.weight":
+            parameter.copy_(theirs["out_norm.weight"].float() + 1)
+        else:
+            parameter.copy_(theirs[name])
+
+
+def make_step(module: Any, x: torch.Tensor, grad: torch.Tensor) -> Any:
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        x.grad = None
+        for p in module.parameters():
+            p.grad = None
+        out, _ = module(x, attention_mask=None)
+        out.backward(grad)
+        return out, x.grad
+
+    return step
+
+
+def floor_ms(hf: Any, tokens: int) -> float:
+    operations = 3 * gdn_layer_flops(hf, tokens) / (RATE_TFLOPS * 1e9)
+    channels = 2 * hf.hidden_size + 2 * hf.gdn_conv_dim + 3 * hf.gdn_value_dim
+    return max(operations, 3 * 2 * tokens * channels / BANDWIDTH * 1e3)
+
+
+def bench(flavor: str, length: int, batch: int, args: Any) -> None:
+    hf = cut_config(flavor, 1)
+    config = gpu_config(hf)
+    native, ours = build_native(config), build_ours(config)
+    copy_weights(native, ours)
+    torch.manual_seed(0)
+    x = torch.randn(length, batch, hf.hidden_size, device="cuda", dtype=torch.bfloat16)
+    x.requires_grad_()
+    grad = torch.randn_like(x)
+    tokens, floor = length * batch, floor_ms(hf, length * batch)
+    model_flops = 3 * gdn_layer_flops(hf, tokens)
+    results, times = {}, {}
+    for name, module in (("native", native), ("ours", ours)):
+        step = make_step(module, x, grad)
+        results[name] = [t.detach().clone() for t in step()]
+        timing = median_ms(step)
+        times[name] = timing["ms"]
+        row = {
+            "what": "gdn",
+            "which": name,
+            "flavor": flavor,
+            "length": length,
+            "batch": batch,
+            **timing,
+            "tflops": model_flops / timing["ms"] / 1e9,
+            "tokens_per_s": tokens / timing["ms"] * 1e3,
+            "peak_gib": peak_gib(step),
+            "floor_ms": floor,
+        }
+        if args.profile:
+            row |= profile(step)
+        report(row, args.json)
+    difference = [
+        float((a.float() - b.float()).norm() / b.float().norm())
+        for a, b in zip(results["ours"], results["native"], strict=True)
+    ]
+    report(
+        {
+            "what": "gdn ratio",
+            "flavor": flavor,
+            "length": length,
+            "batch": batch,
+            "native_over_ours": times["native"] / times["ours"],
+            "kernel": ours.kernel.reason,
+            "output_difference": difference[0],
+            "gradient_difference": difference[1],
+        },
+        args.json,
+    )
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--case",
+        action="append",
+        required=True,
+        metavar="FLAVOR,LENGTH,BATCH",
+        help="May be given several times.",
+    )
+    args = parser.parse_args()
+    start()
+    for case in args.case:
+        flavor, length, batch = case.split(",")
+        bench(flavor, int(length), int(batch), args)
+
+
+if __name__ == "__main__":
+    main()

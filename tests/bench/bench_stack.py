@@ -1,0 +1,117 @@
+"""Decoder layers against megatron-core's own spec: forward and backward, one process, one card.
+
+    python -m tests.bench.bench_stack --case 35b-a3b,4,32,4096,4 --json out.jsonl
+
+A case is FLAVOR,LAYERS,EXPERTS,LENGTH,BATCH. EXPERTS are the local ones: 32 is one rank of EP8 at
+35b widths. Routing is forced to balance, so that both sides do the same work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_transformer_block_with_experimental_attention_variant_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from qwen35_mcore.backends import get_backend
+from qwen35_mcore.planner.flops import forward_flops
+from qwen35_mcore.specs import decoder_block_spec
+from tests.bench.common import (
+    FP8_RECIPES,
+    PEAK_TFLOPS,
+    arguments,
+    cut_config,
+    gpu_config,
+    median_ms,
+    peak_gib,
+    profile,
+    report,
+    start,
+)
+
+
+def build(which: str, hf: Any, config: Any) -> torch.nn.Module:
+    if which == "native":
+        spec = get_transformer_block_with_experimental_attention_variant_spec(config)
+    else:
+        spec = decoder_block_spec(hf, config, get_backend(config))
+    return TransformerBlock(config=config, spec=spec, pre_process=True, post_process=True).cuda()
+
+
+def layer_flops(hf: Any, tokens: int, length: int) -> int:
+    """Model operations of forward and backward, without embedding and output layer."""
+    flops = forward_flops(hf, tokens, seq_length=length)
+    return 3 * (flops.gdn + flops.attention + flops.feed_forward)
+
+
+def make_step(
+    block: Any, hf: Any, x: torch.Tensor, rotary: torch.Tensor, grad: torch.Tensor
+) -> Any:
+    def step() -> torch.Tensor:
+        x.grad = None
+        for p in block.parameters():
+            p.grad = None
+        out = block(x, attention_mask=None, rotary_pos_emb=rotary)
+        out.backward(grad)
+        return out
+
+    return step
+
+
+def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
+    flavor, layers, experts, length, batch = case.split(",")
+    length, batch = int(length), int(batch)
+    hf = cut_config(flavor, int(layers), int(experts))
+    config = gpu_config(hf, fp8, moe_router_force_load_balancing=True)
+    torch.manual_seed(0)
+    block = build(which, hf, config)
+    x = torch.randn(length, batch, hf.hidden_size, device="cuda", dtype=torch.bfloat16)
+    x.requires_grad_()
+    rotary = RotaryEmbedding(
+        hf.head_dim, hf.rope_parameters.partial_rotary_factor, rotary_base=hf.rope_theta
+    )(length)
+    step = make_step(block, hf, x, rotary, torch.randn_like(x))
+    timing = median_ms(step, repeats=args.repeats)
+    tokens = length * batch
+    tflops = layer_flops(hf, tokens, length) / timing["ms"] / 1e9
+    row = {
+        "what": "stack",
+        "which": which,
+        "case": case,
+        "precision": fp8 or "bf16",
+        **timing,
+        "tflops": tflops,
+        "mfu": tflops / PEAK_TFLOPS["fp8" if fp8 else "bf16"],
+        "tokens_per_s": tokens / timing["ms"] * 1e3,
+        "peak_gib": peak_gib(step),
+    }
+    if args.profile:
+        row |= profile(step)
+    report(row, args.json)
+    del block, step
+    torch.cuda.empty_cache()
+    return timing["ms"]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--case", action="append", required=True)
+    parser.add_argument("--which", nargs="+", default=["native", "ours"])
+    parser.add_argument("--fp8", nargs="*", default=[], choices=FP8_RECIPES)
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    start()
+    for case in args.case:
+        for fp8 in [None, *args.fp8]:
+            times = {which: bench(case, which, fp8, args) for which in args.which}
+            if len(times) == 2:
+                ratio = times["native"] / times["ours"]
+                report({"what": "stack ratio", "case": case, "native_over_ours": ratio}, args.json)
+
+
+if __name__ == "__main__":
+    main()

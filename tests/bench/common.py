@@ -1,0 +1,174 @@
+"""What the GPU benchmarks share: one rank on one card, configs, weights, timing, output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.transformer_config import Qwen35TransformerConfig, transformer_config
+
+PEAK_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}  # H100/H200 SXM datasheet, dense
+FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
+
+
+def start() -> None:
+    """Parallel state of a single rank. Ends the process with a message where no GPU exists."""
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device")
+    from megatron.core import parallel_state, tensor_parallel
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29511")
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def cut_config(
+    flavor: str, layers: int, experts: int | None = None, *, mtp: bool = False
+) -> Qwen35Config:
+    """A flavor's widths with the first ``layers`` layers of its pattern and fewer experts."""
+    config = get_flavor(flavor)
+    return replace(
+        config,
+        num_hidden_layers=layers,
+        layer_types=config.layer_types[:layers],
+        num_experts=config.num_experts if experts is None else experts,
+        mtp_num_hidden_layers=config.mtp_num_hidden_layers if mtp else 0,
+    )
+
+
+def gpu_config(hf: Qwen35Config, fp8: str | None = None, **run: Any) -> Qwen35TransformerConfig:
+    """bf16 on Transformer Engine; ``fp8`` is a recipe of megatron's ``--fp8-recipe``."""
+    settings: dict[str, Any] = {
+        "transformer_impl": "transformer_engine",
+        "params_dtype": torch.bfloat16,
+        "pipeline_dtype": torch.bfloat16,
+        "bf16": True,
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": True,
+        "moe_router_fusion": True,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "apply_rope_fusion": True,
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": True,
+        "attention_backend": attention_backend(),
+        "fp8": "hybrid" if fp8 else None,
+    }
+    if fp8:
+        settings["fp8_recipe"] = fp8
+    return transformer_config(hf, **settings | run)
+
+
+def attention_backend() -> Any:
+    """cuDNN's fused attention, the only fast one here at head dimension 256."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    return AttnBackend.fused
+
+
+def median_ms(step: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> dict[str, float]:
+    """Milliseconds of ``step`` by CUDA events: median, minimum, maximum."""
+    for _ in range(warmup):
+        step()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return {"ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
+
+
+def peak_gib(step: Callable[[], Any]) -> float:
+    """Most memory in use during one ``step``."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def profile(step: Callable[[], Any]) -> dict[str, Any]:
+    """Kernel launches, host synchronisations and GPU time of one ``step``, and the longest kernels."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    step()
+    torch.cuda.synchronize()
+    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    events = trace.key_averages()
+    launches = sum(e.count for e in events if "LaunchKernel" in e.key)
+    waits = sum(
+        e.count
+        for e in events
+        if e.key in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+    )
+    kernels = sorted(
+        ((e.self_device_time_total / 1e3, e.count, e.key) for e in events if _is_kernel(e)),
+        reverse=True,
+    )
+    return {
+        "launches": launches,
+        "host_waits": waits - 1,  # the one that ends the measurement
+        "gpu_ms": sum(k[0] for k in kernels),
+        "kernels": [(round(ms, 3), count, name[:90]) for ms, count, name in kernels[:25]],
+    }
+
+
+def _is_kernel(event: Any) -> bool:
+    return event.device_type == torch.autograd.DeviceType.CUDA and event.self_device_time_total > 0
+
+
+@contextmanager
+def fp8_if(config: Qwen35TransformerConfig) -> Any:
+    """megatron's FP8 context of a layer, or nothing."""
+    if not config.fp8:
+        yield
+        return
+    from megatron.core.fp8_utils import get_fp8_context
+
+    with get_fp8_context(config):
+        yield
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="Append one JSON line per row to this file.")
+    parser.add_argument("--profile", action="store_true", help="Also profile one step of each.")
+    return parser
+
+
+def report(row: dict[str, Any], path: Path | None) -> None:
+    """Print a row at once, and append it to the JSON file."""
+    row = {"card": torch.cuda.get_device_name(), **row}
+    shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+    kernels = shown.pop("kernels", [])
+    print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
+    for kernel in kernels:
+        print("   ", *kernel, flush=True)
+    if path:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")

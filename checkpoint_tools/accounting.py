@@ -60,7 +60,7 @@ def account(
         no_mtp: convert without MTP although the config says there is one.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, misshapen, quantised or contradicts the config.
+        CheckpointError: a tensor is missing, unknown, misshapen, quantised or not the config's.
         ConfigError: config.json is missing or is not of this family.
     """
     hf = HFCheckpoint(folder)

@@ -18,7 +18,7 @@ from checkpoint_tools.extra_state import extra_state_keys
 from checkpoint_tools.hf_io import HFCheckpoint
 from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
 from checkpoint_tools.manifest import Work, write_file
-from checkpoint_tools.mcore_io import COMMON_STATE
+from checkpoint_tools.mcore_keys import COMMON_STATE
 from checkpoint_tools.mcore_write import (
     RELEASE,
     Item,
@@ -38,9 +38,9 @@ from checkpoint_tools.origin import (
     other_files,
 )
 from checkpoint_tools.progress import Progress
+from checkpoint_tools.storage import split_copy
 from checkpoint_tools.transforms import Box, common_dtype
-from checkpoint_tools.views import split_copy
-from checkpoint_tools.workers import run_parallel
+from checkpoint_tools.workers import import_meanwhile, run_parallel
 from qwen35_mcore.config import Qwen35Config
 
 PART_BYTES = 2**30
@@ -116,6 +116,7 @@ def import_checkpoint(
     if work.finished_before():
         return report
     with work, Progress(report.bytes, "import", quiet=options.quiet) as progress:
+        import_meanwhile("torch.distributed.checkpoint.filesystem")
         _store_origin(work, plan, files, name, options)
         builder = _write_parts(work, items, options, progress.advance)
         common = _common_state(plan.config, name, layout)

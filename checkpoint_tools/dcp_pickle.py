@@ -1,8 +1,8 @@
 """Read the pickles of a Megatron checkpoint without running what is in them.
 
-`.metadata` and `common_state` name classes of torch, megatron and of whoever trained. The few that
-carry what is needed are built; any other becomes an inert stand-in with the attributes it was
-saved with, so that reading needs neither megatron nor trust.
+`.metadata` and `common_state` name classes of torch, megatron and of whoever trained. Plain types
+are built; any other class becomes an inert stand-in with the attributes it was saved with, so that
+reading needs neither megatron, nor torch.distributed, nor trust.
 """
 
 from __future__ import annotations
@@ -16,33 +16,6 @@ import types
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
-
-_BUILT: dict[tuple[str, str], Any] = {
-    ("argparse", "Namespace"): argparse.Namespace,
-    ("types", "SimpleNamespace"): types.SimpleNamespace,
-    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
-    ("pathlib", "PurePosixPath"): pathlib.PurePosixPath,
-    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): collections.defaultdict,
-    ("builtins", "set"): set,
-    ("builtins", "list"): list,
-    ("builtins", "dict"): dict,
-    ("builtins", "int"): int,
-    ("_io", "BytesIO"): io.BytesIO,
-    ("torch", "Size"): torch.Size,
-}
-_METADATA_CLASSES = {
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "Metadata",
-    "MetadataIndex",
-    "StorageMeta",
-    "TensorProperties",
-    "TensorStorageMetadata",
-    "_MEM_FORMAT_ENCODING",
-}
 
 
 class StandIn:
@@ -66,24 +39,70 @@ class StandIn:
         """Accept the entries of a list subclass; nobody reads them."""
 
 
+class TensorEntry(StandIn):
+    """TensorStorageMetadata: properties, size and chunks of a global tensor."""
+
+    properties: TensorProperties
+    size: torch.Size
+    chunks: list[Any]
+
+
+class BytesEntry(StandIn):
+    """BytesStorageMetadata: an object."""
+
+
+class TensorProperties(StandIn):
+    """TensorProperties, of which only the dtype means something here."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = state["dtype"] if isinstance(state, dict) else state[0]
+
+
+class Index(StandIn):
+    """MetadataIndex: the name of a tensor or object, and the offset of a chunk."""
+
+    fqn: str
+    offset: torch.Size | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and self.place == other.place
+
+    def __hash__(self) -> int:
+        return hash(self.place)
+
+    @property
+    def place(self) -> tuple[str, tuple[int, ...] | None]:
+        """What identifies it."""
+        return self.fqn, None if self.offset is None else tuple(self.offset)
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_BUILT: dict[tuple[str, str], Any] = {
+    (_METADATA, "TensorStorageMetadata"): TensorEntry,
+    (_METADATA, "BytesStorageMetadata"): BytesEntry,
+    (_METADATA, "TensorProperties"): TensorProperties,
+    (_METADATA, "MetadataIndex"): Index,
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("types", "SimpleNamespace"): types.SimpleNamespace,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("builtins", "set"): set,
+    ("torch", "Size"): torch.Size,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+}
+
+
 class SafeUnpickler(pickle.Unpickler):
-    """Builds plain types and checkpoint metadata, a `StandIn` for anything else."""
+    """Builds plain types and tensors, a `StandIn` for anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The class, or a stand-in for it."""
         if (module, name) in _BUILT:
             return _BUILT[module, name]
-        if module == metadata.__name__ and name in _METADATA_CLASSES:
-            return getattr(metadata, name)
-        if module == filesystem.__name__ and name == "_StorageInfo":
-            return filesystem._StorageInfo
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return lambda layout: torch.strided
-        if module.startswith("torch") and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
-            return getattr(torch._utils, name)
-        if module == "torch" and name.endswith("Storage"):
             return getattr(torch, name)
         return type(name, (StandIn,), {})
 

@@ -206,7 +206,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         raise _bad(mapped, "the index has no weight_map")
     for tensor, file in weight_map.items():
         # a name with a folder in it could read anywhere
-        if not isinstance(file, str) or Path(file).name != file or len(file) > 200:
+        if not isinstance(file, str) or not file or Path(file).name != file or len(file) > 200:
             raise _bad(mapped, f"the index puts {tensor} into {file!r}, which is no file name")
     return weight_map
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from checkpoint_tools.hf_io import HFCheckpoint, HFTensor
 from checkpoint_tools.manifest import PARTIAL
-from checkpoint_tools.mcore_io import TRACKER, MegatronCheckpoint, MegatronTensor
+from checkpoint_tools.mcore_io import MegatronCheckpoint, MegatronTensor
+from checkpoint_tools.mcore_keys import TRACKER
 from checkpoint_tools.verify import is_hf_folder
 from checkpoint_tools.views import has_mtp, model_keys, stored_layout
 from qwen35_mcore.config import Qwen35Config

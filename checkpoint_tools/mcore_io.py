@@ -16,30 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
 
-from checkpoint_tools.dcp_pickle import SafeUnpickler, load_torch_object
+from checkpoint_tools.dcp_pickle import (
+    BytesEntry,
+    SafeUnpickler,
+    TensorEntry,
+    load_torch_object,
+)
+from checkpoint_tools.mcore_keys import COMMON_STATE, LEGACY_COMMON, TRACKER, Stored
 from checkpoint_tools.storage import MappedFile
 from checkpoint_tools.torch_blob import map_tensor
 from checkpoint_tools.transforms import Box, Shape
 from qwen35_mcore.errors import CheckpointError
-
-TRACKER = "latest_checkpointed_iteration.txt"
-COMMON_STATE = "common_state/shard_0_1"
-LEGACY_COMMON = "common.pt"
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A byte range of a file."""
-
-    file: str
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +79,12 @@ class MegatronCheckpoint:
         self.files = _open_files(self.folder, metadata)
         self.tensors: dict[str, MegatronTensor] = {}
         self.objects: dict[str, Stored] = {}
+        places = {index.place: _stored(info) for index, info in metadata.storage_data.items()}
         for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                self.tensors[key] = _tensor(self.folder, key, entry, metadata.storage_data)
-            elif isinstance(entry, BytesStorageMetadata):
-                self.objects[key] = _stored(metadata.storage_data[MetadataIndex(key)])
+            if isinstance(entry, TensorEntry):
+                self.tensors[key] = _tensor(self.folder, key, entry, places)
+            elif isinstance(entry, BytesEntry):
+                self.objects[key] = places[key, None]
         self.common: dict[str, Any] = self._read_common()
 
     @property
@@ -228,13 +217,13 @@ def _open_files(folder: Path, metadata: Any) -> dict[str, MappedFile]:
 
 
 def _tensor(
-    folder: Path, key: str, entry: TensorStorageMetadata, storage_data: dict[Any, Any]
+    folder: Path, key: str, entry: TensorEntry, places: dict[Any, Stored]
 ) -> MegatronTensor:
     chunks = []
-    for i, chunk in enumerate(entry.chunks):
-        info = storage_data.get(MetadataIndex(key, chunk.offsets, i))
-        if info is not None:
-            chunks.append(Chunk(Box(tuple(chunk.offsets), tuple(chunk.sizes)), _stored(info)))
+    for chunk in entry.chunks:
+        stored = places.get((key, tuple(chunk.offsets)))
+        if stored is not None:
+            chunks.append(Chunk(Box(tuple(chunk.offsets), tuple(chunk.sizes)), stored))
     shape = tuple(entry.size)
     if sum(chunk.box.size for chunk in chunks) != prod(shape):
         raise CheckpointError(

@@ -9,24 +9,18 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from checkpoint_tools.manifest import write_file
-from checkpoint_tools.mcore_io import TRACKER
+from checkpoint_tools.mcore_keys import TRACKER, Stored
+from checkpoint_tools.storage import ChecksumWriter, as_bytes
+from checkpoint_tools.torch_blob import archive_for
 from checkpoint_tools.transforms import Box, Shape
 
 _ALIGNMENT = 64
@@ -71,17 +65,20 @@ def plan_parts(items: Iterable[Item], max_bytes: int) -> Iterator[list[Item]]:
 
 
 def write_tensors(
-    stream: Any, items: Sequence[Item], progress: Callable[[int], None] = lambda count: None
+    stream: ChecksumWriter,
+    items: Sequence[Item],
+    progress: Callable[[int], None] = lambda count: None,
 ) -> list[list[int]]:
     """Write the items; returns the position and length of each."""
     places = []
     for item in items:
         stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
         start = stream.tell()
-        content = item.content().to(item.target.dtype).reshape(item.box.shape)
-        if content.untyped_storage().nbytes() != item.nbytes:
-            content = content.clone()
-        torch.save(content, stream)
+        data = as_bytes(item.content().to(item.target.dtype))
+        archive, crc = archive_for(item.box.shape, item.target.dtype), zlib.crc32(data)
+        stream.write(archive.head)
+        stream.write_known(data, crc)
+        stream.write(archive.tail(crc))
         places.append([start, stream.tell() - start])
         progress(item.nbytes)
     return places
@@ -103,37 +100,51 @@ class MetadataBuilder:
     """Collects where everything lies, and writes what makes the folder a checkpoint."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, Any] = {}
-        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        self._tensors: dict[str, tuple[Target, list[tuple[Box, Stored]]]] = {}
+        self._objects: dict[str, Stored] = {}
 
     def add_tensors(self, file: str, items: Sequence[Item], places: list[list[int]]) -> None:
         """Record a file that `write_tensors` wrote."""
         for item, (start, length) in zip(items, places, strict=True):
-            target = item.target
-            entry = self._entries.setdefault(
-                target.key,
-                TensorStorageMetadata(
-                    properties=TensorProperties(dtype=target.dtype),
-                    size=torch.Size(target.shape),
-                    chunks=[],
-                ),
-            )
-            offsets = torch.Size(item.box.offsets)
-            index = MetadataIndex(target.key, offsets, len(entry.chunks))
-            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.box.shape)))
-            self._storage[index] = _StorageInfo(file, start, length)
+            _, chunks = self._tensors.setdefault(item.target.key, (item.target, []))
+            chunks.append((item.box, Stored(file, start, length)))
 
     def add_objects(self, file: str, keys: Iterable[str], places: list[list[int]]) -> None:
         """Record a file that `write_objects` wrote."""
         for key, (start, length) in zip(keys, places, strict=True):
-            self._entries[key] = BytesStorageMetadata()
-            self._storage[MetadataIndex(key)] = _StorageInfo(file, start, length)
+            self._objects[key] = Stored(file, start, length)
 
     def write(self, tree: Path) -> None:
         """Write ``.metadata``, ``metadata.json`` and, last, the tracker file."""
         folder = tree / RELEASE
-        metadata = Metadata(state_dict_metadata=self._entries, storage_data=self._storage)
-        write_file(folder / ".metadata", pickle.dumps(metadata))
+        write_file(folder / ".metadata", pickle.dumps(self._metadata()))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         write_file(folder / "metadata.json", json.dumps(config).encode())
         write_file(tree / TRACKER, RELEASE.encode())
+
+    def _metadata(self) -> Any:
+        # importing it takes as long as writing a gigabyte, and only the end needs it
+        from torch.distributed.checkpoint import metadata as dcp
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+        entries: dict[str, Any] = {}
+        storage: dict[Any, Any] = {}
+
+        def place(index: Any, stored: Stored) -> None:
+            storage[index] = _StorageInfo(stored.file, stored.offset, stored.length)
+
+        for key, (target, chunks) in self._tensors.items():
+            entries[key] = dcp.TensorStorageMetadata(
+                properties=dcp.TensorProperties(dtype=target.dtype),
+                size=torch.Size(target.shape),
+                chunks=[
+                    dcp.ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.shape))
+                    for box, _ in chunks
+                ],
+            )
+            for i, (box, stored) in enumerate(chunks):
+                place(dcp.MetadataIndex(key, torch.Size(box.offsets), i), stored)
+        for key, stored in self._objects.items():
+            entries[key] = dcp.BytesStorageMetadata()
+            place(dcp.MetadataIndex(key), stored)
+        return dcp.Metadata(state_dict_metadata=entries, storage_data=storage)

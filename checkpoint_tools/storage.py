@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.transforms import Box
+from checkpoint_tools.crc import combine
+from checkpoint_tools.transforms import Box, Copy
 from qwen35_mcore.errors import CheckpointError
 
 CHUNK_BYTES = 64 * 2**20
@@ -74,9 +75,13 @@ class ChecksumWriter(io.RawIOBase):
         return self.count
 
     def write(self, data: Any) -> int:
+        return self.write_known(data, zlib.crc32(data))
+
+    def write_known(self, data: Any, crc: int) -> int:
+        """Write data whose CRC-32 the caller has."""
         view = memoryview(data).cast("B")
         length = len(view)
-        self.crc = zlib.crc32(view, self.crc)
+        self.crc = combine(self.crc, crc, length)
         self.count += length
         try:
             while view:
@@ -115,6 +120,20 @@ def split_rows(box: Box, itemsize: int, limit: int = CHUNK_BYTES) -> Iterator[Bo
     step = max(1, limit // max(1, row))
     for start in range(0, box.shape[axis], step):
         yield cut_box(box, axis, start, min(step, box.shape[axis] - start))
+
+
+def split_copy(copy: Copy, itemsize: int) -> Iterator[Copy]:
+    """A copy in parts of bounded size."""
+    axis = first_axis(copy.hf_box)
+    if axis is None or copy.hf_box.size * itemsize <= CHUNK_BYTES:
+        yield copy
+        return
+    other = first_axis(copy.mcore_box)
+    assert other is not None
+    for box in split_rows(copy.hf_box, itemsize):
+        start = box.offsets[axis] - copy.hf_box.offsets[axis]
+        part = cut_box(copy.mcore_box, other, start, box.shape[axis])
+        yield Copy(copy.hf, box, copy.mcore, part)
 
 
 def first_axis(box: Box) -> int | None:

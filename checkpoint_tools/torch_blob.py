@@ -1,7 +1,8 @@
-"""One tensor of a ``.distcp`` file: what torch.save wrote, mapped instead of loaded.
+"""One tensor of a ``.distcp`` file: what torch.save writes, mapped instead of loaded.
 
 A stored chunk is a zip archive without compression, so the numbers lie in the file as they are and
-the small pickle beside them says how. Only a tensor's own ingredients are unpickled.
+the small pickle beside them says how. Only a tensor's own ingredients are unpickled. Writing is the
+same in reverse: all archives of one shape and dtype differ only in the numbers and their checksum.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,8 @@ import torch
 from checkpoint_tools.storage import MappedFile
 from qwen35_mcore.errors import CheckpointError
 
-_LOCAL_HEADER = 30
+_LOCAL_HEADER, _DIRECTORY_HEADER = 30, 46
+_DESCRIPTOR = b"PK\x07\x08"
 _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -50,17 +53,14 @@ def map_tensor(mapped: MappedFile, start: int, length: int) -> torch.Tensor:
         CheckpointError: the bytes are no plain CPU tensor written by torch.save.
     """
     try:
-        archive = zipfile.ZipFile(_Slice(mapped.bytes(start, length)))
+        content = mapped.bytes(start, length)
+        archive = zipfile.ZipFile(_Slice(content))
         members = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         layout = _Unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
         data = members[f"data/{layout.storage.key}"]
         if data.compress_type != zipfile.ZIP_STORED:
             raise ValueError("compressed")
-        local = mapped.bytes(start + data.header_offset, _LOCAL_HEADER)
-        name_and_extra = int.from_bytes(local[26:28], "little") + int.from_bytes(
-            local[28:30], "little"
-        )
-        first = start + data.header_offset + _LOCAL_HEADER + name_and_extra
+        first = start + _behind_header(content, data.header_offset)
         flat = mapped.tensor(
             first, layout.storage.dtype, (data.file_size // layout.storage.dtype.itemsize,)
         )
@@ -73,6 +73,44 @@ def map_tensor(mapped: MappedFile, start: int, length: int) -> torch.Tensor:
             got=f"{mapped.path} at byte {start}: {error}",
             fix="the checkpoint is damaged: fetch or write it again",
         ) from error
+
+
+class Archive:
+    """What torch.save puts before and behind the numbers of any tensor of one shape and dtype."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        buffer = io.BytesIO()
+        torch.save(torch.zeros(shape, dtype=dtype), buffer)
+        content = buffer.getbuffer()
+        start, length = _data_position(zipfile.ZipFile(buffer), content)
+        self.head = bytes(content[:start])
+        self._tail = bytes(content[start + length :])
+        # the checksum stands in the data descriptor behind the numbers and in the directory
+        assert self._tail[:4] == _DESCRIPTOR
+        self._places = (4, self._tail.index(b"archive/data/0") - _DIRECTORY_HEADER + 16)
+
+    def tail(self, crc: int) -> bytes:
+        """What follows numbers with this CRC-32."""
+        tail = bytearray(self._tail)
+        for place in self._places:
+            tail[place : place + 4] = crc.to_bytes(4, "little")
+        return bytes(tail)
+
+
+archive_for = lru_cache(maxsize=None)(Archive)
+"""The archive of a shape and dtype, made once."""
+
+
+def _data_position(archive: zipfile.ZipFile, content: memoryview) -> tuple[int, int]:
+    data = archive.getinfo("archive/data/0")
+    return _behind_header(content, data.header_offset), data.file_size
+
+
+def _behind_header(content: memoryview, header: int) -> int:
+    """Where the data of a zip member begins, from the position of its local header."""
+    lengths = content[header + 26 : header + _LOCAL_HEADER]
+    name, extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+    return header + _LOCAL_HEADER + name + extra
 
 
 class _Unpickler(pickle.Unpickler):

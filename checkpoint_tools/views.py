@@ -13,7 +13,7 @@ import torch
 
 from checkpoint_tools.mcore_io import MegatronCheckpoint
 from checkpoint_tools.names import MTP_PREFIX, Layout, Naming, Row, TensorSpec, rows
-from checkpoint_tools.storage import CHUNK_BYTES, cut_box, first_axis, split_rows
+from checkpoint_tools.storage import split_rows
 from checkpoint_tools.transforms import Copy, Shape, common_dtype
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
@@ -139,20 +139,6 @@ def aligned(
             return
         yield a[:count], b[:count]
         a, b = a[count:], b[count:]
-
-
-def split_copy(copy: Copy, itemsize: int) -> Iterator[Copy]:
-    """A copy in parts of bounded size."""
-    axis = first_axis(copy.hf_box)
-    if axis is None or copy.hf_box.size * itemsize <= CHUNK_BYTES:
-        yield copy
-        return
-    other = first_axis(copy.mcore_box)
-    assert other is not None
-    for box in split_rows(copy.hf_box, itemsize):
-        start = box.offsets[axis] - copy.hf_box.offsets[axis]
-        part = cut_box(copy.mcore_box, other, start, box.shape[axis])
-        yield Copy(copy.hf, box, copy.mcore, part)
 
 
 def _grouped(row: Row) -> list[list[Copy]]:

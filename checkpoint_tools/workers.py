@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from importlib import import_module
 
 
 def run_parallel[Input, Result](
@@ -19,3 +21,8 @@ def run_parallel[Input, Result](
         if not future.cancelled() and (error := future.exception()):
             raise error
     return [future.result() for future in futures]
+
+
+def import_meanwhile(module: str) -> None:
+    """Begin to import a module that is slow to import and needed at the end only."""
+    threading.Thread(target=import_module, args=(module,), daemon=True).start()

@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the processes share the cores
 exec torchrun --standalone --nproc-per-node 2 "$(dirname "$0")/pretrain_qwen35.py" \
     --flavor tiny-moe --expert-model-parallel-size 2 --use-distributed-optimizer \
     --data-path "$run/data/stdlib" --split 98,1,1 --num-workers 1 \
-    --seq-length 256 --micro-batch-size 8 --global-batch-size 16 --train-iters 200 \
+    --seq-length 256 --micro-batch-size 8 --global-batch-size 16 --train-iters 160 \
     --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.03 \
     --save "$run/checkpoints" --load "$run/checkpoints" --save-interval 100 \
     --tensorboard-dir "$run/tensorboard" --log-interval 10 --eval-interval 30 --eval-iters 4 "$@"

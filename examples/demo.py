@@ -48,6 +48,7 @@ qwen35 data tokenize corpus/ --tokenizer Qwen/Qwen3.5-35B-A3B \\
 torchrun --nproc-per-node 8 examples/pretrain_qwen35.py \\
     --flavor 35b-a3b --expert-model-parallel-size 8 --bf16 \\
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \\
+    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 \\
     --data-path data/corpus --split 98,1,1 \\
     --seq-length 4096 --micro-batch-size 1 --global-batch-size 256 --train-iters 10000 \\
     --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-iters 200 --weight-decay 0.1 \\
@@ -67,7 +68,7 @@ def main() -> int:
     try:
         prepare(args.output)
         tokenize(args.output)
-        loss = train_twice(args.output, args.iters, args.stop_at or max(1, args.iters * 3 // 5))
+        loss = train_twice(args.output, args.iters, args.stop_at or max(1, args.iters * 5 // 8))
         draw_curve(args.output)
     except DemoError as error:
         console.print(f"[bold red]error:[/] {error}")
@@ -82,8 +83,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to")
-    parser.add_argument("--iters", type=int, default=200, help="iterations in all, at least 2")
-    parser.add_argument("--stop-at", type=int, help="iteration to stop at; default: 3/5 of --iters")
+    parser.add_argument("--iters", type=int, default=160, help="iterations in all, at least 2")
+    parser.add_argument("--stop-at", type=int, help="iteration to stop at; default: 5/8 of --iters")
     args = parser.parse_args()
     if args.iters < 2 or not 0 < (args.stop_at or 1) < args.iters:
         parser.error("--iters must be at least 2, and --stop-at between 1 and --iters - 1")
@@ -119,7 +120,7 @@ def tokenize(output: Path) -> None:
 
 def train_twice(output: Path, iters: int, stop_at: int) -> float:
     """Train up to ``stop_at``, and from its checkpoint to ``iters``; the final validation loss."""
-    flags = ("--train-iters", iters, "--log-interval", max(1, iters // 20))
+    flags = ("--train-iters", iters, "--log-interval", max(1, iters // 16))
     headline("2", f"train tiny-moe with two processes and stop at iteration {stop_at} of {iters}")
     first = TrainingOutput(iters)
     run_script(output, "02_train.sh", *flags, "--exit-interval", stop_at, on_line=first)
@@ -225,10 +226,10 @@ def run_script(
     console.print(f"  $ bash {shown(HERE / script)} {' '.join(command[2:])}", markup=False)
     started = time.monotonic()
     if on_line is None:
-        status, cause = _run(command, output, lambda line: None)
+        status, cause = run_logged(command, output, lambda line: None)
     else:
         with on_line:
-            status, cause = _run(command, output, on_line)
+            status, cause = run_logged(command, output, on_line)
     if status:
         raise DemoError(
             f"{script} ended with exit status {status}: {cause}\n"
@@ -237,7 +238,7 @@ def run_script(
     return time.monotonic() - started
 
 
-def _run(command: list[str], output: Path, on_line: Callable[[str], None]) -> tuple[int, str]:
+def run_logged(command: list[str], output: Path, on_line: Callable[[str], None]) -> tuple[int, str]:
     """Exit status of the command, and the first line that names an error (else the last one)."""
     scripts = Path(sys.executable).parent  # where pip put qwen35 and torchrun
     environment = os.environ | {

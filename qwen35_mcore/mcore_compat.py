@@ -215,7 +215,14 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
     from megatron.core.datasets import utils as dataset_utils
     from megatron.training import training
 
-    from qwen35_mcore import megatron_refusals, nonfinite, resharding, safe_saving
+    from qwen35_mcore import (
+        bucket_padding,
+        float32_state,
+        megatron_refusals,
+        nonfinite,
+        resharding,
+        safe_saving,
+    )
 
     def num_floating_point_operations(
         args: Any,
@@ -227,10 +234,28 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
         return step_flops(tokens, seqlen_squared_sum_in_batch or tokens * args.seq_length)
 
     training.num_floating_point_operations = num_floating_point_operations
+    training.build_train_valid_test_data_iterators = _keeping_random_state(
+        training.build_train_valid_test_data_iterators
+    )
     # The wheel ships the compiled helpers but not the Makefile that compile_helpers runs.
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         dataset_utils.compile_helpers = lambda: None
+    bucket_padding.install()
+    float32_state.install()
     megatron_refusals.explain_schedule_changes()
     nonfinite.install()
     resharding.install()
     safe_saving.install()
+
+
+def _keeping_random_state(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Data loaders draw a seed when they start, also after a resume has restored the state."""
+
+    def build_data_iterators(*args: Any, **kwargs: Any) -> Any:
+        state = torch.get_rng_state()
+        try:
+            return build(*args, **kwargs)
+        finally:
+            torch.set_rng_state(state)
+
+    return build_data_iterators

@@ -23,6 +23,8 @@ from qwen35_mcore.mcore_compat import (
 class TokenDispatcher(MoEAlltoAllTokenDispatcher):
     """All-to-all dispatcher that leaves the token counts on the device."""
 
+    tokens_per_expert: Any
+
     @property
     def alone(self) -> bool:
         """Whether this rank holds every expert whole: no communication, no second permutation."""

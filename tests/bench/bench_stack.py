@@ -48,9 +48,7 @@ def layer_flops(hf: Any, tokens: int, length: int) -> int:
     return 3 * (flops.gdn + flops.attention + flops.feed_forward)
 
 
-def make_step(
-    block: Any, hf: Any, x: torch.Tensor, rotary: torch.Tensor, grad: torch.Tensor
-) -> Any:
+def make_step(block: Any, x: torch.Tensor, rotary: torch.Tensor, grad: torch.Tensor) -> Any:
     def step() -> torch.Tensor:
         x.grad = None
         for p in block.parameters():
@@ -74,7 +72,7 @@ def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
     rotary = RotaryEmbedding(
         hf.head_dim, hf.rope_parameters.partial_rotary_factor, rotary_base=hf.rope_theta
     )(length)
-    step = make_step(block, hf, x, rotary, torch.randn_like(x))
+    step = make_step(block, x, rotary, torch.randn_like(x))
     timing = median_ms(step, repeats=args.repeats)
     tokens = length * batch
     tflops = layer_flops(hf, tokens, length) / timing["ms"] / 1e9

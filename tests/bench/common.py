@@ -109,7 +109,7 @@ def peak_gib(step: Callable[[], Any]) -> float:
 
 
 def profile(step: Callable[[], Any]) -> dict[str, Any]:
-    """Kernel launches, host synchronisations and GPU time of one ``step``, and the longest kernels."""
+    """Launches, host synchronisations and GPU time of one ``step``, and its longest kernels."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 

@@ -9,8 +9,11 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.ssm.gated_delta_net import common as native_gdn
+from megatron.core.ssm.gated_delta_net.gdn import GatedDeltaNet as NativeGatedDeltaNet
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from qwen35_mcore import specs
 from qwen35_mcore.config import Qwen35Config
 from tests.helpers.training import Layout, build_chunks, config_for, initialize
 
@@ -30,12 +33,42 @@ def imported_logits(
     return {"logits": _logits(chunks, tokens), "lacking": lacking, "not_asked": not_asked}
 
 
+def native_logits(
+    hf: Qwen35Config, checkpoint: str, tokens: torch.Tensor, layout: Layout
+) -> dict[str, Any]:
+    """The same with megatron-core's own GatedDeltaNet in place of this package's."""
+    ours = specs.gated_delta_net_spec
+    specs.gated_delta_net_spec = _native_spec
+    native_gdn.HAVE_FLA, native_gdn.l2norm = True, _l2norm
+    try:
+        return imported_logits(hf, checkpoint, tokens, layout)
+    finally:
+        specs.gated_delta_net_spec = ours
+        native_gdn.HAVE_FLA, native_gdn.l2norm = False, None
+
+
+def _native_spec(backend: Any) -> Any:
+    return specs.ModuleSpec(
+        module=NativeGatedDeltaNet,
+        submodules=specs.GatedDeltaNetSubmodules(
+            in_proj=backend.column_parallel_layer_norm_linear(),
+            out_norm=backend.layer_norm(rms_norm=True),
+            out_proj=backend.row_parallel_linear(),
+        ),
+    )
+
+
+def _l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+
+
 def _load(chunks: list[torch.nn.Module], checkpoint: str) -> tuple[set[str], set[str]]:
     metadata = {"dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
-    state = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(chunks)}
     for chunk in chunks:
         for parameter in chunk.parameters():
+            # what the checkpoint does not fill must show in the logits
             parameter.data.fill_(float("nan"))
+    state = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(chunks)}
     loaded, missing, unexpected = dist_checkpointing.load(
         state, checkpoint, strict=StrictHandling.RETURN_ALL
     )
@@ -45,20 +78,20 @@ def _load(chunks: list[torch.nn.Module], checkpoint: str) -> tuple[set[str], set
 
 
 def _logits(chunks: list[torch.nn.Module], tokens: torch.Tensor) -> torch.Tensor | None:
+    def collect(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+        return gather_from_tensor_model_parallel_region(logits.detach())
+
     def forward_step(data_iterator: Any, model: Any) -> Any:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        output = model(tokens, positions, None)
-        return output, lambda value, non_loss_data=True: gather_from_tensor_model_parallel_region(
-            value.detach()
-        )
+        return model(tokens, positions, None), collect
 
     for chunk in chunks:
         chunk.eval()
+    iterators: list[Any] = [iter([]) for _ in chunks]
     with torch.no_grad():
-        data: Any = [iter([]) for _ in chunks]
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=data if len(chunks) > 1 else data[0],
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=ps.get_pipeline_model_parallel_world_size(),
             seq_length=tokens.shape[1],

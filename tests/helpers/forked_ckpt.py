@@ -61,7 +61,7 @@ class ForkServer:
 
 def serve() -> None:
     """Answer commands until standard input ends."""
-    import checkpoint_tools.convert  # noqa: F401
+    import checkpoint_tools.convert
     import checkpoint_tools.export  # noqa: F401
     from checkpoint_tools.cli import main
 

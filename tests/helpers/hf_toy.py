@@ -42,14 +42,19 @@ OTHER_FILES = {
 
 
 def toy_hf_config(
-    kind: str, *, mtp: bool = True, tied: bool = False, **changes: Any
+    kind: str,
+    *,
+    mtp: bool = True,
+    tied: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    **changes: Any,
 ) -> Qwen35Config:
     """A toy of one of the four model types."""
     config = toy_config(
         moe="moe" in kind,
         mtp_num_hidden_layers=int(mtp),
         tie_word_embeddings=tied,
-        carried={"dtype": "bfloat16", "eos_token_id": 3},
+        carried={"dtype": str(dtype).removeprefix("torch."), "eos_token_id": 3},
         **changes,
     )
     outer = {"vision_config": VISION, "image_token_id": 5} if not kind.endswith("_text") else {}
@@ -62,7 +67,10 @@ def build_transformers(config: Qwen35Config, seed: int = 0) -> Any:
     module = modeling(name)
     model_class = getattr(module, config.hf_architecture)
     torch.manual_seed(seed)
-    model = model_class(model_class.config_class.from_dict(config.to_hf()))
+    hf_config = model_class.config_class.from_dict(config.to_hf())
+    for level in (hf_config, hf_config.get_text_config()):
+        level.dtype = torch.float32  # the weights are made in the dtype of the config
+    model = model_class(hf_config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):
@@ -81,7 +89,7 @@ def write_toy(
     **changes: Any,
 ) -> Qwen35Config:
     """Write a complete toy folder with several shards; returns its config."""
-    config = toy_hf_config(kind, mtp=mtp, tied=tied, **changes)
+    config = toy_hf_config(kind, mtp=mtp, tied=tied, dtype=dtype, **changes)
     model = build_transformers(config, seed).to(dtype)
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
@@ -112,6 +120,13 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return tensors
+
+
+def save_folder(folder: Path, tensors: dict[str, torch.Tensor], config: Qwen35Config) -> None:
+    """A folder of these tensors, without any other file than the config."""
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
 
 
 def rewrite(

@@ -83,6 +83,8 @@ class ScriptServer:
         self._runs += 1
         ranks = list(range(world_size)) if ranks is None else ranks
         outputs = [self._folder / f"{self._runs}.{rank}.txt" for rank in ranks]
+        for output in outputs:
+            output.touch()
         job = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost"} | env
         job["MASTER_PORT"] = str(_free_port())
         calls = [
@@ -182,7 +184,7 @@ def _fork(
     status = 1
     try:
         connection.close()
-        descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(to, os.O_WRONLY)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         status = _main(script, flags, env)
@@ -206,6 +208,15 @@ def _main(script: Any, flags: list[str], env: dict[str, str]) -> int:
         traceback.print_exc()
         return 1
     finally:
+        _close_log()
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
+
+
+def _close_log() -> None:
+    """What an exit handler does in the script: a fork runs none, they are the server's."""
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    with contextlib.suppress(Exception):
+        get_tensorboard_writer().close()

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from checkpoint_tools.mcore_io import MegatronCheckpoint
 from checkpoint_tools.transforms import Box
 
 LOGGED = ("lm loss", "mtp_1 loss", "grad-norm", "learning-rate", "lm loss validation")
+MAIN_PARAMETER = re.compile(r"^optimizer\.state\.(?:fp32_)?param\.")
 
 
-def logged_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Value by step of everything in `LOGGED` that a run wrote for TensorBoard, in float32."""
+def logged_scalars(folder: Path) -> dict[str, dict[int, list[float]]]:
+    """Everything in `LOGGED` that a run wrote for TensorBoard, in float32, by step. The last step
+    has several validation losses: of the interval, of the end, and of the test set."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in LOGGED if tag in events.Tags()["scalars"]]
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags}
+    values: dict[str, dict[int, list[float]]] = {tag: {} for tag in tags}
+    for tag in tags:
+        for event in events.Scalars(tag):
+            values[tag].setdefault(event.step, []).append(event.value)
+    return values
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every global tensor of a checkpoint folder: parameters and optimizer state."""
+    """Every global tensor of a checkpoint folder: parameters and optimizer state.
+
+    Asserts that the optimizer's main parameters are those of the model, so state that was saved
+    under another parameter's name or position is not mistaken for a good checkpoint.
+    """
     checkpoint = MegatronCheckpoint(folder)
-    return {
+    tensors = {
         key: checkpoint.read(key, Box((0,) * len(tensor.shape), tensor.shape)).clone()
         for key, tensor in checkpoint.tensors.items()
     }
+    for key, main in tensors.items():
+        name = MAIN_PARAMETER.sub("", key)
+        if name != key:
+            assert torch.equal(main.to(tensors[name].dtype), tensors[name]), key
+    return tensors
 
 
 def checkpoint_common(folder: Path) -> dict[str, Any]:
@@ -38,10 +56,22 @@ def checkpoint_common(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_random_states(folder: Path) -> dict[str, Any]:
-    """Stored random states by key."""
+    """Stored random states by key, as lists of numbers."""
     checkpoint = MegatronCheckpoint(folder)
-    keys = [key for key in checkpoint.objects if key.startswith("rng_state")]
-    return {key: checkpoint.object(key) for key in keys}
+    states = {}
+    for key, stored in checkpoint.objects.items():
+        if key.startswith("rng_state"):
+            content = checkpoint.files[stored.file].bytes(stored.offset, stored.length)
+            states[key] = _numbers(torch.load(io.BytesIO(bytes(content)), weights_only=False))
+    return states
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(item) for item in value]
+    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
 
 
 def assert_same_tensors(a: Path, b: Path) -> None:

@@ -51,7 +51,7 @@ def load_global(chunks: list[torch.nn.Module], tensors: dict[str, torch.Tensor])
         for shard in local_shards(chunks):
             source = tensors[shard.key]
             assert tuple(source.shape) == shard.global_shape, (shard.key, source.shape, shard)
-            shard.data.copy_(source[_window(shard)])
+            shard.data.copy_(source[window(shard)])
             used.add(shard.key)
     return used
 
@@ -92,14 +92,15 @@ def assemble(shards_by_rank: list[list[Shard]]) -> dict[str, torch.Tensor]:
         seen[place] = shard.data
         if shard.key not in tensors:
             tensors[shard.key] = torch.full(shard.global_shape, torch.nan, dtype=shard.data.dtype)
-        tensors[shard.key][_window(shard)] = shard.data
+        tensors[shard.key][window(shard)] = shard.data
         filled[shard.key] = filled.get(shard.key, 0) + shard.data.numel()
     for key, tensor in tensors.items():
         assert filled[key] == tensor.numel(), f"{key}: {filled[key]} of {tensor.numel()} elements"
     return tensors
 
 
-def _window(shard: Shard) -> tuple[slice, ...]:
+def window(shard: Shard) -> tuple[slice, ...]:
+    """Where a shard lies in its global tensor."""
     return tuple(
         slice(start, start + size)
         for start, size in zip(shard.offset, shard.data.shape, strict=True)

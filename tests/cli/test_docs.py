@@ -1,0 +1,148 @@
+"""Every command of the two READMEs parses: flags that exist, a layout that is allowed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from qwen35_mcore import data
+from qwen35_mcore.flavors import FLAVORS
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "examples/README.md")
+NOT_OURS = ("pip", "tensorboard")
+PARSE = """
+import json, os, sys
+from qwen35_mcore import cpu
+if cpu.is_needed():
+    cpu.enable_training()
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+from megatron.training.global_vars import destroy_global_vars
+from qwen35_mcore.arguments import parse_arguments
+for world, argv in json.load(sys.stdin):
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+    parse_arguments(argv)
+    destroy_global_vars()
+    destroy_num_microbatches_calculator()
+"""
+
+
+def commands() -> list[list[str]]:
+    """The words of every command in a ```bash block."""
+    found = []
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [words for line in lines if (words := shlex.split(line, comments=True))]
+    return found
+
+
+def parse_click(command: Any, words: list[str]) -> None:
+    """Parse without running; raises a usage error where the command would not run."""
+    context = command.make_context(words[0], words[1:])
+    while hasattr(command, "resolve_command"):
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+
+
+def training_run(words: list[str]) -> tuple[int, list[str]] | None:
+    """World size and flags of a command that trains."""
+    if words[:2] == ["bash", "examples/02_train.sh"]:
+        script = (ROOT / words[1]).read_text().replace("\\\n", " ").replace("$run", "runs/demo")
+        line = next(line for line in script.splitlines() if line.startswith("exec torchrun"))
+        flags = shlex.split(line)[6:-1]  # without the launcher and "$@"
+        return 2, [*flags, *words[2:]]
+    if words[0] != "torchrun":
+        return None
+    script_at = words.index("examples/pretrain_qwen35.py")
+    launcher = dict(zip(words[1:script_at:2], words[2:script_at:2], strict=True))
+    nodes, processes = launcher.get("--nnodes", "1"), launcher["--nproc-per-node"]
+    return int(nodes) * int(processes), words[script_at + 1 :]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A folder with the files that the documents' commands name."""
+    (tmp_path / "notes.jsonl").write_text('{"text": "a few words"}\n' * 400)
+    for prefix in ("data/corpus", "runs/demo/data/stdlib"):
+        data.tokenize(
+            inputs=[str(tmp_path / "notes.jsonl")],
+            output_prefix=tmp_path / prefix,
+            tokenizer="byte",
+            workers=1,
+            quiet=True,
+        )
+    published = tmp_path / "Qwen3.5-35B-A3B"
+    published.mkdir()
+    (published / "config.json").write_text(json.dumps(FLAVORS["35b-a3b"].to_hf()))
+    return tmp_path
+
+
+def test_command_lines_parse() -> None:
+    from checkpoint_tools.cli import app as checkpoint_app
+    from qwen35_mcore.cli import app
+
+    known = {"qwen35": app, "qwen35-ckpt": checkpoint_app}
+    ours = [words for words in commands() if words[0] in known]
+    assert {words[0] for words in ours} == set(known)
+    for words in ours:
+        parse_click(typer.main.get_command(known[words[0]]), words)
+
+
+def test_a_flag_that_does_not_exist_is_found() -> None:
+    from qwen35_mcore.cli import app
+
+    with pytest.raises(Exception, match="no-such-flag"):
+        parse_click(typer.main.get_command(app), ["qwen35", "flavors", "--no-such-flag"])
+
+
+@pytest.mark.slow
+def test_training_commands_parse(workspace: Path) -> None:
+    runs = [run for words in commands() if (run := training_run(words))]
+    assert len(runs) >= 6
+    for _, flags in runs:
+        if "--pretrained-checkpoint" in flags:  # its file would have to be there
+            at = flags.index("--pretrained-checkpoint")
+            del flags[at : at + 2]
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE],
+        input=json.dumps(runs),
+        cwd=workspace,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_prints_a_documented_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import demo
+
+    printed = demo.GPU_COMMANDS[demo.GPU_COMMANDS.index("torchrun") :]
+    assert printed in (ROOT / "examples/README.md").read_text()
+
+
+def test_every_command_is_checked_or_known() -> None:
+    for words in commands():
+        if words[0] in ("bash", "python"):
+            if words[1] == "-m":
+                assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").exists()
+            else:
+                assert (ROOT / words[1]).exists(), words
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+        else:
+            assert words[0] in ("qwen35", "qwen35-ckpt", "torchrun", *NOT_OURS), words

@@ -1,0 +1,179 @@
+"""On a GPU: GatedDeltaNet and experts against float64, the model against its float32 self."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwen35_mcore.ops import reference
+from qwen35_mcore.ops.grouped_linear import grouped_linear
+
+pytestmark = pytest.mark.gpu
+
+LENGTH, BATCH = 512, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Any:
+    from tests.bench.common import start
+
+    start()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def gdn_in_float64(module: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and gradients of a GatedDeltaNet's formula on its own weights, in float64."""
+    weights = {n: p.detach().double().requires_grad_() for n, p in module.named_parameters()}
+    x64 = x.detach().double().requires_grad_()
+    c = module.config
+    normed = reference.rms_norm(
+        x64, weights["in_proj.layer_norm_weight"], c.layernorm_epsilon, zero_centered=True
+    )
+    projected = F.linear(normed, weights["in_proj.weight"]).transpose(0, 1)
+    qkv, z, b, a = projected.split(module.feat_dim_split, dim=-1)
+    qkv = reference.causal_conv1d(qkv, weights["conv1d.weight"].squeeze(1))
+    q, k, v = (
+        t.unflatten(-1, (-1, d))
+        for t, d in zip(
+            qkv.split([module.qk_dim, module.qk_dim, module.v_dim], dim=-1),
+            (c.linear_key_head_dim, c.linear_key_head_dim, c.linear_value_head_dim),
+            strict=True,
+        )
+    )
+    out, _ = reference.chunk_gated_delta_rule(
+        q,
+        k,
+        v,
+        reference.decay_gate(a, weights["A_log"], weights["dt_bias"]),
+        b.sigmoid(),
+        use_qk_l2norm=True,
+    )
+    norm = "gated_norm.weight" if "gated_norm.weight" in weights else "out_norm.weight"
+    scale = weights[norm] if norm == "gated_norm.weight" else weights[norm] + 1
+    out = reference.gated_rms_norm(out, z.unflatten(-1, (-1, out.shape[-1])), scale, 1e-6)
+    y = F.linear(out.flatten(2).transpose(0, 1), weights["out_proj.weight"])
+    y.backward(torch.ones_like(y).cumsum(0) / y.shape[0])
+    return {"output": y.detach(), "x": x64.grad} | {n: w.grad for n, w in weights.items()}
+
+
+def gdn_in_bfloat16(module: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y, _ = module(x, attention_mask=None)
+    y.backward((torch.ones_like(y, dtype=torch.float64).cumsum(0) / y.shape[0]).to(y.dtype))
+    gradients = {n: p.grad for n, p in module.named_parameters()}
+    return {"output": y.detach(), "x": x.grad} | gradients
+
+
+def test_gdn_is_no_further_from_float64_than_the_native_module() -> None:
+    from tests.bench.bench_gdn import build_native, build_ours, copy_weights
+    from tests.bench.common import cut_config, gpu_config
+
+    config = gpu_config(cut_config("35b-a3b", 1))
+    native, ours = build_native(config), build_ours(config)
+    with torch.no_grad():
+        for module in (native, ours):
+            module.A_log.uniform_(0, 2)
+    copy_weights(native, ours)
+    x = torch.randn(LENGTH, BATCH, config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    exact = gdn_in_float64(ours, x)
+    exact["out_norm.weight"] = exact["gated_norm.weight"]
+    ours_error = {k: relative(v, exact[k]) for k, v in gdn_in_bfloat16(ours, x).items()}
+    native_error = {k: relative(v, exact[k]) for k, v in gdn_in_bfloat16(native, x).items()}
+    ours_error["out_norm.weight"] = ours_error.pop("gated_norm.weight")
+    for name, error in ours_error.items():
+        print(f"{name:30s} ours {error:.2e}  native {native_error[name]:.2e}")
+    worse = {
+        name: (error, native_error[name])
+        for name, error in ours_error.items()
+        if not error <= 1.1 * native_error[name]  # the same within the noise of a rounding
+    }
+    assert not worse
+
+
+@pytest.mark.parametrize("counts", [(64, 0, 1, 447), (128,) * 4, (0, 0, 512, 0)], ids=str)
+def test_grouped_linear_equals_the_loop(counts: tuple[int, ...]) -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    x = torch.randn(512, 256, device="cuda", generator=generator)
+    w = torch.randn(4, 384, 256, device="cuda", generator=generator) / 16
+    grad = torch.randn(512, 384, device="cuda", generator=generator)
+    fast, exact = [], []
+    for dtype, results in ((torch.bfloat16, fast), (torch.float64, exact)):
+        xd = x.bfloat16().to(dtype).requires_grad_()
+        wd = w.bfloat16().to(dtype).requires_grad_()
+        y = grouped_linear(xd, wd, torch.tensor(counts, device="cuda"))
+        y.backward(grad.bfloat16().to(dtype))
+        results += [y.detach(), xd.grad, wd.grad]
+    for a, b in zip(fast, exact, strict=True):
+        assert a.isfinite().all()
+        assert relative(a, b) < 5e-3
+
+
+def test_model_in_bfloat16_is_near_float32() -> None:
+    """Loss of a toy model on Transformer Engine and FLA against the local backend in float32."""
+    import dataclasses
+
+    from qwen35_mcore.flavors import get_flavor
+    from qwen35_mcore.provider import build_model
+    from qwen35_mcore.transformer_config import transformer_config
+    from tests.bench.common import gpu_config
+    from tests.helpers.shards import load_global, local_shards, window
+    from tests.helpers.toys import random_tokens
+    from tests.helpers.training import LOCAL
+
+    hf = dataclasses.replace(
+        get_flavor("tiny-moe"),
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        head_dim=256,
+    )
+    exact_config = transformer_config(
+        hf,
+        **LOCAL,
+        params_dtype=torch.float32,
+        gdn_kernel="torch",
+        moe_router_load_balancing_type="none",
+    )
+    exact = build_model(hf, exact_config).cuda()
+    fast = build_model(hf, gpu_config(hf)).cuda()
+    weights = {}
+    for shard in local_shards([exact]):
+        tensor = weights.setdefault(shard.key, torch.empty(shard.global_shape, device="cuda"))
+        tensor[
+            tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.data.shape, strict=True))
+        ] = shard.data
+    load_global([fast], weights)
+    tokens = random_tokens(hf, 2, 256, seed=3).cuda()
+    positions = torch.arange(256, device="cuda").expand(2, -1)
+    losses = {}
+    for name, model in (("exact", exact), ("fast", fast)):
+        loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
+        losses[name] = loss.float().mean()
+        losses[name].backward()
+    print({k: float(v) for k, v in losses.items()})
+    assert losses["fast"] == pytest.approx(float(losses["exact"]), rel=5e-3)
+    exact_keys = {s.key for s in local_shards([exact])}
+    assert exact_keys == {s.key for s in local_shards([fast])}
+    assert _object_keys(fast) <= _object_keys(exact)
+
+
+def _object_keys(model: Any) -> set[str]:
+    """Checkpoint keys of everything, the empty extra states included."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    return {
+        getattr(v, "unique_key", v.key) if hasattr(v, "unique_key") else v.key
+        for v in nested_values(state)
+    }

@@ -13,11 +13,11 @@ import torch
 
 from checkpoint_tools.accounting import account
 from checkpoint_tools.convert import Options, Report, copy_file, fingerprint
-from checkpoint_tools.hf_io import INDEX_NAME
+from checkpoint_tools.hf_io import INDEX_NAME, HFCheckpoint
 from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
 from checkpoint_tools.manifest import Work, write_file
 from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.names import Naming
+from checkpoint_tools.names import MTP_PREFIX, Naming
 from checkpoint_tools.origin import Origin, read_origin
 from checkpoint_tools.progress import Progress
 from checkpoint_tools.views import DtypeChoice, ModelView, has_mtp, main_parameter, model_keys
@@ -179,7 +179,9 @@ def _job(plan: ExportPlan, files: dict[str, Path], options: Options) -> dict[str
 
 def _origin(checkpoint: MegatronCheckpoint, reference: Path | None) -> Origin | None:
     if reference is not None:
-        return account(reference).origin
+        names = HFCheckpoint(reference).tensors
+        without_mtp = not any(name.startswith(MTP_PREFIX) for name in names)
+        return account(reference, no_mtp=without_mtp).origin
     recorded = checkpoint.argument("qwen35_origin")
     return read_origin(checkpoint.root / recorded) if recorded else None
 

@@ -166,6 +166,20 @@ def gather_heads(
     return x_sbc.index_select(0, index), inverse
 
 
+def scatter_heads(
+    y_sbc: torch.Tensor, cp_group: Any, restore_index: torch.Tensor | None
+) -> torch.Tensor:
+    """The way back from `gather_heads`: ``[seq_len, b, c / cp]`` to ``[seq_len / cp, b, c]``."""
+    if cp_group.size() == 1:
+        return y_sbc
+    packed = restore_index is not None
+    if packed:
+        y_sbc = y_sbc.index_select(0, restore_index)
+    return _gdn.tensor_a2a_hp2cp(
+        y_sbc, seq_dim=0, head_dim=-1, cp_group=cp_group, redo_attention_load_balancing=not packed
+    )
+
+
 def expert_rng() -> Any:
     """Context in which every expert-parallel rank draws numbers of its own."""
     return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())

@@ -31,9 +31,11 @@ from qwen35_mcore.mcore_compat import (
     gather_heads,
     get_cuda_rng_tracker,
     get_parameter_local_cp,
+    scatter_heads,
     without_fla_check,
 )
 from qwen35_mcore.ops.dispatch import select_backend
+from qwen35_mcore.ops.heads import Heads
 from qwen35_mcore.transformer_config import Qwen35TransformerConfig
 
 
@@ -65,6 +67,12 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             dtype=self.config.params_dtype,
             key_dim=self.key_head_dim,
             value_dim=self.value_head_dim,
+        )
+        self.heads = Heads(
+            key=self.num_k_heads_local_tp // self.cp_size,
+            value=self.num_v_heads_local_tp // self.cp_size,
+            key_size=self.key_head_dim,
+            value_size=self.value_head_dim,
         )
         # the base class insists on a kernel of this name; forward uses self.kernel
         self.gated_delta_rule = self.kernel.gated_delta_rule
@@ -98,18 +106,16 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
                 "checkpoint to Hugging Face to generate."
             )
         seq_len = hidden_states.shape[0] * self.sp_size * self.cp_size
-        batch = hidden_states.shape[1]
-        cu_seqlens = self._packed_boundaries(packed_seq_params, batch, seq_len)
-
-        projected_sbc, _ = self.in_proj(hidden_states)
-        projected_sbc, restore_index = gather_heads(
-            projected_sbc, self.in_proj_split_sections, self.pg_collection.cp, cu_seqlens, seq_len
-        )
-        qkv, z, b, a = projected_sbc.transpose(0, 1).split(self.feat_dim_split, dim=-1)
-        qkv = self.kernel.causal_conv1d(qkv, self._local_conv_weight(), cu_seqlens=cu_seqlens)
-        q, k, v = self._split_heads(qkv)
+        cu_seqlens = self._packed_boundaries(packed_seq_params, hidden_states.shape[1], seq_len)
 
         cp_group = self.pg_collection.cp
+        projected_sbc, _ = self.in_proj(hidden_states)
+        projected_sbc, restore_index = gather_heads(
+            projected_sbc, self.in_proj_split_sections, cp_group, cu_seqlens, seq_len
+        )
+        q, k, v, z_sbc, b, a = self.kernel.prologue(
+            projected_sbc, self._local_conv_weight(), self.heads, cu_seqlens
+        )
         out_bshv, _ = self.kernel.gated_delta_rule(
             q,
             k,
@@ -119,11 +125,9 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             get_parameter_local_cp(self.A_log, dim=0, cp_group=cp_group),
             get_parameter_local_cp(self.dt_bias, dim=0, cp_group=cp_group),
             cu_seqlens=cu_seqlens,
+            qk_normalized=self.kernel.normalizes(self.heads),
         )
-        z_bshv = z.reshape(batch, seq_len, -1, self.value_head_dim)
-        return self._gate_and_project(
-            out_bshv, z_bshv, restore_index, batch, seq_len, packed_seq_params
-        )
+        return self._gate_and_project(out_bshv, z_sbc, restore_index)
 
     def _packed_boundaries(
         self, packed: PackedSeqParams | None, batch: int, seq_len: int
@@ -146,32 +150,19 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             split_sections=[self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp],
         ).squeeze(1)
 
-    def _split_heads(self, qkv_bsc: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """q and k ``[b, s, key heads, k]`` and v ``[b, s, value heads, v]``."""
-        qk_dim, v_dim = self.qk_dim_local_tp // self.cp_size, self.v_dim_local_tp // self.cp_size
-        q, k, v = qkv_bsc.split([qk_dim, qk_dim, v_dim], dim=-1)
-        return (
-            q.unflatten(-1, (-1, self.key_head_dim)),
-            k.unflatten(-1, (-1, self.key_head_dim)),
-            v.unflatten(-1, (-1, self.value_head_dim)),
-        )
-
-    def _apply_gated_norm(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return self.kernel.gated_rms_norm(
-            x, gate, self.gated_norm.shared_weight(), self.gated_norm.eps
-        )
-
     def _gate_and_project(
-        self, out: torch.Tensor, z: torch.Tensor, restore_index: torch.Tensor | None, *shape: Any
+        self, out_bshv: torch.Tensor, z_sbc: torch.Tensor, restore_index: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Norm, gate, way back from heads to sequence, and the output projection."""
 
-        def norm(out: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-            return self._gated_norm_and_a2a(out, z, restore_index, *shape)
+        def norm(out_bshv: torch.Tensor, z_sbc: torch.Tensor) -> torch.Tensor:
+            weight = self.gated_norm.shared_weight()
+            y_sbc = self.kernel.epilogue(out_bshv, z_sbc, weight, self.gated_norm.eps)
+            return scatter_heads(y_sbc, self.pg_collection.cp, restore_index)
 
         if not self.recompute_norm_out:
-            return self.out_proj(norm(out, z))
+            return self.out_proj(norm(out_bshv, z_sbc))
         checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8)
-        projected, bias = self.out_proj(checkpoint.checkpoint(norm, out, z))
+        projected, bias = self.out_proj(checkpoint.checkpoint(norm, out_bshv, z_sbc))
         checkpoint.discard_output_and_register_recompute(projected)
         return projected, bias

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen35_mcore.errors import KernelError
+from qwen35_mcore.ops.heads import Heads
 from qwen35_mcore.ops.support import (
     KernelFacts,
     Support,
@@ -41,6 +42,29 @@ class KernelBackend(Protocol):
     name: str
     reason: str
 
+    def normalizes(self, heads: Heads) -> bool:
+        """Whether `prologue` hands out q and k as unit vectors."""
+        ...
+
+    def prologue(
+        self, x_sbc: Tensor, weight_cw: Tensor, heads: Heads, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """From the projection to the delta rule's inputs.
+
+        Args:
+            x_sbc: ``[s, b, q | k | v | z | b | a]``, megatron's order.
+            weight_cw: convolution weights of q, k and v.
+
+        Returns:
+            q and k ``[b, s, key heads, k]``, v ``[b, s, value heads, v]``, the gate z
+            ``[s, b, c]``, and the logits b and a ``[b, s, value heads]``.
+        """
+        ...
+
+    def epilogue(self, o_bshv: Tensor, z_sbc: Tensor, weight_v: Tensor, eps: float) -> Tensor:
+        """``rms_normalize(o) * weight * silu(z)`` back in megatron's order, ``[s, b, c]``."""
+        ...
+
     def causal_conv1d(
         self,
         x_bsc: Tensor,
@@ -65,9 +89,10 @@ class KernelBackend(Protocol):
         initial_state: Tensor | None = None,
         output_final_state: bool = False,
         *,
+        qk_normalized: bool = False,
         cp_context: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The delta rule on raw projections.
+        """The delta rule on raw projections (``qk_normalized``: q and k are unit vectors).
 
         Inside: q and k normalised, ``g = -exp(A_log) softplus(a + dt_bias)``,
         ``beta = sigmoid(b)``, scale ``k ** -0.5``, value head j on key head ``j // (hv // hk)``.

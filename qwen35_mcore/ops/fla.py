@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from qwen35_mcore.errors import KernelError
+from qwen35_mcore.ops import unfused
+from qwen35_mcore.ops.heads import Heads
 
 
 class FlaKernels:
@@ -41,10 +43,31 @@ class FlaKernels:
                 got=str(error),
                 fix='pip install "flash-linear-attention>=0.6,<0.7"',
             ) from error
-        self.reason = reason
+        from qwen35_mcore.ops import gdn_fused
+
+        self.reason, self._fused = reason, gdn_fused
         self.gates_in_kernel = gates_in_kernel
         self._conv, self._norm = causal_conv1d, rms_norm_gated
         self._delta_rule, self._gate = chunk_gated_delta_rule, fused_gdn_gate
+
+    def normalizes(self, heads: Heads) -> bool:
+        """See `dispatch.KernelBackend.normalizes`: the fused prologue does."""
+        return self._fused.supports(heads)
+
+    def prologue(
+        self, x_sbc: Tensor, weight_cw: Tensor, heads: Heads, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See `dispatch.KernelBackend.prologue`."""
+        if self._fused.supports(heads):
+            return self._fused.prologue(x_sbc, weight_cw, heads, cu_seqlens)
+        return unfused.prologue(self, x_sbc, weight_cw, heads, cu_seqlens)
+
+    def epilogue(self, o_bshv: Tensor, z_sbc: Tensor, weight_v: Tensor, eps: float) -> Tensor:
+        """See `dispatch.KernelBackend.epilogue`."""
+        size = o_bshv.shape[-1]
+        if self._fused.supports(Heads(1, 1, size, size)):
+            return self._fused.epilogue(o_bshv, z_sbc, weight_v, eps)
+        return unfused.epilogue(self, o_bshv, z_sbc, weight_v, eps)
 
     def causal_conv1d(
         self,
@@ -77,6 +100,7 @@ class FlaKernels:
         initial_state: Tensor | None = None,
         output_final_state: bool = False,
         *,
+        qk_normalized: bool = False,
         cp_context: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `dispatch.KernelBackend.gated_delta_rule`.
@@ -107,7 +131,7 @@ class FlaKernels:
             **gates,
             initial_state=initial_state,
             output_final_state=output_final_state,
-            use_qk_l2norm_in_kernel=True,
+            use_qk_l2norm_in_kernel=not qk_normalized,
             cu_seqlens=cu_seqlens,
             cp_context=cp_context,
         )

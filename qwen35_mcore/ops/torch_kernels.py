@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from qwen35_mcore.errors import KernelError
-from qwen35_mcore.ops import reference
+from qwen35_mcore.ops import reference, unfused
+from qwen35_mcore.ops.heads import Heads
 
 
 class TorchKernels:
@@ -22,6 +23,20 @@ class TorchKernels:
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
+
+    def normalizes(self, heads: Heads) -> bool:
+        """See `dispatch.KernelBackend.normalizes`."""
+        return False
+
+    def prologue(
+        self, x_sbc: Tensor, weight_cw: Tensor, heads: Heads, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See `dispatch.KernelBackend.prologue`."""
+        return unfused.prologue(self, x_sbc, weight_cw, heads, cu_seqlens)
+
+    def epilogue(self, o_bshv: Tensor, z_sbc: Tensor, weight_v: Tensor, eps: float) -> Tensor:
+        """See `dispatch.KernelBackend.epilogue`."""
+        return unfused.epilogue(self, o_bshv, z_sbc, weight_v, eps)
 
     def causal_conv1d(
         self,
@@ -48,6 +63,7 @@ class TorchKernels:
         initial_state: Tensor | None = None,
         output_final_state: bool = False,
         *,
+        qk_normalized: bool = False,
         cp_context: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `dispatch.KernelBackend.gated_delta_rule`."""
@@ -60,7 +76,7 @@ class TorchKernels:
             torch.sigmoid(b_bsh.to(reference.compute_dtype(b_bsh))),
             initial_state=initial_state,
             output_final_state=output_final_state,
-            use_qk_l2norm=True,
+            use_qk_l2norm=not qk_normalized,
             cu_seqlens=cu_seqlens,
         )
 

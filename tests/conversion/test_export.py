@@ -211,3 +211,54 @@ def test_trained_without_the_mtp_layer_of_the_original(
     assert read_all(tmp_path / "hf").keys() == tensors.keys()
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert written["mtp_num_hidden_layers"] == 0
+
+
+def test_a_stock_megatron_checkpoint(toys: dict[str, Path], tmp_path: Path) -> None:
+    """Zero-centred norm in bfloat16, padded vocabulary, nothing of ours in its arguments."""
+    source = toys["qwen3_5_moe_text"]
+    config = Qwen35Config.from_hf(source)
+    norm = "linear_attn.norm.weight"
+    hf = {
+        name: torch.full_like(tensor, 1.25) if name.endswith(norm) else tensor
+        for name, tensor in read_all(source).items()
+    }
+    tensors = hf_to_mcore(config, hf, "mcore")
+    tensors = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+    key = "embedding.word_embeddings.weight"
+    tensors[key] = torch.cat([tensors[key], torch.ones(128, 64).bfloat16()])
+    run = write_training_checkpoint(tmp_path / "run", tensors, None)
+    ok(ckpt("export", run, tmp_path / "hf", "--reference", source))
+    result = read_all(tmp_path / "hf")
+    for name, tensor in hf.items():
+        assert result[name].dtype == tensor.dtype
+        # A_log went through bfloat16 there
+        expected = tensor.bfloat16().to(tensor.dtype)
+        assert torch.equal(result[name], expected), name
+
+
+def test_common_state_of_older_megatron(tmp_path: Path) -> None:
+    """common.pt beside the tensors, as before megatron-core 0.19."""
+    config = toy_config()
+    hf = random_model(config, torch.bfloat16)
+    run = write_training_checkpoint(tmp_path / "run", hf_to_mcore(config, hf), config, legacy=True)
+    assert (run / "iter_0000007" / "common.pt").exists()
+    ok(ckpt("export", run, tmp_path / "hf"))
+    assert read_all(tmp_path / "hf").keys() == hf.keys()
+
+
+def test_a_reference_that_transformers_saved_without_mtp(
+    toys: dict[str, Path], tmp_path: Path
+) -> None:
+    """The trained MTP layer is exported although the reference lost its own."""
+    import shutil
+
+    from tests.helpers.hf_toy import rewrite
+
+    source = tmp_path / "source"
+    shutil.copytree(toys["qwen3_5_text"], source)
+    config = Qwen35Config.from_hf(source)
+    complete = read_all(source)
+    rewrite(source, lambda ts: {n: t for n, t in ts.items() if not n.startswith("mtp.")})
+    run = write_training_checkpoint(tmp_path / "run", hf_to_mcore(config, complete), config)
+    ok(ckpt("export", run, tmp_path / "hf", "--reference", source))
+    assert read_all(tmp_path / "hf").keys() == complete.keys()

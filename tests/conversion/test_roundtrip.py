@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.names import Naming, rows
 from checkpoint_tools.storage import CHUNK_BYTES
+from qwen35_mcore.config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ckpt_process, ok
-from tests.helpers.hf_toy import KINDS, OTHER_FILES, pack_experts, read_all, rewrite, write_toy
+from tests.helpers.hf_toy import (
+    KINDS,
+    OTHER_FILES,
+    pack_experts,
+    read_all,
+    rewrite,
+    save_folder,
+    write_toy,
+)
+from tests.helpers.random_configs import configs
 
 FOLDERS = (*KINDS, "qwen3_5_moe_text-packed", "qwen3_5_moe-packed")
 
@@ -161,3 +176,38 @@ def test_pack_experts_is_what_transformers_means(toys: dict[str, Path]) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             assert torch.equal(packed[name], parameter), name
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    config=configs(),
+    experts=st.sampled_from(["packed", "per_expert"]),
+    layout=st.sampled_from(["qwen35", "mcore"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_config_and_any_dtypes(
+    tmp_path: Path, config: Qwen35Config, experts: Any, layout: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    choice = random.Random(seed)
+    tensors = {
+        spec.name: torch.randn(spec.shape, generator=generator).to(
+            choice.choice([torch.float32, torch.bfloat16, torch.float16])
+        )
+        for row in rows(config, Naming.default(config, experts))
+        for spec in row.hf
+    }
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        root = Path(folder)
+        save_folder(root / "hf", tensors, config)
+        ok(ckpt("import", root / "hf", root / "m", "--layout", layout))
+        ok(ckpt("export", root / "m", root / "back", "--max-shard-size", "2KB"))
+        after = read_all(root / "back")
+        assert after.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert after[name].dtype == tensor.dtype, name
+            assert torch.equal(after[name], tensor), name

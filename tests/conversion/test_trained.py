@@ -13,6 +13,7 @@ import torch
 
 from checkpoint_tools.extra_state import extra_state_keys
 from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.names import Naming, rows
 from qwen35_mcore.config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.hf_reference import modeling
@@ -130,6 +131,23 @@ def test_training_writes_the_states_that_import_writes(trained: tuple[Path, floa
     config = Qwen35Config.from_hf(json.loads(checkpoint.argument("qwen35_hf_config")))
     stored = {key for key in checkpoint.objects if "_extra_state/" in key}
     assert stored <= set(extra_state_keys(config, mtp=True, layout="qwen35"))
+
+
+def test_the_table_knows_which_axes_training_splits(trained: tuple[Path, float]) -> None:
+    checkpoint = MegatronCheckpoint(trained[0])
+    config = Qwen35Config.from_hf(json.loads(checkpoint.argument("qwen35_hf_config")))
+    for row in rows(config, Naming.default(config)):
+        for spec in row.mcore:
+            # experts have one tensor-parallel rank in this run, and a box per half of fc1
+            expected = {row.tp_axis} - {None} if row.ep_axis is None else {row.ep_axis}
+            halves = {1} if row.ep_axis == 0 and "linear_fc1" in spec.name else set()
+            cut = {
+                axis
+                for chunk in checkpoint.tensors[spec.name].chunks
+                for axis, length in enumerate(chunk.box.shape)
+                if length != spec.shape[axis]
+            }
+            assert cut - halves == expected, spec.name
 
 
 def test_a_bf16_run_exports_its_main_parameters(world: World, tmp_path: Path) -> None:

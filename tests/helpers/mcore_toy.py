@@ -32,11 +32,13 @@ def write_training_checkpoint(
     config: Qwen35Config | None,
     *,
     axis: int = -1,
+    legacy: bool = False,
     **arguments: Any,
 ) -> Path:
     """Write ``iter_0000007`` with each tensor cut in two along an axis, as two ranks would.
 
     Args:
+        legacy: common state in a common.pt.
         arguments: further entries of the checkpoint's args.
     """
     items = [item for key, tensor in tensors.items() for item in _halves(key, tensor, axis)]
@@ -49,8 +51,14 @@ def write_training_checkpoint(
     builder = MetadataBuilder()
     with open(release / "__0_0.distcp", "wb") as file:
         builder.add_tensors("__0_0.distcp", items, write_tensors(ChecksumWriter(file), items))
+    if legacy:
+        torch.save(common, release / "common.pt")
     with open(release / "__1_0.distcp", "wb") as file:
-        builder.add_objects("__1_0.distcp", [COMMON_STATE], write_objects(file, {"": common}))
+        builder.add_objects(
+            "__1_0.distcp",
+            ["rng_state/shard_0_1" if legacy else COMMON_STATE],
+            write_objects(file, {"": common}),
+        )
     builder.write(folder)
     release.rename(folder / f"iter_{ITERATION:07}")
     write_file(folder / "latest_checkpointed_iteration.txt", str(ITERATION).encode())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -176,6 +177,9 @@ def inspect(
 
 def main() -> None:
     """Entry point: what the user can mend is one message on stderr and exit status 2."""
+    # a checkpoint of many ranks is many files, each mapped
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         app()
     except Qwen35Error as error:

@@ -39,8 +39,8 @@ class Work:
     """
 
     def __init__(self, target: Path, job: dict[str, Any], *, overwrite: bool) -> None:
-        self.target, self.job, self.overwrite = target, job, overwrite
-        self.folder = target.with_name(target.name + PARTIAL)
+        self.target, self.job, self.overwrite = target.absolute(), job, overwrite
+        self.folder = self.target.with_name(self.target.name + PARTIAL)
         self.tree = self.folder / "tree"
         self._done: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
@@ -117,6 +117,9 @@ class Work:
             raise CheckpointError(
                 "another process is writing this target", got=str(self.target)
             ) from error
+        except OSError:
+            # some cluster file systems have no locks; the lock only guards against a mistake
+            return
 
     def _read(self) -> None:
         self._manifest.seek(0)

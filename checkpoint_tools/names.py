@@ -45,7 +45,7 @@ class TensorSpec:
     shape: Shape
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """Hugging Face tensors and the Megatron tensors that hold the same numbers."""
 

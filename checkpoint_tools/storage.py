@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import mmap
-import os
 import warnings
 import zlib
 from collections.abc import Iterator
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,13 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open(path, "rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+        self.size = path.stat().st_size
+
+    @cached_property
+    def _map(self) -> mmap.mmap | bytes:
+        """Mapped at first use: a run's checkpoint has files that nobody here reads."""
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
 
     def bytes(self, start: int, length: int) -> memoryview:
         """The content from `start`, without a copy.

@@ -11,6 +11,8 @@ alike), w taps of the convolution. Everything is computed in float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,10 @@ from torch import Tensor
 
 from qwen35_mcore.ops.heads import Heads
 
-ROWS = 32  # positions a program works on; its neighbours' rows come from the cache
+# Positions a program holds at once, chosen so that nothing spills (compiled for sm_90), and those
+# that a backward program works through before it writes its share of a weight's gradient.
+FORWARD = {"ROWS": 16, "num_warps": 4}
+BACKWARD = {"ROWS": 8, "num_warps": 4, "CHUNK": 128}
 
 
 def sequence_starts(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -30,7 +35,7 @@ def sequence_starts(cu_seqlens: Tensor, length: int) -> Tensor:
 
 @triton.jit
 def _convolution(x_ptr, w_ptr, time, channel, first, length, stride, W: tl.constexpr):
-    """Convolution before silu at ``time``, ``[rows, d]`` float32; rows before ``first`` are zero."""
+    """Convolution before silu at ``time``, ``[rows, d]``; positions before ``first`` are zero."""
     total = tl.zeros((time.shape[0], channel.shape[0]), dtype=tl.float32)
     for tap in tl.static_range(W):
         source = time - (W - 1 - tap)
@@ -85,46 +90,51 @@ def _prologue_backward(
     x_ptr, w_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr, dx_ptr, dw_ptr,
     length, key_heads, value_heads, stride_s, stride_b,
     eps: tl.constexpr, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    head, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    time = block * ROWS + tl.arange(0, ROWS)
+    head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, D)
     channel = head * D + lane
     x_ptr += batch.to(tl.int64) * stride_b
+    dx_ptr += batch.to(tl.int64) * stride_b
     out_ptr, out_head = _select(dq_ptr, dk_ptr, dv_ptr, head, key_heads)
     heads = tl.where(head < 2 * key_heads, key_heads, value_heads)
-    own_first = _firsts(starts_ptr, time, length, PACKED)
-    dx = tl.zeros((ROWS, D), dtype=tl.float32)
-    for shift in tl.static_range(W):
-        later = time + shift
-        first = _firsts(starts_ptr, later, length, PACKED)
-        valid = (later < length) & (first <= time)  # the same sequence
-        pre = _convolution(x_ptr, w_ptr, later, channel, first, length, stride_s, W)
-        rows = ((batch.to(tl.int64) * length + later) * heads + out_head) * D
-        dy = tl.load(out_ptr + rows[:, None] + lane[None, :], mask=valid[:, None], other=0.0)
-        dy = dy.to(tl.float32)
-        gate = tl.sigmoid(pre)
-        if head < 2 * key_heads:
-            y = pre * gate
-            scale = tl.rsqrt(tl.sum(y * y, axis=1) + eps)[:, None]
-            dy = scale * (dy - y * scale * scale * tl.sum(dy * y, axis=1)[:, None])
-        dpre = dy * gate * (1 + pre * (1 - gate))
-        weight = tl.load(w_ptr + channel * W + (W - 1 - shift)).to(tl.float32)
-        dx += dpre * weight[None, :]
-        if shift == 0:
-            for tap in tl.static_range(W):
-                source = time - (W - 1 - tap)
-                inside = (source >= own_first) & (time < length)
-                x_rows = source.to(tl.int64) * stride_s
-                x = tl.load(
-                    x_ptr + x_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0
-                )
-                part = tl.sum(dpre * x.to(tl.float32), axis=0)
-                slot = ((block * tl.num_programs(2) + batch) * W + tap).to(tl.int64)
-                tl.store(dw_ptr + slot * tl.num_programs(0) * D + channel, part)
-    x_rows = time.to(tl.int64) * stride_s + batch.to(tl.int64) * stride_b
-    target = dx_ptr + x_rows[:, None] + channel[None, :]
-    tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=(time < length)[:, None])
+    taps = tl.arange(0, W)
+    dw = tl.zeros((W, D), dtype=tl.float32)
+    for block in range(CHUNK // ROWS):
+        time = chunk * CHUNK + block * ROWS + tl.arange(0, ROWS)
+        own_first = _firsts(starts_ptr, time, length, PACKED)
+        dx = tl.zeros((ROWS, D), dtype=tl.float32)
+        for shift in tl.static_range(W):
+            later = time + shift
+            first = _firsts(starts_ptr, later, length, PACKED)
+            valid = (later < length) & (first <= time)  # the same sequence
+            pre = _convolution(x_ptr, w_ptr, later, channel, first, length, stride_s, W)
+            rows = ((batch.to(tl.int64) * length + later) * heads + out_head) * D
+            dy = tl.load(out_ptr + rows[:, None] + lane[None, :], mask=valid[:, None], other=0.0)
+            dy = dy.to(tl.float32)
+            gate = tl.sigmoid(pre)
+            if head < 2 * key_heads:
+                y = pre * gate
+                scale = tl.rsqrt(tl.sum(y * y, axis=1) + eps)[:, None]
+                dy = scale * (dy - y * scale * scale * tl.sum(dy * y, axis=1)[:, None])
+            dpre = dy * gate * (1 + pre * (1 - gate))
+            weight = tl.load(w_ptr + channel * W + (W - 1 - shift)).to(tl.float32)
+            dx += dpre * weight[None, :]
+            if shift == 0:
+                for tap in tl.static_range(W):
+                    source = time - (W - 1 - tap)
+                    inside = (source >= own_first) & (time < length)
+                    x_rows = source.to(tl.int64) * stride_s
+                    x = tl.load(
+                        x_ptr + x_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0
+                    )
+                    part = tl.sum(dpre * x.to(tl.float32), axis=0)
+                    dw += tl.where(taps[:, None] == tap, part[None, :], 0.0)
+        target = dx_ptr + (time.to(tl.int64) * stride_s)[:, None] + channel[None, :]
+        tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=(time < length)[:, None])
+    slot = (chunk * tl.num_programs(2) + batch).to(tl.int64) * W + taps
+    tl.store(dw_ptr + (slot * tl.num_programs(0) * D)[:, None] + channel[None, :], dw)
 
 
 class _Prologue(torch.autograd.Function):
@@ -134,10 +144,10 @@ class _Prologue(torch.autograd.Function):
         d = heads.key_size
         q, k = (x_sbc.new_empty(batch, length, heads.key, d) for _ in range(2))
         v = x_sbc.new_empty(batch, length, heads.value, d)
-        _prologue_forward[_grid(heads.mixed, length, batch)](
+        _prologue_forward[_grid(heads.mixed, length, FORWARD["ROWS"], batch)](
             x_sbc, weight_cw, starts, q, k, v,
             length, heads.key, heads.value, x_sbc.stride(0), x_sbc.stride(1),
-            **_meta(eps, heads, weight_cw, starts),
+            **_meta(eps, heads, weight_cw, starts), **FORWARD,
         )  # fmt: skip
         ctx.save_for_backward(x_sbc, weight_cw, starts)
         ctx.heads, ctx.eps = heads, eps
@@ -149,13 +159,13 @@ class _Prologue(torch.autograd.Function):
         x_sbc, weight_cw, starts = ctx.saved_tensors
         heads: Heads = ctx.heads
         length, batch, _ = x_sbc.shape
-        grid = _grid(heads.mixed, length, batch)
+        grid = _grid(heads.mixed, length, BACKWARD["CHUNK"], batch)
         dx = torch.empty_like(x_sbc)
         dw = x_sbc.new_empty(grid[1] * batch, *weight_cw.t().shape, dtype=torch.float32)
         _prologue_backward[grid](
             x_sbc, weight_cw, starts, dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, dw,
             length, heads.key, heads.value, x_sbc.stride(0), x_sbc.stride(1),
-            **_meta(ctx.eps, heads, weight_cw, starts),
+            **_meta(ctx.eps, heads, weight_cw, starts), **BACKWARD,
         )  # fmt: skip
         _, z_part, b_part, a_part = dx.split(heads.sections, dim=-1)
         z_part.copy_(dz)
@@ -168,18 +178,16 @@ def _batch_first(x_sbh: Tensor) -> Tensor:
     return x_sbh.transpose(0, 1).contiguous()
 
 
-def _grid(heads: int, length: int, batch: int) -> tuple[int, int, int]:
-    return heads, triton.cdiv(length, ROWS), batch
+def _grid(heads: int, length: int, rows: int, batch: int) -> tuple[int, int, int]:
+    return heads, triton.cdiv(length, rows), batch
 
 
-def _meta(eps: float, heads: Heads, weight: Tensor, starts: Tensor | None) -> dict[str, object]:
+def _meta(eps: float, heads: Heads, weight: Tensor, starts: Tensor | None) -> dict[str, Any]:
     return {
         "eps": eps,
         "D": heads.key_size,
         "W": weight.shape[1],
-        "ROWS": ROWS,
         "PACKED": starts is not None,
-        "num_warps": 4,
     }
 
 
@@ -232,30 +240,33 @@ def _epilogue_forward(
 def _epilogue_backward(
     o_ptr, z_ptr, w_ptr, dy_ptr, do_ptr, dz_ptr, dw_ptr,
     length, batches, heads, stride_s, stride_b,
-    eps: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    eps: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    head, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    time = block * ROWS + tl.arange(0, ROWS)
+    head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, D)
-    valid = (time < length)[:, None]
-    o_rows = ((batch.to(tl.int64) * length + time) * heads + head) * D
-    z_rows = time.to(tl.int64) * stride_s + batch.to(tl.int64) * stride_b + head * D
-    y_rows = ((time.to(tl.int64) * batches + batch) * heads + head) * D
-    o = tl.load(o_ptr + o_rows[:, None] + lane[None, :], mask=valid, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + z_rows[:, None] + lane[None, :], mask=valid, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + y_rows[:, None] + lane[None, :], mask=valid, other=0.0).to(tl.float32)
     weight = tl.load(w_ptr + lane).to(tl.float32)[None, :]
-    scale = tl.rsqrt(tl.sum(o * o, axis=1) / D + eps)[:, None]
-    normed = o * scale
-    gate = tl.sigmoid(z)
-    silu = z * gate
-    dnormed = dy * weight * silu
-    do = scale * (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / D)[:, None])
-    dz = dy * weight * normed * gate * (1 + z * (1 - gate))
-    tl.store(do_ptr + o_rows[:, None] + lane[None, :], do.to(do_ptr.dtype.element_ty), mask=valid)
-    tl.store(dz_ptr + y_rows[:, None] + lane[None, :], dz.to(dz_ptr.dtype.element_ty), mask=valid)
-    slot = ((block * batches + batch) * heads + head).to(tl.int64)
-    tl.store(dw_ptr + slot * D + lane, tl.sum(dy * silu * normed, axis=0))
+    dw = tl.zeros((D,), dtype=tl.float32)
+    for block in range(CHUNK // ROWS):
+        time = chunk * CHUNK + block * ROWS + tl.arange(0, ROWS)
+        valid = (time < length)[:, None]
+        o_rows = (((batch.to(tl.int64) * length + time) * heads + head) * D)[:, None]
+        z_rows = (time.to(tl.int64) * stride_s + batch.to(tl.int64) * stride_b + head * D)[:, None]
+        y_rows = (((time.to(tl.int64) * batches + batch) * heads + head) * D)[:, None]
+        o = tl.load(o_ptr + o_rows + lane[None, :], mask=valid, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + z_rows + lane[None, :], mask=valid, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + y_rows + lane[None, :], mask=valid, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(o * o, axis=1) / D + eps)[:, None]
+        normed = o * scale
+        gate = tl.sigmoid(z)
+        silu = z * gate
+        dnormed = dy * weight * silu
+        do = scale * (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / D)[:, None])
+        dz = dy * weight * normed * gate * (1 + z * (1 - gate))
+        tl.store(do_ptr + o_rows + lane[None, :], do.to(do_ptr.dtype.element_ty), mask=valid)
+        tl.store(dz_ptr + y_rows + lane[None, :], dz.to(dz_ptr.dtype.element_ty), mask=valid)
+        dw += tl.sum(dy * silu * normed, axis=0)
+    slot = ((chunk * batches + batch) * heads + head).to(tl.int64)
+    tl.store(dw_ptr + slot * D + lane, dw)
 
 
 class _Epilogue(torch.autograd.Function):
@@ -264,9 +275,9 @@ class _Epilogue(torch.autograd.Function):
         batch, length, heads, d = o_bshd.shape
         o_bshd = o_bshd.contiguous()
         y = o_bshd.new_empty(length, batch, heads * d)
-        _epilogue_forward[_grid(heads, length, batch)](
+        _epilogue_forward[_grid(heads, length, FORWARD["ROWS"], batch)](
             o_bshd, z_sbc, weight_d, y, length, batch, heads, z_sbc.stride(0), z_sbc.stride(1),
-            eps=eps, D=d, ROWS=ROWS, num_warps=4,
+            eps=eps, D=d, **FORWARD,
         )  # fmt: skip
         ctx.save_for_backward(o_bshd, z_sbc, weight_d)
         ctx.eps = eps
@@ -276,14 +287,14 @@ class _Epilogue(torch.autograd.Function):
     def backward(ctx, dy):
         o_bshd, z_sbc, weight_d = ctx.saved_tensors
         batch, length, heads, d = o_bshd.shape
-        grid = _grid(heads, length, batch)
+        grid = _grid(heads, length, BACKWARD["CHUNK"], batch)
         do = torch.empty_like(o_bshd)
         dz = z_sbc.new_empty(length, batch, heads * d)
         dw = weight_d.new_empty(grid[1] * batch * heads, d, dtype=torch.float32)
         _epilogue_backward[grid](
             o_bshd, z_sbc, weight_d, dy.contiguous(), do, dz, dw,
             length, batch, heads, z_sbc.stride(0), z_sbc.stride(1),
-            eps=ctx.eps, D=d, ROWS=ROWS, num_warps=4,
+            eps=ctx.eps, D=d, **BACKWARD,
         )  # fmt: skip
         return do, dz, dw.sum(0).to(weight_d.dtype), None
 

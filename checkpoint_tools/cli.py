@@ -4,7 +4,6 @@ answers at once."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import sys
@@ -62,7 +61,7 @@ def import_(
         typer.Option(metavar="PATTERN", help="Carry unknown tensors through. Repeatable."),
     ] = None,
     no_mtp: NoMtp = False,
-    workers: Workers = min(4, os.cpu_count() or 1),
+    workers: Workers = 4,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -105,7 +104,7 @@ def export(
     ] = "original",
     reference: Reference = None,
     no_mtp: NoMtp = False,
-    workers: Workers = min(4, os.cpu_count() or 1),
+    workers: Workers = 4,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -137,7 +136,7 @@ def verify(
     first: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
     second: Annotated[Path, typer.Argument(help="The other one, of either kind.")],
     reference: Reference = None,
-    workers: Workers = min(4, os.cpu_count() or 1),
+    workers: Workers = 4,
     as_json: Json = False,
 ) -> None:
     """Compare every tensor bit for bit, dtype and shape included. Exit 1 on any difference."""

@@ -43,14 +43,14 @@ from checkpoint_tools.transforms import Box, common_dtype
 from checkpoint_tools.workers import import_meanwhile, run_parallel
 from qwen35_mcore.config import Qwen35Config
 
-PART_BYTES = 2**30
+PART_BYTES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What both directions share."""
 
-    workers: int = 2
+    workers: int = 4
     max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
     dry_run: bool = False

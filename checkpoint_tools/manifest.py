@@ -3,8 +3,9 @@
 The result grows in ``TARGET.partial/tree`` and becomes the target by one rename at the end, so
 nothing half-finished is ever where a finished result is looked for. The manifest has one line per
 finished part with its size and checksum; the same command, run again, keeps the parts that still
-match and writes the others. What stood at the target before is moved away only after the new
-result is complete, and removed last.
+match and writes the others. That is also why a part need not be on the disk before it is noted:
+everything is synchronised once, before the rename. What stood at the target before is moved away
+only after the new result is complete, and removed last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.storage import ChecksumWriter, checksum
+from checkpoint_tools.workers import run_parallel
 from qwen35_mcore.errors import CheckpointError
 
 _UNFINISHED = ".tmp"
@@ -41,7 +43,7 @@ class Work:
     def __init__(self, target: Path, job: dict[str, Any], *, overwrite: bool) -> None:
         self.target, self.job, self.overwrite = target.absolute(), job, overwrite
         self.folder = self.target.with_name(self.target.name + PARTIAL)
-        self.tree = self.folder / "tree"
+        self.tree, self.manifest = self.folder / "tree", self.folder / "manifest.jsonl"
         self._done: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._manifest: Any = None
@@ -49,7 +51,7 @@ class Work:
     def __enter__(self) -> Work:
         self._refuse_existing()
         self.tree.mkdir(parents=True, exist_ok=True)
-        self._manifest = open(self.folder / "manifest.jsonl", "a+b")
+        self._manifest = open(self.manifest, "a+b")
         try:
             self._take()
             self._read()
@@ -63,11 +65,12 @@ class Work:
 
     def finished_before(self) -> bool:
         """Whether this job was completed and killed while it was cleaning up; cleans up."""
-        manifest = self.folder / "manifest.jsonl"
         if not _occupied(self.target) or not self.folder.is_dir() or self.tree.exists():
             return False
-        if manifest.is_file() and _lines(manifest.read_bytes())[:1] != [{"job": self.job}]:
-            return False
+        if self.manifest.is_file():
+            begun = _lines(self.manifest.read_bytes())[:1]
+            if begun != [{"job": self.job}]:
+                return False
         _remove(self.folder)
         return True
 
@@ -91,12 +94,14 @@ class Work:
 
     def publish(self) -> None:
         """Put the result in place of the target."""
-        for folder, _, _ in os.walk(self.tree, topdown=False):
-            sync_folder(Path(folder))
+        paths = sorted(self.tree.rglob("*"), reverse=True)
+        run_parallel(sync, [*(path for path in paths if path.is_file()), self.manifest], 4)
+        for folder in (*(path for path in paths if path.is_dir()), self.tree):
+            sync(folder)
         if _occupied(self.target):
             os.rename(self.target, self.folder / "replaced")
         os.rename(self.tree, self.target)
-        sync_folder(self.target.parent)
+        sync(self.target.parent)
         _remove(self.folder)
 
     def _refuse_existing(self) -> None:
@@ -143,7 +148,6 @@ class Work:
         with self._lock:
             self._manifest.write(json.dumps(entry).encode() + b"\n")
             self._manifest.flush()
-            os.fsync(self._manifest.fileno())
 
 
 def _write(path: Path, write: Callable[[Any], Any]) -> tuple[ChecksumWriter, Any]:
@@ -153,7 +157,6 @@ def _write(path: Path, write: Callable[[Any], Any]) -> tuple[ChecksumWriter, Any
         stream = ChecksumWriter(file)
         try:
             value = write(stream)
-            os.fsync(file.fileno())
         except Exception as error:
             reason = stream.failure or error
             if not isinstance(reason, OSError):
@@ -164,7 +167,6 @@ def _write(path: Path, write: Callable[[Any], Any]) -> tuple[ChecksumWriter, Any
                 fix="make room, and run the same command again: it goes on where it stopped",
             ) from error
     os.rename(unfinished, path)
-    sync_folder(path.parent)
     return stream, value
 
 
@@ -172,16 +174,13 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a small file so that it is there completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + _UNFINISHED)
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished.write_bytes(content)
     os.rename(unfinished, path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +74,9 @@ def write_tensors(
         stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
         start = stream.tell()
         data = as_bytes(item.content().to(item.target.dtype))
-        archive, crc = archive_for(item.box.shape, item.target.dtype), zlib.crc32(data)
+        archive = archive_for(item.box.shape, item.target.dtype)
         stream.write(archive.head)
-        stream.write_known(data, crc)
-        stream.write(archive.tail(crc))
+        stream.write(archive.tail(stream.write_checked(data)))
         places.append([start, stream.tell() - start])
         progress(item.nbytes)
     return places

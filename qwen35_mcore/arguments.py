@@ -12,9 +12,12 @@ import json
 import os
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from qwen35_mcore import cpu
+from qwen35_mcore.carried_files import take_over
+from qwen35_mcore.checkpoint_checks import Start
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data import read_sidecar
 from qwen35_mcore.data_checks import check_tokenizer, dataset_prefixes
@@ -62,7 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         args = parse_args(add_ours)
     check_flags(args, architecture)
     _complete(args, hf)
-    check_run(args, hf)
+    _take_over_origin(args, check_run(args, hf))
     with as_config_errors(args):
         validate_args(args)
         config_from_arguments(args, Qwen35TransformerConfig)
@@ -176,13 +179,18 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 def _complete(args: argparse.Namespace, hf: Qwen35Config) -> None:
     """What no default can say, because it depends on other flags."""
     args.qwen35_hf_config = json.dumps(hf.to_hf(), sort_keys=True)
-    args.qwen35_origin = ""
     if args.tensor_model_parallel_size > 1 and hf.is_moe:
         args.sequence_parallel = True  # megatron refuses to train MoE under TP without it
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # megatron insists: it orders communication before the computation that overlaps it
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _tokenizer_from_sidecar(args)
+
+
+def _take_over_origin(args: argparse.Namespace, start: Start | None) -> None:
+    args.qwen35_origin = start.origin if start is not None else ""
+    if start is not None and start.origin and args.save and args.rank == 0:
+        take_over(start.origin, start.folder.parent, Path(args.save))
 
 
 def _tokenizer_from_sidecar(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from argparse import Namespace
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,19 @@ MAY_DIFFER = (
 """Fields of the config in which a run may differ from the checkpoint it continues."""
 
 
-def check_start(args: Namespace, hf: Qwen35Config) -> None:
-    """Check ``--load``, ``--pretrained-checkpoint`` and ``--ckpt-step``.
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from."""
+
+    folder: Path
+    resumes: bool
+    """Whether the run goes on with the optimizer, not only with the weights."""
+    origin: str
+    """Name of the folder beside it that holds what its import carried along; often empty."""
+
+
+def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
+    """Check ``--load``, ``--pretrained-checkpoint`` and ``--ckpt-step``; None to start from random.
 
     ``--load`` may name an empty folder only where ``--save`` names the same one: that is how a job
     that is queued again and again starts for the first time.
@@ -38,9 +49,9 @@ def check_start(args: Namespace, hf: Qwen35Config) -> None:
         CheckpointError: nothing to load where something must be, a damaged checkpoint, one of
             another architecture, or one with the other kind of optimizer state.
     """
-    folder = _starting_point(args)
+    folder, resumes = _starting_point(args)
     if folder is None:
-        return
+        return None
     problem = damage(folder)
     if problem is not None:
         raise CheckpointError(
@@ -51,20 +62,24 @@ def check_start(args: Namespace, hf: Qwen35Config) -> None:
         )
     saved = _saved_arguments(folder)
     _check_model(Qwen35Config.from_hf(json.loads(saved.qwen35_hf_config)), folder, hf)
-    _check_optimizer(saved, folder, args)
+    resumes = resumes and folder.name != "release" and not (args.finetune or args.no_load_optim)
+    if resumes:
+        _check_optimizer(saved, folder, args)
+    return Start(folder, resumes, getattr(saved, "qwen35_origin", ""))
 
 
-def _starting_point(args: Namespace) -> Path | None:
+def _starting_point(args: Namespace) -> tuple[Path | None, bool]:
+    """The folder to start from, and whether megatron would load its optimizer."""
     load = Path(args.load) if args.load else None
     if load is not None and args.ckpt_step:
-        return iteration_folder(load, args.ckpt_step)
+        return iteration_folder(load, args.ckpt_step), True
     folder = tracked_folder(load) if load is not None else None
     if folder is not None:
-        return folder
+        return folder, True
     if load is not None:
         _refuse_untracked(load)
     if args.pretrained_checkpoint:
-        return _pretrained(Path(args.pretrained_checkpoint))
+        return _pretrained(Path(args.pretrained_checkpoint)), False
     if load is not None and not _same_folder(args.load, args.save):
         raise CheckpointError(
             "--load names a folder without a checkpoint",
@@ -72,7 +87,7 @@ def _starting_point(args: Namespace) -> Path | None:
             allowed="a run's checkpoint folder, or the folder that --save names",
             fix="correct the path, or drop --load to start from random weights",
         )
-    return None
+    return None, False
 
 
 def _refuse_untracked(load: Path) -> None:
@@ -114,10 +129,9 @@ def _check_model(saved: Qwen35Config, folder: Path, hf: Qwen35Config) -> None:
 
 def _check_optimizer(saved: Any, folder: Path, args: Namespace) -> None:
     """The distributed optimizer and the plain one store their state in different ways."""
-    loads = not (args.finetune or args.no_load_optim or folder.name == "release")
     stored = not getattr(saved, "no_save_optim", False)
     distributed = bool(getattr(saved, "use_distributed_optimizer", False))
-    if loads and stored and distributed != args.use_distributed_optimizer:
+    if stored and distributed != args.use_distributed_optimizer:
         raise CheckpointError(
             f"the checkpoint in {folder} was saved {'with' if distributed else 'without'} "
             f"--use-distributed-optimizer, and this run is the other way round",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from qwen35_mcore.checkpoint_checks import check_start
+from qwen35_mcore.checkpoint_checks import Start, check_start
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data_checks import check_datasets
 from qwen35_mcore.errors import ConfigError
@@ -84,8 +84,8 @@ def _check_needed(args: Namespace) -> None:
         raise ConfigError("flags are missing", fix=f"pass {listing}")
 
 
-def check_run(args: Namespace, hf: Qwen35Config) -> None:
-    """Check the parallel layout, the datasets and the checkpoint to start from.
+def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
+    """Check the parallel layout, the datasets and the checkpoint to start from, which it returns.
 
     Raises:
         ConfigError: the layout cannot run the model; all violations at once.
@@ -94,7 +94,7 @@ def check_run(args: Namespace, hf: Qwen35Config) -> None:
     """
     _check_layout(args, hf)
     check_datasets(args, hf)
-    check_start(args, hf)
+    return check_start(args, hf)
 
 
 def _check_layout(args: Namespace, hf: Qwen35Config) -> None:

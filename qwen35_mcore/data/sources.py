@@ -52,7 +52,8 @@ def expand_inputs(inputs: Sequence[Path | str], *, output_prefix: Path) -> list[
     """Files named by ``inputs``: in the order given, a folder's files sorted by path.
 
     A folder stands for every file below it, except names that start with a dot,
-    ``__pycache__``, and what an earlier run wrote at ``output_prefix``. ``stdlib`` stands for
+    ``__pycache__``, what an earlier run wrote at ``output_prefix``, and further links to a file
+    that it holds already. ``stdlib`` stands for
     the ``.py`` files of the running interpreter's standard library, without its tests.
 
     Raises:
@@ -123,7 +124,10 @@ def _walk(root: Path, skipped: set[str], own: set[Path]) -> Iterator[Path]:
         )
         paths += [Path(folder, name) for name in names if not name.startswith(".")]
     paths.sort(key=lambda path: path.relative_to(root).parts)
-    return (path for path in paths if path.is_file() and path.resolve() not in own)
+    # links make one file appear twice; Debian's standard library has some
+    by_file = {path.resolve(): path for path in reversed(paths) if path.is_file()}
+    first = {path for real, path in by_file.items() if real not in own}
+    return (path for path in paths if path in first)
 
 
 def _source(path: Path, name: str) -> Source:

@@ -25,6 +25,7 @@ import torch
 
 from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
 from checkpoint_tools.names import Naming, rows
+from checkpoint_tools.storage import ChecksumWriter
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.layer_pattern import LayerKind
@@ -76,20 +77,10 @@ def write_source(folder: Path, config: Qwen35Config, experts: str) -> int:
     shards = plan_shards(outputs, 2_500_000_000, "model")
     for name, shard in shards.items():
         with open(folder / name, "wb", buffering=0) as file:
-            write_shard(_Stream(file), shard)
+            write_shard(ChecksumWriter(file), shard)
     (folder / "model.safetensors.index.json").write_bytes(index_content(shards))
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
     return sum(output.nbytes for output in outputs)
-
-
-class _Stream:
-    def __init__(self, file: object) -> None:
-        self._file = file
-
-    def write(self, data: object) -> None:
-        view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        while view:
-            view = view[self._file.write(view) :]  # type: ignore[attr-defined]
 
 
 def measure(command: list[object], source: Path) -> Phase:

@@ -600,3 +600,14 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_folder_with_links_to_its_own_files_holds_each_once(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "b.txt").write_text("text")
+    (folder / "a.txt").symlink_to("b.txt")
+    report = data.tokenize(
+        inputs=[folder], output_prefix=tmp_path / "out", tokenizer="byte", workers=1, quiet=True
+    )
+    assert report.files == 1

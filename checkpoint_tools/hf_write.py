@@ -11,11 +11,8 @@ from typing import Any
 import torch
 
 from checkpoint_tools.hf_io import DTYPE_NAMES
-from checkpoint_tools.storage import ChecksumWriter, as_bytes
+from checkpoint_tools.storage import as_bytes
 from checkpoint_tools.transforms import Shape
-from checkpoint_tools.workers import run_parallel
-
-_WRITERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +51,7 @@ def plan_shards(outputs: Sequence[Output], max_bytes: int, stem: str) -> dict[st
 
 
 def write_shard(
-    stream: ChecksumWriter,
+    stream: Any,
     outputs: Iterable[Output],
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -74,18 +71,11 @@ def write_shard(
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     stream.write(len(content).to_bytes(8, "little") + content)
-
-    def write(output: Output) -> ChecksumWriter:
-        section = stream.section(header[output.name]["data_offsets"][0])
+    for output in outputs:
         for piece in output.pieces():
             data = as_bytes(piece.to(output.dtype))
-            section.write(data)
+            stream.write(data)
             progress(len(data))
-        return section
-
-    # a shard is as large as a disk likes, and a model may have one only
-    for section in run_parallel(write, outputs, _WRITERS):
-        stream.join(section)
 
 
 def index_content(shards: dict[str, list[Output]]) -> bytes:

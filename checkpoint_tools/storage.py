@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import mmap
-import os
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -66,14 +65,10 @@ class MappedFile:
 
 
 class ChecksumWriter(io.RawIOBase):
-    """An output stream that counts and checksums (CRC-32) what passes.
+    """An output stream that counts and checksums (CRC-32) what passes."""
 
-    Args:
-        file: an open file, written from `start` on whatever its own position is.
-    """
-
-    def __init__(self, file: Any, start: int = 0) -> None:
-        self._file, self._start = file, start
+    def __init__(self, file: Any) -> None:
+        self._file = file
         self.crc = 0
         self.count = 0
         self.failure: OSError | None = None
@@ -95,29 +90,18 @@ class ChecksumWriter(io.RawIOBase):
         for start in range(0, len(view), _BLOCK):
             block = view[start : start + _BLOCK]
             crc = zlib.crc32(block, crc)
-            self._put(block, self._start + self.count + start)
+            self._put(block)
         self.crc = combine(self.crc, crc, len(view))
         self.count += len(view)
         return crc
 
-    def _put(self, view: memoryview, position: int) -> None:
+    def _put(self, view: memoryview) -> None:
         try:
             while view:
-                done = os.pwrite(self._file.fileno(), view, position)
-                view, position = view[done:], position + done
+                view = view[self._file.write(view) :]
         except OSError as error:
             self.failure = self.failure or error
             raise
-
-    def section(self, offset: int) -> ChecksumWriter:
-        """A writer for what will lie `offset` bytes behind here, to run beside this one."""
-        return ChecksumWriter(self._file, self._start + self.count + offset)
-
-    def join(self, section: ChecksumWriter) -> None:
-        """Take over a section that begins here."""
-        assert section._start == self._start + self.count
-        self.crc = combine(self.crc, section.crc, section.count)
-        self.count += section.count
 
 
 def checksum(path: Path) -> int:

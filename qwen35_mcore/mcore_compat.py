@@ -173,7 +173,7 @@ def scatter_heads(
     if cp_group.size() == 1:
         return y_sbc
     packed = restore_index is not None
-    if packed:
+    if restore_index is not None:
         y_sbc = y_sbc.index_select(0, restore_index)
     return _gdn.tensor_a2a_hp2cp(
         y_sbc, seq_dim=0, head_dim=-1, cp_group=cp_group, redo_attention_load_balancing=not packed

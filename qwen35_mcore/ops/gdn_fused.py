@@ -22,7 +22,7 @@ from qwen35_mcore.ops.heads import Heads
 
 # Positions a program holds at once, chosen so that nothing spills (compiled for sm_90), and those
 # that a backward program works through before it writes its share of a weight's gradient.
-FORWARD = {"ROWS": 16, "num_warps": 4}
+FORWARD = {"ROWS": 8, "num_warps": 4}
 BACKWARD = {"ROWS": 8, "num_warps": 4, "CHUNK": 128}
 
 
@@ -86,19 +86,47 @@ def _prologue_forward(
 
 
 @triton.jit
-def _prologue_backward(
-    x_ptr, w_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr, dx_ptr, dw_ptr,
+def _before_silu(
+    x_ptr, w_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr, dpre_ptr,
     length, key_heads, value_heads, stride_s, stride_b,
     eps: tl.constexpr, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """Gradient of the convolution's output, ``[b, s, mixed]``, through the l2 norm and silu."""
+    head, batch = tl.program_id(0), tl.program_id(2)
+    time = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, D)
+    valid = (time < length)[:, None]
+    x_ptr += batch.to(tl.int64) * stride_b
+    first = _firsts(starts_ptr, time, length, PACKED)
+    pre = _convolution(x_ptr, w_ptr, time, head * D + lane, first, length, stride_s, W)
+    out_ptr, out_head = _select(dq_ptr, dk_ptr, dv_ptr, head, key_heads)
+    heads = tl.where(head < 2 * key_heads, key_heads, value_heads)
+    position = batch.to(tl.int64) * length + time
+    rows = (position * heads + out_head) * D
+    dy = tl.load(out_ptr + rows[:, None] + lane[None, :], mask=valid, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(pre)
+    if head < 2 * key_heads:
+        y = pre * gate
+        scale = tl.rsqrt(tl.sum(y * y, axis=1) + eps)[:, None]
+        dy = scale * (dy - y * scale * scale * tl.sum(dy * y, axis=1)[:, None])
+    dpre = dy * gate * (1 + pre * (1 - gate))
+    target = dpre_ptr + ((position * tl.num_programs(0) + head) * D)[:, None] + lane[None, :]
+    tl.store(target, dpre.to(dpre_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _convolution_backward(
+    x_ptr, w_ptr, starts_ptr, dpre_ptr, dx_ptr, dw_ptr,
+    length, stride_s, stride_b,
+    D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the projection and, as one share per chunk, of the convolution's weight."""
     head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lane = tl.arange(0, D)
     channel = head * D + lane
     x_ptr += batch.to(tl.int64) * stride_b
     dx_ptr += batch.to(tl.int64) * stride_b
-    out_ptr, out_head = _select(dq_ptr, dk_ptr, dv_ptr, head, key_heads)
-    heads = tl.where(head < 2 * key_heads, key_heads, value_heads)
+    dpre_ptr += batch.to(tl.int64) * length * tl.num_programs(0) * D
     taps = tl.arange(0, W)
     dw = tl.zeros((W, D), dtype=tl.float32)
     for block in range(CHUNK // ROWS):
@@ -107,18 +135,11 @@ def _prologue_backward(
         dx = tl.zeros((ROWS, D), dtype=tl.float32)
         for shift in tl.static_range(W):
             later = time + shift
-            first = _firsts(starts_ptr, later, length, PACKED)
-            valid = (later < length) & (first <= time)  # the same sequence
-            pre = _convolution(x_ptr, w_ptr, later, channel, first, length, stride_s, W)
-            rows = ((batch.to(tl.int64) * length + later) * heads + out_head) * D
-            dy = tl.load(out_ptr + rows[:, None] + lane[None, :], mask=valid[:, None], other=0.0)
-            dy = dy.to(tl.float32)
-            gate = tl.sigmoid(pre)
-            if head < 2 * key_heads:
-                y = pre * gate
-                scale = tl.rsqrt(tl.sum(y * y, axis=1) + eps)[:, None]
-                dy = scale * (dy - y * scale * scale * tl.sum(dy * y, axis=1)[:, None])
-            dpre = dy * gate * (1 + pre * (1 - gate))
+            valid = (later < length) & (_firsts(starts_ptr, later, length, PACKED) <= time)
+            rows = later.to(tl.int64) * tl.num_programs(0) * D
+            dpre = tl.load(
+                dpre_ptr + rows[:, None] + channel[None, :], mask=valid[:, None], other=0.0
+            ).to(tl.float32)
             weight = tl.load(w_ptr + channel * W + (W - 1 - shift)).to(tl.float32)
             dx += dpre * weight[None, :]
             if shift == 0:
@@ -147,7 +168,7 @@ class _Prologue(torch.autograd.Function):
         _prologue_forward[_grid(heads.mixed, length, FORWARD["ROWS"], batch)](
             x_sbc, weight_cw, starts, q, k, v,
             length, heads.key, heads.value, x_sbc.stride(0), x_sbc.stride(1),
-            **_meta(eps, heads, weight_cw, starts), **FORWARD,
+            eps=eps, **_meta(heads, weight_cw, starts), **FORWARD,
         )  # fmt: skip
         ctx.save_for_backward(x_sbc, weight_cw, starts)
         ctx.heads, ctx.eps = heads, eps
@@ -159,13 +180,18 @@ class _Prologue(torch.autograd.Function):
         x_sbc, weight_cw, starts = ctx.saved_tensors
         heads: Heads = ctx.heads
         length, batch, _ = x_sbc.shape
-        grid = _grid(heads.mixed, length, BACKWARD["CHUNK"], batch)
-        dx = torch.empty_like(x_sbc)
-        dw = x_sbc.new_empty(grid[1] * batch, *weight_cw.t().shape, dtype=torch.float32)
-        _prologue_backward[grid](
-            x_sbc, weight_cw, starts, dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, dw,
+        dpre = x_sbc.new_empty(batch, length, weight_cw.shape[0])
+        _before_silu[_grid(heads.mixed, length, FORWARD["ROWS"], batch)](
+            x_sbc, weight_cw, starts, dq.contiguous(), dk.contiguous(), dv.contiguous(), dpre,
             length, heads.key, heads.value, x_sbc.stride(0), x_sbc.stride(1),
-            **_meta(ctx.eps, heads, weight_cw, starts), **BACKWARD,
+            eps=ctx.eps, **_meta(heads, weight_cw, starts), **FORWARD,
+        )  # fmt: skip
+        dx = torch.empty_like(x_sbc)
+        grid = _grid(heads.mixed, length, BACKWARD["CHUNK"], batch)
+        dw = x_sbc.new_empty(grid[1] * batch, *weight_cw.t().shape, dtype=torch.float32)
+        _convolution_backward[grid](
+            x_sbc, weight_cw, starts, dpre, dx, dw, length, x_sbc.stride(0), x_sbc.stride(1),
+            **_meta(heads, weight_cw, starts), **BACKWARD,
         )  # fmt: skip
         _, z_part, b_part, a_part = dx.split(heads.sections, dim=-1)
         z_part.copy_(dz)
@@ -182,9 +208,8 @@ def _grid(heads: int, length: int, rows: int, batch: int) -> tuple[int, int, int
     return heads, triton.cdiv(length, rows), batch
 
 
-def _meta(eps: float, heads: Heads, weight: Tensor, starts: Tensor | None) -> dict[str, Any]:
+def _meta(heads: Heads, weight: Tensor, starts: Tensor | None) -> dict[str, Any]:
     return {
-        "eps": eps,
         "D": heads.key_size,
         "W": weight.shape[1],
         "PACKED": starts is not None,

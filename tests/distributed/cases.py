@@ -85,9 +85,7 @@ CASES = [
 def main() -> None:
     """Print the table of differences in markdown."""
     pool = worker_pool()
-    print(
-        "| mode | ranks | largest per-token loss difference | largest relative gradient difference |"
-    )
+    print("| mode | ranks | largest loss difference of a token | largest gradient difference |")
     print("| --- | --- | --- | --- |")
     for case in CASES:
         d = compare(pool, case)

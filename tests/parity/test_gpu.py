@@ -148,9 +148,7 @@ def test_model_in_bfloat16_is_near_float32() -> None:
     weights = {}
     for shard in local_shards([exact]):
         tensor = weights.setdefault(shard.key, torch.empty(shard.global_shape, device="cuda"))
-        tensor[
-            tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.data.shape, strict=True))
-        ] = shard.data
+        tensor[window(shard)] = shard.data
     load_global([fast], weights)
     tokens = random_tokens(hf, 2, 256, seed=3).cuda()
     positions = torch.arange(256, device="cuda").expand(2, -1)

@@ -135,6 +135,7 @@ def test_model_in_bfloat16_is_near_float32() -> None:
         linear_key_head_dim=128,
         linear_value_head_dim=128,
         head_dim=256,
+        rope_parameters=get_flavor("35b-a3b").rope_parameters,
     )
     exact_config = transformer_config(
         hf,

@@ -51,7 +51,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         with _argv(argv):
-            parse_args(_add_model_arguments)  # prints the help and exits
+            parse_args(_with_readable_help)  # prints the help and exits
+    _run_alone_without_a_launcher()
     early, _ = _model_parser().parse_known_args(argv)
     hf = choose_model(early.flavor, early.hf_config, early.override)
     architecture = architecture_arguments(hf)
@@ -180,6 +181,25 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="Routed experts on a GPU: one grouped_mm kernel (bf16), or Transformer Engine (FP8).",
     )
     return parser
+
+
+def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """argparse formats help texts with %, and one of megatron's has a bare percent sign."""
+    _add_model_arguments(parser)
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
+    return parser
+
+
+def _run_alone_without_a_launcher() -> None:
+    """Plain ``python`` instead of torchrun: a run of one process."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")  # any free one: nobody else has to find it
 
 
 def _complete(args: argparse.Namespace, hf: Qwen35Config) -> None:

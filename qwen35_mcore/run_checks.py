@@ -68,7 +68,21 @@ def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
             got="--bf16 without --use-distributed-optimizer",
             fix="pass --use-distributed-optimizer",
         )
+    _check_warmup(args)
     _check_needed(args)
+
+
+def _check_warmup(args: Namespace) -> None:
+    for unit in ("iters", "samples"):
+        warmup, total = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"train_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or total
+        if warmup and decay and warmup >= decay:
+            raise ConfigError(
+                "the learning rate would warm up until the run ends, or longer",
+                got=f"--lr-warmup-{unit} {warmup} of {decay}",
+                allowed=f"less than {decay}",
+                fix="shorten the warmup or train longer",
+            )
 
 
 def _check_needed(args: Namespace) -> None:

@@ -136,14 +136,15 @@ def print_table(what: str, size: int, results: dict[str, list[Phase]]) -> None:
     """A Markdown table: medians, memory, the ratio to cp."""
     seconds = {name: statistics.median(p.seconds for p in runs) for name, runs in results.items()}
     print(f"\n{what}: {size / 1e9:.2f} GB, median of {len(results['import'])}\n")
-    print("| | seconds | GB/s | times cp | peak anonymous memory |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| | seconds | GB/s | times cp | peak anonymous memory | each round |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, runs in results.items():
         base = seconds["cp in" if name in ("cp in", "import") else "cp out"]
         peak = max(phase.peak_anonymous for phase in runs) / 1e6
+        each = ", ".join(f"{phase.seconds:.1f}" for phase in runs)
         print(
             f"| {name} | {seconds[name]:.1f} | {size / seconds[name] / 1e9:.2f} | "
-            f"{seconds[name] / base:.2f} | {peak:.0f} MB |"
+            f"{seconds[name] / base:.2f} | {peak:.0f} MB | {each} |"
         )
 
 

@@ -286,3 +286,15 @@ def test_under_torchrun() -> None:
     assert re.search(r"exitcode +: 2 ", output)
     assert "see the line that begins with 'error:' above" in output
     assert output.count("Traceback") == 1  # torchrun's
+
+
+def test_a_warmup_that_never_ends() -> None:
+    message = error_of(flags("--lr-warmup-iters", "10"))
+    assert "--lr-warmup-iters 10 of 10" in message
+    assert "allowed: less than 10" in message
+
+
+def test_help_is_printed_although_one_of_megatrons_texts_is_malformed() -> None:
+    run = script_server().start(["--help"], 1, ranks=[0])
+    assert run.wait(START_TIMEOUT_S) == [0], run.output()
+    assert "--gdn-kernel" in run.output()

@@ -11,17 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    Qwen3_5ForCausalLM,
-    Qwen3_5MoeForCausalLM,
-    Qwen3_5MoeTextConfig,
-    Qwen3_5TextConfig,
-)
+from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.flavors import FLAVORS, get_flavor
 from qwen35_mcore.layer_pattern import LayerKind
 from qwen35_mcore.planner.counts import Count, count_parameters, layer_parameters
+from tests.helpers.hf_reference import modeling
 
 # component of a transformers parameter, by the first of these that its name contains
 COMPONENTS = {
@@ -39,11 +35,9 @@ COMPONENTS = {
 
 def transformers_sizes(config: Qwen35Config) -> dict[str, int]:
     """Parameters of transformers' model by component, built without memory."""
-    config_class, model_class = (
-        (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM)
-        if config.is_moe
-        else (Qwen3_5TextConfig, Qwen3_5ForCausalLM)
-    )
+    module, family = ("qwen3_5_moe", "Qwen3_5Moe") if config.is_moe else ("qwen3_5", "Qwen3_5")
+    config_class = Qwen3_5MoeTextConfig if config.is_moe else Qwen3_5TextConfig
+    model_class = getattr(modeling(module), f"{family}ForCausalLM")
     with torch.device("meta"):
         model = model_class(config_class(**config.to_hf()))
     sizes = dict.fromkeys(COMPONENTS.values(), 0)

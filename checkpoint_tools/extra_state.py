@@ -1,9 +1,9 @@
 """The ``_extra_state`` objects that a model's modules look for in a checkpoint.
 
-Each linear and each norm of the transformer_engine backend stores one (its FP8 scaling state), the
-local backend one per ``core_attention`` too, and Megatron refuses to load a checkpoint that lacks
-one it asks for. So a checkpoint that is not written by such a model must hold them all, empty; a
-model that has no use for one ignores it.
+Each linear and each norm stores one (its FP8 scaling state), releases of megatron-core older than
+ours one per ``core_attention`` too, and Megatron refuses to load a checkpoint that lacks one it
+asks for. So a checkpoint that is not written by such a model must hold them all, empty; a model
+that has no use for one ignores it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from qwen35_mcore.layers.norms import EmptyExtraState
 from qwen35_mcore.mcore_compat import (
     PackedSeqParams,
     TransformerConfig,
@@ -24,8 +23,11 @@ from qwen35_mcore.mcore_compat import (
 )
 
 
-class CoreAttention(EmptyExtraState):
-    """softmax(q k^T / sqrt(d)) v, causal; built and called like TEDotProductAttention."""
+class CoreAttention(torch.nn.Module):
+    """softmax(q k^T / sqrt(d)) v, causal; built and called like TEDotProductAttention.
+
+    No entry in checkpoints, as TEDotProductAttention has none: both backends load each other's.
+    """
 
     def __init__(
         self,

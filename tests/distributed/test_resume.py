@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,24 @@ def test_resume_at_the_same_layout_is_exact(straight: Path, tmp_path: Path) -> N
 
     assert_same_tensors(iteration(straight, STEPS), iteration(tmp_path, STEPS))
     assert_same_run_state(iteration(straight, STEPS), iteration(tmp_path, STEPS))
+
+
+def test_layers_in_any_order_train_save_and_resume(tmp_path: Path) -> None:
+    """The pattern comes from layer_types alone, and MTP is full attention after any last layer."""
+    kinds = ["full_attention", "linear_attention", "linear_attention"]
+    pattern = [
+        "--override",
+        f"layer_types={json.dumps(kinds)}",
+        "--override",
+        "num_hidden_layers=3",
+    ]
+    more = [*pattern, *saved_in(tmp_path), "--exit-interval"]
+    run(PP2, *more, "2", "--pipeline-model-parallel-layout", "Et|ttmL")
+    resumed = run(ONE, *more, "4")
+    assert "at iteration 2" in resumed.output()
+    logged = logged_scalars(tmp_path / "log")
+    assert set(logged["lm loss"]) == {1, 2, 3, 4}
+    assert logged["lm loss"][4] < logged["lm loss"][1]
 
 
 def assert_same_run_state(a: Path, b: Path) -> None:

@@ -132,6 +132,7 @@ def _serve(connection: Connection) -> None:
 
 def _run_case(case: Any, kwargs: Any, rank: int, world_size: int, store: str) -> Any:
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
@@ -139,5 +140,6 @@ def _run_case(case: Any, kwargs: Any, rank: int, world_size: int, store: str) ->
     try:
         return case(**kwargs)
     finally:
+        destroy_moe_metrics_tracker()  # sized by the first model that logs into it
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -21,6 +21,7 @@ import torch
 
 MAX_WORLD_SIZE = 4
 CASE_TIMEOUT_S = 240
+MOST_THREADS = 300  # gloo's stay after their group is destroyed, and poll: 60 more with each case
 
 
 class CaseError(AssertionError):
@@ -41,6 +42,8 @@ class WorkerPool:
             CaseError: with the traceback of the first rank that failed; the pool is rebuilt then,
                 since the other ranks may hang in a collective.
         """
+        if any(_threads(process.pid) > MOST_THREADS for process, _ in self._workers):
+            self.close()
         if not self._workers:
             self._workers = [_start_worker() for _ in range(self.size)]
         with tempfile.TemporaryDirectory() as folder:
@@ -128,6 +131,10 @@ def _serve(connection: Connection) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(_pack(answer))
+
+
+def _threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
 
 
 def _run_case(case: Any, kwargs: Any, rank: int, world_size: int, store: str) -> Any:

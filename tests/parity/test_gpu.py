@@ -20,9 +20,11 @@ LENGTH, BATCH = 512, 2
 def one_rank() -> Any:
     from tests.bench.common import start
 
+    was_running = torch.distributed.is_initialized()
     start()
     yield
-    torch.distributed.destroy_process_group()
+    if not was_running:
+        torch.distributed.destroy_process_group()
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

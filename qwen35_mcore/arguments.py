@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from dataclasses import fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +145,6 @@ def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
     return defaults | {
         "moe_permute_fusion": hf.is_moe,
         "moe_router_fusion": hf.is_moe,
-        # megatron's own output layer needs NVIDIA's apex for it, and there is one flag for all
-        "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
     }
 
 

@@ -81,13 +81,14 @@ def _transformer_engine_backend(config: Qwen35TransformerConfig) -> Any:
 def choose_experts(config: Qwen35TransformerConfig) -> tuple[str, str]:
     """``grouped_mm`` or ``te`` for the routed experts, and why.
 
+    Named for an FP8 run, grouped_mm keeps the experts in bfloat16.
+
     Raises:
         ConfigError: grouped_mm was named for a run that it cannot serve.
     """
     needs_te = [
         name
         for name, value in (
-            ("fp8", config.fp8),
             ("fp4", config.fp4),
             ("delay_wgrad_compute", config.delay_wgrad_compute),
             ("a parameter dtype other than bfloat16", config.params_dtype != torch.bfloat16),
@@ -96,11 +97,13 @@ def choose_experts(config: Qwen35TransformerConfig) -> tuple[str, str]:
     ]
     if config.moe_experts == "te":
         return "te", "named"
+    if config.fp8 and config.moe_experts == "auto":
+        return "te", "auto: FP8"
     if needs_te and config.moe_experts == "grouped_mm":
         raise ConfigError(
             "grouped_mm experts cannot run here",
             got=", ".join(needs_te),
-            allowed="bfloat16 without FP8 or delayed weight gradients",
+            allowed="bfloat16 parameters without FP4 or delayed weight gradients",
             fix="pass --moe-experts te",
         )
     if needs_te:

@@ -64,6 +64,7 @@ class Batch:
     def sample(self, first: int, count: int) -> dict[str, torch.Tensor]:
         tokens = self.tokens[first : first + count]
         length = tokens.shape[1] - 1
+        positions = torch.arange(length, device=tokens.device)
         mask = self.loss_mask
         return {
             "tokens": tokens[:, :-1].contiguous(),
@@ -71,7 +72,7 @@ class Batch:
             "loss_mask": torch.ones(count, length)
             if mask is None
             else mask[first : first + count].float(),
-            "position_ids": torch.arange(length, device=tokens.device).expand(count, -1).contiguous(),
+            "position_ids": positions.expand(count, -1).contiguous(),
         }
 
 

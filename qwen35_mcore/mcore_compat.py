@@ -64,6 +64,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.tested_versions import MEGATRON_CORE, release
 
 __all__ = [
     "AttnMaskType",
@@ -101,7 +102,6 @@ __all__ = [
     "roll_tensor",
 ]
 
-SUPPORTED = (0, 19)
 GDN_VARIANT = "gated_delta_net"  # spelt "gdn" on megatron-core's main branch
 
 
@@ -112,7 +112,7 @@ def check_version() -> None:
         ConfigError: when the installed minor version is another one.
     """
     installed = version("megatron-core")
-    if tuple(int(x) for x in installed.split(".")[:2]) != SUPPORTED:
+    if release(installed)[:2] != MEGATRON_CORE:
         raise ConfigError(
             "this package reaches into megatron-core's internals and was tested with 0.19 only",
             got=f"megatron-core {installed}",

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ IMPORTED_ON_GPU = {
     "flash-qla": "flash_qla",
     "flash-linear-attention": "fla.ops.gated_delta_rule",
 }
+UNKNOWN = "unknown"
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DRIVER_VERSION = re.compile(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)")
 
@@ -49,7 +51,7 @@ def take_snapshot(announce: Callable[[str], None], broken: Mapping[str, str]) ->
                 continue
             announce(name)
             error = broken.get(name) or _import_error(module)
-            packages[name] = Package(version=packages[name].version, error=error)
+            packages[name] = Package(version=_version(name, packages[name]), error=error)
 
     import_all(IMPORTED)
     cuda = _cuda() if packages.get("torch") and packages["torch"].error is None else {}
@@ -77,7 +79,15 @@ def _find(name: str) -> Package | None:
             return Package(version=importlib.metadata.version(distribution))
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Package(version="unknown")
+    return Package(version=UNKNOWN)
+
+
+def _version(name: str, package: Package) -> str:
+    """Of a package that was put on sys.path without its metadata, once it is imported."""
+    if package.version != UNKNOWN:
+        return package.version
+    module = sys.modules.get(PACKAGES[name][0])
+    return str(getattr(module, "__version__", UNKNOWN))
 
 
 def _spec(module: str) -> Any:

@@ -116,7 +116,7 @@ def psutil_is_there(machine: Snapshot) -> Iterator[Finding]:
             rule="psutil",
             level=Level.ERROR,
             what=f"psutil {why}; megatron-core writes no checkpoint without it",
-            fix="pip install psutil",
+            fix="pip install --force-reinstall psutil",
         )
 
 

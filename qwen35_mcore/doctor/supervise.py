@@ -96,8 +96,9 @@ def _collect(
         found |= line
     findings = [
         Finding(**finding | {"level": Level(finding["level"])})
-        for kind in ("findings", "kernel_findings", "gradient_findings")
-        for finding in found.get(kind, [])
+        for kind, several in found.items()
+        if kind.endswith("findings")
+        for finding in several
     ]
     if death is not None:
         findings.append(_died(at, death))

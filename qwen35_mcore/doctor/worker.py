@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ from qwen35_mcore.doctor.machine import take_snapshot
 from qwen35_mcore.doctor.rules import judge
 from qwen35_mcore.doctor.snapshot import Finding, Level, Snapshot
 from qwen35_mcore.errors import KernelError
-
-GRADIENTS = "gradient check"
 
 
 def main() -> None:
@@ -41,11 +40,26 @@ def main() -> None:
         if not (machine.works("torch") and machine.works("megatron-core")):
             return
         tell(at="choosing kernels")
-        tell(**choices(machine))
+        tell(**caught("kernel-choice", "the kernels cannot be chosen", lambda: choices(machine)))
         if not args.no_gradient_check:
-            tell(at=GRADIENTS)
-            tell(**gradients())
+            tell(at="gradient check")
+            tell(**caught("gradient-check", "the GDN kernels fail", gradients))
         tell(at="the end")
+
+
+def caught(rule: str, what: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a step found, or the finding that it failed."""
+    try:
+        return step()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        finding = Finding(
+            rule=rule,
+            level=Level.ERROR,
+            what=f"{what}: {type(error).__name__}: {lines[0][:300]}",
+            fix="install the releases of constraints.txt",
+        )
+        return {f"{rule}_findings": [asdict(finding)]}
 
 
 def choices(machine: Snapshot) -> dict[str, Any]:
@@ -63,22 +77,13 @@ def choices(machine: Snapshot) -> dict[str, Any]:
 
 
 def gradients() -> dict[str, Any]:
-    """The check's result, or the finding that it could not be made."""
+    """The check's result, or why it could not be made."""
     from qwen35_mcore.doctor.gradient_check import check_gradients
 
     try:
         return {"gradient_check": check_gradients().to_json()}
     except KernelError as error:  # the choice of kernels reports it already
         return {"gradient_check_skipped": error.what}
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        finding = Finding(
-            rule="gradient-check",
-            level=Level.ERROR,
-            what=f"the GDN kernels fail: {type(error).__name__}: {lines[0][:300]}",
-            fix="train with --gdn-kernel torch to see whether the kernels are to blame",
-        )
-        return {"gradient_findings": [asdict(finding)]}
 
 
 if __name__ == "__main__":

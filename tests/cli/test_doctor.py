@@ -128,7 +128,7 @@ ERRORS = {
         but(data_helpers=False),
         *("megatron-core", "dataset helpers", "from the wheel"),
     ),
-    "no psutil": (packages(LAPTOP, psutil=None), "psutil", "checkpoint", "pip install psutil"),
+    "no psutil": (packages(LAPTOP, psutil=None), "psutil", "checkpoint", "reinstall psutil"),
     "no Transformer Engine": (
         packages(transformer_engine=None),
         *("te-missing", "not installed", "[te]"),
@@ -420,3 +420,15 @@ def test_tested_versions_are_those_of_the_package() -> None:
     assert any(d.startswith(f"megatron-core>={minor},") for d in project["dependencies"])
     (te,) = project["optional-dependencies"]["te"]
     assert te.partition("==")[2].startswith(".".join(map(str, TRANSFORMER_ENGINE)) + ".")
+
+
+def test_a_step_that_fails_is_a_finding_and_the_next_one_still_runs() -> None:
+    from qwen35_mcore.doctor.worker import caught
+
+    def fail() -> dict[str, Any]:
+        raise ImportError("No module named 'pyarrow'\nmore")
+
+    lines = [caught("kernel-choice", "the kernels cannot be chosen", fail), {"paths": []}]
+    found = supervise._collect(lines, "the end", None, True)
+    assert not found.ok
+    assert found.findings[0].what.endswith("ImportError: No module named 'pyarrow'")

@@ -115,8 +115,8 @@ def _parse_override(item: str) -> tuple[str, Any]:
     return key, tuple(value) if isinstance(value, list) else value
 
 
-def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
-    """Defaults for what the architecture leaves open, on this machine."""
+def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]:
+    """Defaults for what the architecture leaves open, on this machine (or on the one named)."""
     defaults: dict[str, Any] = {
         "dist_ckpt_optim_fully_reshardable": True,  # the usual format cannot change TP or PP
         "eval_interval": 1000,  # megatron divides by it and has no default
@@ -131,7 +131,7 @@ def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
             "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": True,
         }
-    if cpu.is_needed():
+    if cpu.is_needed() if on_cpu is None else on_cpu:
         return defaults | {
             "transformer_impl": "local",
             "distributed_backend": "gloo",

@@ -68,6 +68,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.tested_versions import MEGATRON_CORE, release
 
 __all__ = [
     "AttnMaskType",
@@ -107,7 +108,6 @@ __all__ = [
     "split_tensor_factory",
 ]
 
-SUPPORTED = (0, 19)
 GDN_VARIANT = "gated_delta_net"  # spelt "gdn" on megatron-core's main branch
 
 
@@ -118,7 +118,7 @@ def check_version() -> None:
         ConfigError: when the installed minor version is another one.
     """
     installed = version("megatron-core")
-    if tuple(int(x) for x in installed.split(".")[:2]) != SUPPORTED:
+    if release(installed)[:2] != MEGATRON_CORE:
         raise ConfigError(
             "this package reaches into megatron-core's internals and was tested with 0.19 only",
             got=f"megatron-core {installed}",

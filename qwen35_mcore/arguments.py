@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,9 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
     return defaults | {
         "moe_permute_fusion": hf.is_moe,
         "moe_router_fusion": hf.is_moe,
+        # the float32 copies of 248k logits per token cost more than several layers
+        "cross_entropy_loss_fusion": find_spec("transformer_engine") is not None,
+        "cross_entropy_fusion_impl": "te",
     }
 
 
@@ -175,7 +179,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--moe-experts",
         choices=("auto", "grouped_mm", "te"),
         default="auto",
-        help="Routed experts on a GPU: one grouped_mm kernel (bf16), or Transformer Engine (FP8).",
+        help="Routed experts on a GPU: one grouped_mm kernel, bf16 also in an FP8 run, or "
+        "Transformer Engine's, in FP8 where the run is. auto: grouped_mm wherever it can run.",
     )
     return parser
 

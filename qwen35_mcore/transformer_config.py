@@ -36,7 +36,7 @@ class Qwen35TransformerConfig(TransformerConfig):
 
     moe_experts: str = "auto"
     """Routed experts of the Transformer Engine backend: grouped_mm (one kernel for all experts,
-    bfloat16 also in an FP8 run), te (TEGroupedMLP: FP8, delayed weight gradients), or auto."""
+    bfloat16 also in an FP8 run), te (TEGroupedMLP, in FP8 where the run is), or auto."""
 
     hetereogenous_dist_checkpoint: bool = True
     """Layers differ, so each has its own checkpoint keys (megatron's spelling)."""

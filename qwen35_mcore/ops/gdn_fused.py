@@ -24,7 +24,7 @@ from qwen35_mcore.ops.heads import Heads
 # that a backward program works through before it writes its share of a weight's gradient.
 FORWARD = {"ROWS": 8, "num_warps": 4}
 BACKWARD = {"ROWS": 8, "num_warps": 4, "CHUNK": 128}
-CONVOLUTION_BACKWARD = {"ROWS": 4, "num_warps": 4, "CHUNK": 128}
+CONVOLUTION_BACKWARD = {"ROWS": 2, "num_warps": 2, "CHUNK": 128}
 
 
 def sequence_starts(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -10,6 +10,7 @@ their peaks are what the planner's memory model is compared with.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import traceback
@@ -103,6 +104,8 @@ def time_layer(part: str, flavor: str, experts: int | None, batch: int, precisio
     gradient = torch.randn_like(run())
     run().backward(gradient)
     x.grad = None
+    for p in module.parameters():
+        p.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     y = run()
@@ -195,6 +198,10 @@ def measure_run(
     step()
     torch.cuda.reset_peak_memory_stats()
     timing = median_ms(step, repeats=3, warmup=0)
+    peak_bytes = torch.cuda.max_memory_allocated()
+    for buffer in wrapped[0].buffers + wrapped[0].expert_parallel_buffers:
+        buffer.param_data.untyped_storage().resize_(0)
+        buffer.grad_data.untyped_storage().resize_(0)
     overrides = {"num_hidden_layers": layers}
     return {
         "flavor": flavor,
@@ -204,7 +211,7 @@ def measure_run(
         "global_batch_size": batch * microbatches,
         "recompute": recompute,
         "precision": precision,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_bytes": peak_bytes,
         "model_bytes": model_bytes,
         "step_ms": timing["ms"],
     }
@@ -237,7 +244,9 @@ def main() -> None:
     failed = False
     for kind, cases, measure in (("layers", LAYERS, time_layer), ("runs", RUNS, measure_run)):
         for case in cases:
+            gc.collect()
             torch.cuda.empty_cache()
+            print(f"before: {torch.cuda.memory_allocated() / 2**30:.2f} GiB", flush=True)
             try:
                 row = measure(*case)
             except Exception:  # one row that does not fit must not cost the others

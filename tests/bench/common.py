@@ -84,6 +84,8 @@ def gpu_config(hf: Qwen35Config, fp8: str | None = None, **run: Any) -> Qwen35Tr
         "bias_dropout_fusion": True,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": True,
+        "cross_entropy_loss_fusion": True,
+        "cross_entropy_fusion_impl": "te",
         "attention_backend": attention_backend(),
         "fp8": "hybrid" if fp8 else None,
     }
@@ -121,6 +123,8 @@ def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
     Raises:
         RuntimeError: the step waits for the host, or allocates by what it computed.
     """
+    from megatron.core.tensor_parallel.random import get_all_rng_states
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -129,6 +133,8 @@ def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    for state in get_all_rng_states().values():
+        graph.register_generator_state(state)
     with torch.cuda.graph(graph):
         step()
     return graph.replay

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from dataclasses import fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +146,8 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
         "moe_permute_fusion": hf.is_moe,
         "moe_router_fusion": hf.is_moe,
         # the float32 copies of 248k logits per token cost more than several layers
-        "cross_entropy_loss_fusion": find_spec("transformer_engine") is not None,
-        "cross_entropy_fusion_impl": "te",
+        "cross_entropy_loss_fusion": True,
+        "cross_entropy_fusion_impl": "native",
     }
 
 

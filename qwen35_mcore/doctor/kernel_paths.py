@@ -156,7 +156,12 @@ def _around_delta_rule() -> KernelPath:
         from qwen35_mcore.ops import gdn_fused
     except ImportError as error:
         return KernelPath(part=part, path="none", why=f"Triton: {error}", ok=False)
-    heads = Heads(MODEL.linear_num_key_heads, MODEL.linear_num_value_heads, *HEAD_DIMS.values())
+    heads = Heads(
+        MODEL.linear_num_key_heads,
+        MODEL.linear_num_value_heads,
+        HEAD_DIMS["key_dim"],
+        HEAD_DIMS["value_dim"],
+    )
     if gdn_fused.supports(heads):
         why = f"head dims {heads.key_size} and {heads.value_size} fit one program"
         return KernelPath(part=part, path="one Triton kernel before, one behind", why=why)

@@ -43,7 +43,7 @@ class GateProjection(ColumnParallelLinear):
         self.eps = config.layernorm_epsilon
         self.zero_centered = config.layernorm_zero_centered_gamma
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: torch.Tensor, norm_weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed = _norm(x, norm_weight, self.eps, self.zero_centered)

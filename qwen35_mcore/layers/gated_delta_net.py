@@ -48,6 +48,9 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
     """
 
     float32_parameters = ("A_log", "dt_bias")
+    in_proj_split_names: list[str]
+    in_proj_split_sections: tuple[int, ...]
+    gate_proj: Any
 
     def __init__(
         self,

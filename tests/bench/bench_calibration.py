@@ -199,9 +199,7 @@ def measure_run(
     torch.cuda.reset_peak_memory_stats()
     timing = median_ms(step, repeats=3, warmup=0)
     peak_bytes = torch.cuda.max_memory_allocated()
-    for buffer in wrapped[0].buffers + wrapped[0].expert_parallel_buffers:
-        buffer.param_data.untyped_storage().resize_(0)
-        buffer.grad_data.untyped_storage().resize_(0)
+    _release(wrapped[0], optimizer)
     overrides = {"num_hidden_layers": layers}
     return {
         "flavor": flavor,
@@ -215,6 +213,21 @@ def measure_run(
         "model_bytes": model_bytes,
         "step_ms": timing["ms"],
     }
+
+
+def _release(model: Any, optimizer: Any) -> None:
+    """Free what a run holds: hooks inside autograd keep DDP, and so all of it, out of the garbage
+    collector's sight."""
+    tensors = []
+    for buffer in model.buffers + model.expert_parallel_buffers:
+        tensors += [buffer.param_data, buffer.grad_data]
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            tensors += group["params"]
+        for state in part.optimizer.state.values():
+            tensors += [value for value in state.values() if torch.is_tensor(value)]
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
 
 
 def _versions() -> dict[str, str | None]:

@@ -85,7 +85,7 @@ def gpu_config(hf: Qwen35Config, fp8: str | None = None, **run: Any) -> Qwen35Tr
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": True,
         "cross_entropy_loss_fusion": True,
-        "cross_entropy_fusion_impl": "te",
+        "cross_entropy_fusion_impl": "native",
         "attention_backend": attention_backend(),
         "fp8": "hybrid" if fp8 else None,
     }

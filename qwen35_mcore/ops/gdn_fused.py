@@ -148,7 +148,7 @@ def _convolution_backward(
                 dpre_ptr + rows[:, None] + channel[None, :], mask=reached[:, None], other=0.0
             ).to(tl.float32)
             dx += dpre * tl.load(w_ptr + channel * W + (W - 1 - shift)).to(tl.float32)[None, :]
-            added = added + (shares[shift] + dpre * x,)  # type: ignore  # noqa: RUF005, PGH003
+            added = added + (shares[shift] + dpre * x,)  # type: ignore  # noqa: RUF005
         shares = added
         tl.store(dx_ptr + x_rows, dx.to(dx_ptr.dtype.element_ty), mask=own)
     for shift in tl.static_range(W):

@@ -95,9 +95,9 @@ def _print_findings(found: Examination, console: Console) -> None:
     console.print()
     for finding in found.findings:
         text = Text.assemble((finding.level.value, STYLES[finding.level]), f": {finding.what}")
-        console.print(text)
+        console.print(text, soft_wrap=True)  # one line, for who looks for it with grep
         if finding.fix:
-            console.print(_indented(f"fix: {finding.fix}"))
+            console.print(Text(f"  fix: {finding.fix}"), soft_wrap=True)
     if found.ok:
         console.print(Text("nothing stands in the way of training", "green"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -36,7 +37,8 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(str(p) for p in (*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"))
 STEPS = 30
 TRAIN = [
-    *("--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", str(STEPS)),
+    *("--split", "80,10,10", "--micro-batch-size", "1", "--global-batch-size", "4"),
+    *("--train-iters", str(STEPS)),
     *("--lr", "1e-3", "--lr-decay-style", "cosine", "--lr-warmup-iters", "5"),
     *("--log-interval", "1", "--eval-interval", "1000", "--eval-iters", "1", "--num-workers", "1"),
 ]
@@ -149,6 +151,21 @@ def test_every_setting_has_a_reason() -> None:
     assert sum(p.count("\ndefault ") for p in settings) == sum(
         p.count("\ndefault ") for p in paragraphs
     )
+
+
+def test_the_readme_names_every_variable_and_script() -> None:
+    text = (LAUNCH / "README.md").read_text()
+    documented = {
+        name for row in re.findall(r"^\| (`[A-Z].*?) \|", text, flags=re.M) for name in row.split()
+    }
+    set_here = {
+        name
+        for script in ("train.sh", "slurm.sbatch")
+        for name in re.findall(r"^([A-Z_]+)=\$\{\1:-", (LAUNCH / script).read_text(), flags=re.M)
+    }
+    assert {name.strip("`,") for name in documented} == set_here
+    files = {path.name for path in LAUNCH.iterdir()} - {"README.md"}
+    assert files == set(re.findall(r"^\| `([a-z.]+)` \|", text, flags=re.M))
 
 
 def train_sh(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:

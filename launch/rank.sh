@@ -20,10 +20,15 @@ training=$!
 # if this shell left first, SLURM would think that the rank has ended.
 trap : TERM
 
+next=0
 while kill -0 "$training" 2>/dev/null; do
     if ((RANK == 0)); then
-        # again and again, because the first may come too early
-        [[ ! -e $STOP_FILE ]] || kill -TERM "$training" 2>/dev/null
+        # Again after a while, because the first may come too early; no sooner, because Python no
+        # longer listens while it ends.
+        if [[ -e $STOP_FILE ]] && ((SECONDS >= next)); then
+            kill -TERM "$training" 2>/dev/null
+            next=$((SECONDS + 60))
+        fi
         sleep 1
     else
         wait "$training"

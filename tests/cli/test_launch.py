@@ -8,6 +8,7 @@ and ends with the losses of a run without a stop.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -35,7 +36,7 @@ from tests.helpers.slurm import (
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(str(p) for p in (*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"))
-STEPS = 30
+STEPS = 16
 TRAIN = [
     *("--split", "80,10,10", "--micro-batch-size", "1", "--global-batch-size", "4"),
     *("--train-iters", str(STEPS)),
@@ -331,6 +332,15 @@ if os.environ["SLURMD_NODENAME"] == "node1":
     assert not played.log("rank-00000.txt").exists()
 
 
+def test_the_preflight_is_the_doctor(played: Played) -> None:
+    doctor = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    job = played.run("", preflight=doctor, env={"PREFLIGHT": "--no-gradient-check --json"})
+    assert (job.status, job.starts) == (0, 1), job.output
+    report = json.loads(played.log("preflight-node0.txt").read_text())
+    assert report["ok"]
+    assert report["paths"]
+
+
 def test_containers_wrap_every_process_or_are_sruns_own(played: Played) -> None:
     job = played.run(
         "print(os.environ['INSIDE'])",
@@ -423,6 +433,7 @@ def test_a_job_stopped_at_its_time_limit_ends_with_the_losses_of_one_that_was_no
             signal_before_time_limit(job)
 
     env = {"PRESET": str(preset), "DATA": small_dataset(), "SAVE": str(stopped)}
+    env["PREFLIGHT"] = "skip"
     job = slurm.sbatch(*TRAIN, nodes=2, per_node=1, env=env, at_start=stop, timeout=200)
     assert (job.status, job.starts) == (0, 2), job.output
     saved = int(job.output.partition("status 0 at iteration ")[2].partition(":")[0])

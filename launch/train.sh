@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Train on one node with torchrun.
 #
-#   DATA=data/corpus SAVE=runs/35b launch/train.sh PRESET_DIR [flags of pretrain_qwen35.py]
+#   DATA=data/corpus SAVE=runs/35b launch/train.sh PRESET [flags of pretrain_qwen35.py]
 #
-# PRESET_DIR is what `qwen35 plan --emit DIR` wrote. Flags given here win over the preset's. Run
+# PRESET is a folder that `qwen35 plan --emit DIR` wrote. Flags given here win over the preset's. Run
 # again, it continues from the last checkpoint. README.md beside this file says more.
 set -euo pipefail
 
+PRESET=${PRESET:-}                        # folder written by `qwen35 plan --emit`
 DATA=${DATA:-}                            # dataset prefix, a blend of them, or mock
 SAVE=${SAVE:-}                            # folder of this run's checkpoints
 LOAD=${LOAD:-$SAVE}                       # where to continue from
@@ -22,8 +23,12 @@ source "$REPO/launch/common.sh"
 # shellcheck source=launch/env.sh
 source "$REPO/launch/env.sh"
 
+if [[ $# -gt 0 && $1 != -* ]]; then
+    PRESET=$1
+    shift
+fi
 declare -a layout paths
-read_preset "${1:-}"
+read_preset "$PRESET"
 run_flags
 if [[ -z $NPROC ]]; then
     NPROC=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
@@ -31,4 +36,4 @@ if [[ -z $NPROC ]]; then
 fi
 
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" \
-    "$REPO/examples/pretrain_qwen35.py" "${layout[@]}" "${paths[@]}" "${@:2}"
+    "$REPO/examples/pretrain_qwen35.py" "${layout[@]}" "${paths[@]}" "$@"

@@ -287,12 +287,13 @@ def test_the_script_asks_slurm_for_what_it_relies_on() -> None:
 
 def test_every_rank_knows_its_place_and_writes_its_own_log(played: Played) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR NCCL_NVLS_ENABLE"
-    show = f"print(*(os.environ[n] for n in '{names}'.split()), sys.argv[1:], sep=';')"
+    early = "signal.getsignal(signal.SIGTERM).name"  # nothing an early one could end
+    show = f"print(*(os.environ[n] for n in '{names}'.split()), {early}, sys.argv[1:], sep=';')"
     job = played.run(show, played.env.pop("PRESET"), "--lr", "1 e-4", nodes=2)
     assert (job.status, job.starts) == (0, 1), job.output
     for rank in range(4):
         *place, flags = played.log(f"rank-{rank:05}.txt").read_text().strip().split(";")
-        assert place == [str(rank), str(rank % 2), "4", "2", "127.0.0.1", "0"]
+        assert place == [str(rank), str(rank % 2), "4", "2", "127.0.0.1", "0", "SIG_IGN"]
         words = ast.literal_eval(flags)
         assert words[0] == str(ROOT / "examples" / "pretrain_qwen35.py")
         assert words[-2:] == ["--lr", "1 e-4"]

@@ -181,7 +181,7 @@ def signal_before_time_limit(job: subprocess.Popen[str]) -> None:
     job.send_signal(signal.Signals[f"SIG{match[1]}"])
 
 
-def wait_for(path: Path, text: str, job: subprocess.Popen[str], timeout: float = 120) -> None:
+def wait_for(path: Path, text: str, job: subprocess.Popen[str], timeout: float = 200) -> None:
     """Until a file holds a text; the job must not end before."""
     deadline = time.monotonic() + timeout
     while not path.exists() or text not in path.read_text(errors="replace"):

@@ -180,6 +180,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default="auto",
         help="Routed experts on a GPU: one grouped_mm kernel (bf16), or Transformer Engine (FP8).",
     )
+    group.add_argument(
+        "--float32-main-params",
+        action="store_true",
+        help="In a --bf16 run that starts from a checkpoint's weights alone (an import), fill the "
+        "optimizer's main parameters with them unrounded. For float32 sources; takes 4 bytes a "
+        "parameter of the rank while loading. A run that resumes has its main parameters already.",
+    )
     return parser
 
 

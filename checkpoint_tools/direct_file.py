@@ -67,7 +67,7 @@ class DirectFile:
             try:
                 written = os.write(self._descriptor, rest)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._is_direct():
+                if error.errno != errno.EINVAL or not self.is_direct():
                     raise
                 self._through_the_cache()
                 continue
@@ -75,7 +75,8 @@ class DirectFile:
             if written % _ALIGNMENT:
                 self._through_the_cache()
 
-    def _is_direct(self) -> bool:
+    def is_direct(self) -> bool:
+        """Whether the next write goes past the page cache."""
         return bool(fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_DIRECT)
 
     def _through_the_cache(self) -> None:

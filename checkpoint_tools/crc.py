@@ -1,7 +1,8 @@
 """CRC-32, as in zip archives: of bytes, and of a concatenation from the CRC-32s of its parts.
 
-ISA-L's has the values of zlib's and takes a fifth of the time or less. Each byte of a checkpoint goes through the checksum once, although it counts in two: that of its
-record in a torch archive and that of its file.
+ISA-L's has the values of zlib's and takes a fifth of the time or less. Each byte of a checkpoint
+goes through the checksum once, although it counts in two: that of its record in a torch archive and
+that of its file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A new file, written past the page cache.
 
-A checkpoint is larger than the memory that caches files, and nobody reads it back at once: its pages
-would be allocated, filled, waited for and thrown away again. Direct writes leave all that out, so
-little is left to do when the file is synchronised. Where the file system does not know them the
-same file is written through the cache.
+A checkpoint is larger than the memory that caches files, and nobody reads it back at once: its
+pages would be allocated, filled, waited for and thrown away again. Direct writes leave all that
+out, so little is left to do when the file is synchronised. Where the file system does not know them
+the same file is written through the cache.
 """
 
 from __future__ import annotations

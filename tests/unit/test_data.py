@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -24,75 +22,22 @@ from hypothesis import strategies as st
 from qwen35_mcore import data
 from qwen35_mcore.data import sources as data_sources
 from qwen35_mcore.errors import DataError
-
-EOD = 256
-TEXTS = ["def f():\n    return 1\n", "naïve café — ☃ 🎈", "a", "line\r\nend\n\n", "x" * 5000]
-
-
-def tokenize(inputs: list[Path | str], prefix: Path, **options: Any) -> data.TokenizeReport:
-    return data.tokenize(
-        **{
-            "inputs": inputs,
-            "output_prefix": prefix,
-            "tokenizer": "byte",
-            "workers": 1,
-            "quiet": True,
-            **options,
-        }
-    )
-
-
-def read(prefix: Path) -> list[list[int]]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    assert list(dataset.document_indices) == list(range(len(dataset) + 1))
-    return [dataset[i].tolist() for i in range(len(dataset))]
-
-
-def texts_of(prefix: Path) -> list[str]:
-    documents = read(prefix)
-    assert all(ids[-1] == EOD and EOD not in ids[:-1] for ids in documents)
-    return [data.ByteTokenizer().decode(ids) for ids in documents]
-
-
-def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    path.write_text("".join(json.dumps({"id": i, key: t}) + "\n" for i, t in enumerate(texts)))
-    return path
-
-
-def write_parquet(path: Path, texts: list[str | None], key: str = "text") -> Path:
-    table = pyarrow.table({"id": list(range(len(texts))), key: texts})
-    pyarrow.parquet.write_table(table, path, row_group_size=2)
-    return path
+from tests.helpers.text_data import (
+    EOD,
+    TEXTS,
+    make_bpe,
+    read,
+    texts_of,
+    tokenize,
+    write_jsonl,
+    write_parquet,
+)
 
 
 @pytest.fixture(scope="module")
 def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small byte-level BPE tokenizer as a Hugging Face folder."""
     return make_bpe(tmp_path_factory.mktemp("bpe"), eos_token="<|endoftext|>")
-
-
-def make_bpe(folder: Path, **special_tokens: str) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    backend.train_from_iterator([Path(os.__file__).read_text()], trainer)
-    # What some tokenizers do to prompts must not happen to documents.
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|im_end|> $A <|im_end|>", special_tokens=[("<|im_end|>", 1)]
-    )
-    backend.enable_truncation(64)
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens).save_pretrained(folder)
-    return folder
 
 
 class TestByteTokenizer:
@@ -305,106 +250,6 @@ class TestHuggingFace:
         assert index_dtype(257) == np.uint16
 
 
-def _jsonl(content: bytes) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        (folder / "bad.jsonl").write_bytes(b'{"text": "fine"}\n' + content)
-        return folder / "bad.jsonl"
-
-    return write
-
-
-def _parquet(**columns: list) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "bad.parquet")
-        return folder / "bad.parquet"
-
-    return write
-
-
-def _file(name: str, content: bytes) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        (folder / name).write_bytes(content)
-        return folder / name
-
-    return write
-
-
-def _empty_folder(folder: Path) -> Path:
-    (folder / "empty").mkdir()
-    return folder / "empty"
-
-
-BAD_INPUTS = {
-    "broken json": (_jsonl(b'{"text": "half'), r"bad\.jsonl:2 is not valid JSON"),
-    "too many digits": (_jsonl(b'{"text": ' + b"9" * 5000 + b"}"), r"jsonl:2 is not valid JSON"),
-    "array": (_jsonl(b'["a"]'), r"bad\.jsonl:2 is not a JSON object"),
-    "missing key": (_jsonl(b'\n{"body": "a"}'), r"jsonl:3 has no key 'text'[^$]*keys body"),
-    "number": (_jsonl(b'{"text": 5}'), r"bad\.jsonl:2: 'text' is not a string"),
-    "surrogate": (_jsonl(rb'{"text": "\ud800"}'), r"jsonl:2: .* unpaired surrogate"),
-    "invalid utf-8 line": (_jsonl(b'{"text": "\xff"}'), r"bad\.jsonl:2 is not valid UTF-8"),
-    "invalid utf-8 file": (_file("bad.txt", b"a\nb\n\xe9"), r"bad\.txt:3 is not valid UTF-8"),
-    "cut parquet": (_file("bad.parquet", b"PAR1" * 9), r"bad\.parquet is not a readable parquet"),
-    "packed parquet": (_file("bad.parquet.gz", b"x"), r"is a compressed parquet file"),
-    "unknown column": (_parquet(body=["a"]), r"no column 'text'[^$]*columns body"),
-    "number column": (_parquet(text=[1, 2]), r"'text' does not hold text[^$]*int64"),
-    "only empty": (_file("bad.txt", b""), "the inputs hold no text"),
-    "missing file": (lambda folder: folder / "none.txt", r"none\.txt' does not exist"),
-    "empty folder": (_empty_folder, "holds no input file"),
-}
-
-
-class TestErrors:
-    @pytest.mark.parametrize("case", BAD_INPUTS)
-    def test_bad_input_leaves_nothing(self, tmp_path: Path, case: str) -> None:
-        make, message = BAD_INPUTS[case]
-        path = make(tmp_path)
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(DataError, match=message):
-            tokenize([path], tmp_path / "out")
-        assert sorted(tmp_path.rglob("*")) == before
-
-    def test_invalid_utf8_in_parquet(self, tmp_path: Path) -> None:
-        offsets = pyarrow.py_buffer(np.array([0, 1], dtype=np.int32))
-        text = pyarrow.StringArray.from_buffers(1, offsets, pyarrow.py_buffer(b"\xff"))
-        pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "bad.parquet")
-        with pytest.raises(DataError, match=r"bad\.parquet, rows 1 to 1: text is not valid UTF-8"):
-            tokenize([tmp_path / "bad.parquet"], tmp_path / "out")
-
-    def test_document_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("qwen35_mcore.data.readers.MAX_DOCUMENT_BYTES", 100)
-        for path in (
-            write_jsonl(tmp_path / "a.jsonl", ["x" * 101]),
-            _file("a.txt", b"x" * 101)(tmp_path),
-            write_parquet(tmp_path / "a.parquet", ["x" * 101]),
-        ):
-            with pytest.raises(DataError, match="single document above 1 GiB"):
-                tokenize([path], tmp_path / "out")
-
-    def test_arguments(self, tmp_path: Path) -> None:
-        path = write_jsonl(tmp_path / "a.jsonl", ["a"])
-        with pytest.raises(DataError, match="workers must be at least 1"):
-            tokenize([path], tmp_path / "out", workers=0)
-        with pytest.raises(DataError, match="no input to tokenize"):
-            tokenize([], tmp_path / "out")
-        with pytest.raises(DataError, match="named twice"):
-            tokenize([path, tmp_path], tmp_path / "out")
-
-    def test_target_that_cannot_be_written(self, tmp_path: Path) -> None:
-        path = write_jsonl(tmp_path / "a.jsonl", ["a"])
-        with pytest.raises(DataError, match="cannot be written"):
-            tokenize([path], path / "out")
-
-    def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(descriptor: int) -> None:
-            raise OSError(28, "No space left on device")
-
-        path = write_jsonl(tmp_path / "a.jsonl", ["a"])
-        monkeypatch.setattr("os.fsync", full)
-        with pytest.raises(DataError, match=r"cannot be written[^$]*No space left"):
-            tokenize([path], tmp_path / "out")
-        assert sorted(tmp_path.iterdir()) == [path]
-
-
 class TestOverwrite:
     def test_refused_without_the_option(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", ["a"])
@@ -418,7 +263,8 @@ class TestOverwrite:
 
     def test_failed_overwrite_keeps_the_old_dataset(self, tmp_path: Path) -> None:
         tokenize([write_jsonl(tmp_path / "a.jsonl", ["a"])], tmp_path / "out")
-        bad = _jsonl(b"{broken")(tmp_path)
+        bad = tmp_path / "bad.jsonl"
+        bad.write_bytes(b"{broken")
         with pytest.raises(DataError, match="not valid JSON"):
             tokenize([bad], tmp_path / "out", overwrite=True)
         assert texts_of(tmp_path / "out") == ["a"]
@@ -507,93 +353,6 @@ class TestSidecar:
             data.check_dataset(prefix, vocab_size=257)
         Path(f"{prefix}.json").unlink()
         assert data.check_dataset(prefix, vocab_size=1) is None
-
-
-class TestMegatron:
-    """Megatron's own tokenizers, from its own flags, and its own dataset read the output."""
-
-    @pytest.mark.parametrize("kind", ["byte", "bpe"])
-    def test_gpt_dataset_reads_every_token(
-        self, tmp_path: Path, bpe_folder: Path, kind: str
-    ) -> None:
-        name = "byte" if kind == "byte" else str(bpe_folder)
-        prefix = tmp_path / "out"
-        tokenize([write_jsonl(tmp_path / "a.jsonl", TEXTS * 3)], prefix, tokenizer=name)
-        sidecar = data.check_dataset(prefix, vocab_size=1000)
-        assert sidecar is not None
-        args, tokenizer = megatron_tokenizer([*sidecar.megatron_flags()])
-        assert (tokenizer.vocab_size, tokenizer.eod) == (sidecar.vocab_size, sidecar.eod_id)
-        assert args.padded_vocab_size % 128 == 0
-        args, _ = megatron_tokenizer([*sidecar.megatron_flags(), "--padded-vocab-size", "1000"])
-        assert args.padded_vocab_size == 1000
-        check_samples(prefix, gpt_dataset(prefix, tokenizer), sidecar)
-
-    def test_byte_tokenizer_in_process(self, tmp_path: Path) -> None:
-        tokenize([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out")
-        sidecar = data.read_sidecar(tmp_path / "out")
-        check_samples(
-            tmp_path / "out", gpt_dataset(tmp_path / "out", data.ByteTokenizer()), sidecar
-        )
-
-    def test_overwriting_forgets_the_cached_index(self, tmp_path: Path) -> None:
-        prefix = tmp_path / "out"
-        for texts in (["long " * 500] * 9, TEXTS):
-            source = write_jsonl(tmp_path / "a.jsonl", texts)
-            tokenize([source], prefix, overwrite=True)
-            dataset = gpt_dataset(prefix, data.ByteTokenizer())
-            check_samples(prefix, dataset, data.read_sidecar(prefix))
-            assert list((prefix / "cache" / "GPTDataset_indices").glob("*sample_index.npy"))
-
-
-def megatron_tokenizer(flags: list[str]) -> tuple[Any, Any]:
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training.arguments import parse_args
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train", *flags])
-        args = parse_args()
-    args.rank = 0
-    return args, build_tokenizer(args)
-
-
-def gpt_dataset(prefix: Path, tokenizer: Any) -> Any:
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-    config = GPTDatasetConfig(
-        random_seed=7,
-        sequence_length=16,
-        blend=([str(prefix)], None),
-        split="1,0,0",
-        tokenizer=tokenizer,
-        reset_position_ids=True,
-        reset_attention_mask=False,
-        eod_mask_loss=True,
-        create_attention_mask=False,
-    )
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [None, 0, 0], lambda: True, config)
-    return builder.build()[0]
-
-
-def check_samples(prefix: Path, dataset: Any, sidecar: Any) -> None:
-    """Samples are the documents, shuffled, joined, and cut; positions restart after each EOD."""
-    documents = read(prefix)
-    assert all(ids[-1] == sidecar.eod_id for ids in documents)
-    stream = [token for i in dataset.document_index for token in documents[i]]
-    assert len(stream) == sidecar.tokens
-    assert len(dataset) == (len(stream) - 1) // 16
-    for i in range(len(dataset)):
-        start = int(dataset.shuffle_index[i]) * 16
-        sample = dataset[i]
-        tokens = stream[start : start + 16]
-        assert sample["tokens"].tolist() == tokens
-        assert sample["labels"].tolist() == stream[start + 1 : start + 17]
-        ends = [t == sidecar.eod_id for t in tokens]
-        assert sample["loss_mask"].tolist() == [0.0 if end else 1.0 for end in ends]
-        restarts = [at for at in range(1, 16) if sample["position_ids"][at] == 0]
-        assert restarts == [at + 1 for at, end in enumerate(ends[:-1]) if end]
 
 
 def test_import_is_light() -> None:

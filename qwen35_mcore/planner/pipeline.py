@@ -1,0 +1,151 @@
+"""A pipeline step simulated pass by pass, in Megatron's order.
+
+A pass starts when its rank has finished the one before it and its input has arrived: ``p2p_s``
+after the neighbouring stage finished it. A transfer keeps neither rank busy, and a finished tensor
+waits at the receiver. With one microbatch in flight per link this is what 1F1B does, whose every
+transfer is exposed because the schedule leaves no slack, not because the ranks are busy sending;
+the interleaved schedule overlaps transfers by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from qwen35_mcore.errors import PlanError
+from qwen35_mcore.planner.schedule import Shape, alive, program
+
+
+class Event(NamedTuple):
+    """One pass: a rank busy from start_s to end_s (seconds from the step's begin)."""
+
+    rank: int
+    kind: str
+    stage: int
+    microbatch: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What a step of the pipeline takes and holds."""
+
+    shape: Shape
+    step_s: float
+    """From the first pass's start to the last one's end."""
+    busy_s: tuple[float, ...]
+    """Seconds of computing, per rank."""
+    durations_s: tuple[float, ...] = field(repr=False)
+    """Forward seconds of every virtual stage, then backward seconds of every virtual stage."""
+    p2p_s: float
+    """Delay of a tensor between two stages."""
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Idle time over busy time, all ranks together: (pp - 1) / microbatches for equal stages
+        under 1F1B, (pp - 1) / (vpp * microbatches) interleaved."""
+        busy = sum(self.busy_s)
+        return self.step_s * self.shape.pp / busy - 1 if busy else 0.0
+
+    @cached_property
+    def in_flight(self) -> tuple[int, ...]:
+        """Most microbatches that are alive at once (forward done, backward not), per stage."""
+        return tuple(
+            max(moment[chunk] for moment in alive(self.shape)[rank])
+            for chunk in range(self.shape.vpp)
+            for rank in range(self.shape.pp)
+        )
+
+    @cached_property
+    def events(self) -> tuple[Event, ...]:
+        """Every pass, each after those it waits for."""
+        return tuple(self._events())
+
+    def _events(self) -> Iterator[Event]:
+        steps, microbatches = program(self.shape)
+        ends = _run(self.shape, self.durations_s, self.p2p_s)
+        stages = self.shape.stages
+        for (rank, code, _), microbatch, end in zip(steps, microbatches, ends[1:], strict=True):
+            kind, stage = ("F", code) if code < stages else ("B", code - stages)
+            yield Event(rank, kind, stage, microbatch, end - self.durations_s[code], end)
+
+
+def simulate(
+    forward_s: Sequence[float],
+    backward_s: Sequence[float],
+    *,
+    pp: int,
+    vpp: int = 1,
+    microbatches: int,
+    p2p_s: float = 0.0,
+    microbatch_group: int | None = None,
+) -> Simulation:
+    """Run one step of a pipeline.
+
+    Args:
+        forward_s: seconds of one microbatch's forward pass, per virtual stage in forward order
+            (pp * vpp of them; stage i runs on rank i % pp as its chunk i // pp).
+        backward_s: the same of the backward pass, recomputation included.
+        pp: pipeline ranks.
+        vpp: virtual stages per rank.
+        microbatches: microbatches per step and data parallel rank.
+        p2p_s: seconds from the end of a pass to its output being usable at the next stage.
+        microbatch_group: microbatches per turn of a chunk; None is pp, as in Megatron.
+
+    Raises:
+        PlanError: the number of durations is not pp * vpp, or Megatron cannot run the shape.
+    """
+    group = pp if microbatch_group is None else microbatch_group
+    shape = Shape(pp=pp, vpp=vpp, microbatches=microbatches, group=group)
+    for name, given in (("forward_s", forward_s), ("backward_s", backward_s)):
+        if len(given) != shape.stages:
+            raise PlanError(
+                f"{name} must have one duration per virtual stage",
+                got=f"{len(given)} durations",
+                allowed=f"{shape.stages} (pp {pp} * vpp {vpp})",
+            )
+    durations = (*forward_s, *backward_s)
+    ends = _run(shape, durations, p2p_s)
+    busy = tuple(
+        microbatches * sum(durations[stage] for stage in range(rank, 2 * shape.stages, pp))
+        for rank in range(pp)
+    )
+    return Simulation(
+        shape=shape, step_s=max(ends), busy_s=busy, durations_s=durations, p2p_s=p2p_s
+    )
+
+
+def peak_saved_bytes(saved_bytes: Sequence[float], shape: Shape) -> tuple[float, ...]:
+    """The most activation bytes each rank holds at one moment.
+
+    Args:
+        saved_bytes: bytes that one microbatch keeps from its forward to its backward pass, per
+            virtual stage. The chunks of a rank are not at their fullest at the same time, so the
+            peak can be below the sum of `Simulation.in_flight` times this.
+    """
+    return tuple(
+        max(
+            sum(n * size for n, size in zip(moment, saved_bytes[rank :: shape.pp], strict=True))
+            for moment in moments
+        )
+        for rank, moments in enumerate(alive(shape))
+    )
+
+
+def _run(shape: Shape, durations: Sequence[float], p2p_s: float) -> list[float]:
+    """The end of every pass of the program, by position."""
+    # position 0 is what waits for nothing: its output is there when the step begins
+    ends = [-p2p_s]
+    free = [0.0] * shape.pp
+    add = ends.append
+    for rank, code, awaited in program(shape).steps:
+        start = ends[awaited] + p2p_s
+        if start < free[rank]:
+            start = free[rank]
+        end = start + durations[code]
+        free[rank] = end
+        add(end)
+    return ends

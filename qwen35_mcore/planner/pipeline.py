@@ -98,7 +98,7 @@ def simulate(
     Raises:
         PlanError: the number of durations is not pp * vpp, or Megatron cannot run the shape.
     """
-    group = pp if microbatch_group is None else microbatch_group
+    group = pp if microbatch_group is None or vpp == 1 else microbatch_group
     shape = Shape(pp=pp, vpp=vpp, microbatches=microbatches, group=group)
     for name, given in (("forward_s", forward_s), ("backward_s", backward_s)):
         if len(given) != shape.stages:

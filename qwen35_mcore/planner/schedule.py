@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
 from operator import ge
 from typing import NamedTuple
 
@@ -141,12 +140,13 @@ def program(shape: Shape) -> Program:
     done = [[0] * count for _ in range(2 * shape.stages)]
     steps: list[tuple[int, int, int]] = []
     microbatches: list[int] = []
-    reached = [0] * shape.pp
-    total = sum(map(len, orders))
-    while len(steps) < total:
+    for order in orders:
+        order.reverse()
+    while any(orders):
         before = len(steps)
         for rank, order in enumerate(orders):
-            for kind, stage, microbatch in islice(order, reached[rank], None):
+            while order:
+                kind, stage, microbatch = order[-1]
                 forward = kind == "F"
                 code = stage if forward else stage + shape.stages
                 awaited = 0
@@ -157,7 +157,7 @@ def program(shape: Shape) -> Program:
                 steps.append((rank, code, awaited))
                 microbatches.append(microbatch)
                 done[code][microbatch] = len(steps)
-                reached[rank] += 1
+                order.pop()
         assert len(steps) > before, "the schedule waits for itself"
     return Program(tuple(steps), tuple(microbatches))
 

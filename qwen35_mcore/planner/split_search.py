@@ -11,13 +11,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from functools import lru_cache
+from itertools import combinations, cycle, pairwise
 
 from qwen35_mcore.planner.schedule import alive
 from qwen35_mcore.planner.split import Cuts, Splits
 
 ALL_TRIED = 2500
 """Up to this many splits are all tried."""
+_STARTS = 3
+"""Interleaved splits that are improved, out of all that are built."""
 _SMALL = 1e-9
 """Relative difference below which two times are the same."""
 
@@ -32,17 +35,17 @@ class Found:
     """No split that fits has a shorter step."""
 
 
-def search(splits: Splits, *, simulations: int) -> Found:
+def search(splits: Splits, *, passes: int) -> Found:
     """The best split.
 
     Args:
-        simulations: how many splits may be simulated where not all are tried.
+        passes: forward and backward passes to simulate at most where not all splits are tried.
     """
     if splits.count <= ALL_TRIED:
         return _try_all(splits)
     if splits.shape.vpp == 1:
-        return _search_plain(splits, simulations)
-    return _search_interleaved(splits, simulations)
+        return _search_plain(splits, passes)
+    return _search_interleaved(splits, passes)
 
 
 def even_cuts(units: int, stages: int) -> Cuts:
@@ -69,7 +72,7 @@ def _try_all(splits: Splits) -> Found:
     return Found(chosen, best)
 
 
-def _search_plain(splits: Splits, simulations: int) -> Found:
+def _search_plain(splits: Splits, passes: int) -> Found:
     held = [moments[0][0] for moments in alive(splits.shape)]
 
     def bytes_of(rank: int, begin: int, end: int) -> float:
@@ -84,7 +87,7 @@ def _search_plain(splits: Splits, simulations: int) -> Found:
         return bytes_of(rank, begin, end) <= splits.capacity_bytes
 
     fast, bound = _least(splits, splits.stage_bound_s, fits)
-    return Found(_improve(splits, fast, bound, simulations), bound)
+    return Found(_improve(splits, fast, bound, passes), bound)
 
 
 def _least(
@@ -136,15 +139,17 @@ def _sweep(stages: int, total: int, keeps: Callable[[int, int, int], bool]) -> C
     return tuple(cuts[:-1]) if begin == total else None
 
 
-def _search_interleaved(splits: Splits, simulations: int) -> Found:
+def _search_interleaved(splits: Splits, passes: int) -> Found:
     bound = _interleaved_bound_s(splits)
-    starts = {_with_equal_ranks(splits), even_cuts(len(splits.units), splits.shape.stages)}
-    fitting = [_descend(splits, start, splits.excess_bytes) for start in sorted(starts)]
-    fitting = [cuts for cuts in fitting if not splits.excess_bytes(cuts)] or fitting[:1]
-    if splits.excess_bytes(fitting[0]):
-        return Found(fitting[0], float("inf"))
-    start = min(fitting, key=lambda cuts: splits.simulate(cuts).step_s)
-    return Found(_improve(splits, start, bound, simulations), bound)
+    starts = {_nearest_cuts(splits, share / 4) for share in range(5)}
+    starts.add(even_cuts(len(splits.units), splits.shape.stages))
+    near = [_descend(splits, start, splits.excess_bytes) for start in sorted(starts)]
+    fitting = [cuts for cuts in near if not splits.excess_bytes(cuts)]
+    if not fitting:
+        return Found(min(near, key=splits.excess_bytes), float("inf"))
+    fitting.sort(key=lambda cuts: splits.simulate(cuts).step_s)
+    improved = [_improve(splits, start, bound, passes // _STARTS) for start in fitting[:_STARTS]]
+    return Found(min(improved, key=lambda cuts: splits.simulate(cuts).step_s), bound)
 
 
 def _interleaved_bound_s(splits: Splits) -> float:
@@ -157,66 +162,86 @@ def _interleaved_bound_s(splits: Splits) -> float:
     return max(shared, last)
 
 
-def _with_equal_ranks(splits: Splits) -> Cuts:
-    """Stage lengths for which every rank computes equally long, as near as whole layers allow."""
-    pp, vpp, both = splits.shape.pp, splits.shape.vpp, splits.both
-    per_rank = both[-1] / pp
+def _nearest_cuts(splits: Splits, rows: float) -> Cuts:
+    """Whole layers nearest to a split with even loads, between two ideals that a heavy loss makes
+    differ: rows 0, every rank computes equally long in all; rows 1, so do the ranks in each chunk,
+    the last one as long as the loss, because the schedule keeps the ranks of a chunk in step."""
+    pp, stages, both = splits.shape.pp, splits.shape.stages, splits.both
     tail = both[-1] - both[-2]
-    rest = max(0.0, per_rank - tail) / (vpp - 1)
-    elsewhere = (both[-1] - max(per_rank, tail)) / (pp - 1) / vpp
+    per_rank = max(tail, both[-1] / pp)
+    last_rank = (per_rank - tail) / (splits.shape.vpp - 1)
+    other_ranks = (both[-1] - per_rank) / (pp - 1) / splits.shape.vpp
+    last_chunk = max(tail, both[-1] / stages)
+    other_chunks = max(0.0, both[-1] - pp * last_chunk) / (stages - pp)
     cuts: list[int] = []
     target = 0.0
-    for stage in range(splits.shape.stages - 1):
-        target += rest if stage % pp == pp - 1 else elsewhere
-        after = bisect_left(both, target)
+    for stage in range(stages - 1):
+        by_rank = last_rank if stage % pp == pp - 1 else other_ranks
+        by_chunk = last_chunk if stage >= stages - pp else other_chunks
+        target += (1 - rows) * by_rank + rows * by_chunk
+        after = min(bisect_left(both, target), len(both) - 1)
         nearest = after if both[after] - target < target - both[after - 1] else after - 1
         lowest = cuts[-1] + 1 if cuts else 1
-        highest = len(splits.units) - (splits.shape.stages - 1 - stage)
+        highest = len(splits.units) - (stages - 1 - stage)
         cuts.append(min(max(nearest, lowest), highest))
     return tuple(cuts)
 
 
 def _descend(splits: Splits, cuts: Cuts, cost: Callable[[Cuts], float]) -> Cuts:
-    """Moves layers as long as the cost falls."""
+    """Moves single layers as long as the cost falls."""
     now = cost(cuts)
     while now:
-        lowest, moved = min((cost(moved), moved) for moved in _moves(cuts, len(splits.units)))
+        lowest, moved = min((cost(moved), moved) for moved in _moved(cuts, len(splits.units)))
         if lowest >= now:
             break
         now, cuts = lowest, moved
     return cuts
 
 
-def _improve(splits: Splits, cuts: Cuts, bound: float, simulations: int) -> Cuts:
-    """Moves layers as long as the simulated step gets shorter and the split fits."""
+def _improve(splits: Splits, cuts: Cuts, bound: float, passes: int) -> Cuts:
+    """Moves single layers as long as the simulated step gets shorter and the split fits."""
+    shape, total = splits.shape, len(splits.units)
+    budget = passes // (2 * shape.stages * shape.microbatches)
     best = splits.simulate(cuts).step_s
-    seen = {cuts}
-    improved = True
-    while improved and best > bound * (1 + _SMALL):
-        improved = False
-        moves = sorted((splits.bound_s(m), m) for m in _moves(cuts, len(splits.units)))
-        for least, moved in moves:
-            if least >= best * (1 - _SMALL) or simulations == 0:
-                break
-            if moved in seen or splits.excess_bytes(moved):
-                continue
-            seen.add(moved)
-            simulations -= 1
-            step = splits.simulate(moved).step_s
-            if step < best * (1 - _SMALL):
-                best, cuts, improved = step, moved, True
-                break
+    moves = _moves(shape.stages)
+    seen, idle = {cuts}, 0
+    for first, last, by in cycle(moves):
+        if idle == len(moves) or budget <= 0 or best <= bound * (1 + _SMALL):
+            break
+        idle += 1
+        moved = _shift(cuts, total, first, last, by)
+        if moved is None or moved in seen or splits.bound_s(moved) >= best * (1 - _SMALL):
+            continue
+        seen.add(moved)
+        if splits.excess_bytes(moved):
+            continue
+        budget -= 1
+        step = splits.simulate(moved).step_s
+        if step < best * (1 - _SMALL):
+            best, cuts, idle = step, moved, 0
     return cuts
 
 
-def _moves(cuts: Cuts, total: int) -> Iterator[Cuts]:
-    """One layer moved from a stage to another: all boundaries between them shift by one."""
-    edges = (0, *cuts, total)
-    for first in range(1, len(cuts) + 1):
-        for last in range(first, len(cuts) + 1):
-            if edges[last] + 1 < edges[last + 1]:
-                shifted = tuple(cut + 1 for cut in cuts[first - 1 : last])
-                yield (*cuts[: first - 1], *shifted, *cuts[last:])
-            if edges[first] - 1 > edges[first - 1]:
-                shifted = tuple(cut - 1 for cut in cuts[first - 1 : last])
-                yield (*cuts[: first - 1], *shifted, *cuts[last:])
+@lru_cache(maxsize=64)
+def _moves(stages: int) -> tuple[tuple[int, int, int], ...]:
+    """(first cut, last cut, by): one layer moved between two stages, neighbours first."""
+    cuts = range(stages - 1)
+    pairs = [(last - first, first, last) for first in cuts for last in cuts[first:]]
+    return tuple((first, last, by) for _, first, last in sorted(pairs) for by in (1, -1))
+
+
+def _moved(cuts: Cuts, total: int) -> Iterator[Cuts]:
+    for move in _moves(len(cuts) + 1):
+        if (moved := _shift(cuts, total, *move)) is not None:
+            yield moved
+
+
+def _shift(cuts: Cuts, total: int, first: int, last: int, by: int) -> Cuts | None:
+    """Some neighbouring cuts shifted, or None where that would empty a stage."""
+    if by > 0:
+        room = (cuts[last + 1] if last + 1 < len(cuts) else total) - cuts[last]
+    else:
+        room = cuts[first] - (cuts[first - 1] if first else 0)
+    if room <= 1:
+        return None
+    return (*cuts[:first], *(cut + by for cut in cuts[first : last + 1]), *cuts[last + 1 :])

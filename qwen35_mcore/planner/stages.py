@@ -57,7 +57,7 @@ def balance(
     p2p_s: float = 0.0,
     capacity_bytes: float = float("inf"),
     microbatch_group: int | None = None,
-    simulations: int = 300,
+    passes: int = 2_000_000,
 ) -> StagePlan:
     """Cut a model into pp * vpp stages.
 
@@ -69,7 +69,8 @@ def balance(
         p2p_s: seconds from the end of a pass to its output being usable at the next stage.
         capacity_bytes: what the elements may hold on one rank.
         microbatch_group: microbatches per turn of a chunk; None is pp, as in Megatron.
-        simulations: candidate splits to simulate at most, where there are too many for all.
+        passes: forward and backward passes to simulate at most, where there are too many splits to
+            try all: the effort of the search, about 4 million a second.
 
     Raises:
         PlanError: the elements are in another order, are fewer than the stages, fit in no split
@@ -80,7 +81,7 @@ def balance(
     shape = Shape(pp=pp, vpp=vpp, microbatches=microbatches, group=group)
     units = _units(elements, shape)
     splits = Splits(units, shape, p2p_s, capacity_bytes)
-    found = search(splits, simulations=simulations)
+    found = search(splits, passes=passes)
     if splits.excess_bytes(found.cuts):
         raise _too_full(splits, found.cuts)
     layers = len(units) - 2

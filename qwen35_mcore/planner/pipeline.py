@@ -1,11 +1,4 @@
-"""A pipeline step simulated pass by pass, in Megatron's order.
-
-A pass starts when its rank has finished the one before it and its input has arrived: ``p2p_s``
-after the neighbouring stage finished it. A transfer keeps neither rank busy, and a finished tensor
-waits at the receiver. With one microbatch in flight per link this is what 1F1B does, whose every
-transfer is exposed because the schedule leaves no slack, not because the ranks are busy sending;
-the interleaved schedule overlaps transfers by default.
-"""
+"""A pipeline step simulated as Megatron runs it, pass by pass and transfer by transfer."""
 
 from __future__ import annotations
 
@@ -15,7 +8,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.planner.schedule import Shape, alive, program
+from qwen35_mcore.planner.program import program
+from qwen35_mcore.planner.schedule import Shape, alive
 
 
 class Event(NamedTuple):
@@ -41,7 +35,7 @@ class Simulation:
     durations_s: tuple[float, ...] = field(repr=False)
     """Forward seconds of every virtual stage, then backward seconds of every virtual stage."""
     p2p_s: float
-    """Delay of a tensor between two stages."""
+    """Seconds of a transfer between two stages."""
 
     @property
     def bubble_fraction(self) -> float:
@@ -65,10 +59,11 @@ class Simulation:
         return tuple(self._events())
 
     def _events(self) -> Iterator[Event]:
-        steps, microbatches = program(self.shape)
-        ends = _run(self.shape, self.durations_s, self.p2p_s)
+        steps, passes = program(self.shape)
+        moments = _run(self.shape, self.durations_s, self.p2p_s)
         stages = self.shape.stages
-        for (rank, code, _), microbatch, end in zip(steps, microbatches, ends[1:], strict=True):
+        for moment, rank, microbatch in passes:
+            code, end = steps[moment - 1][2], moments[moment]
             kind, stage = ("F", code) if code < stages else ("B", code - stages)
             yield Event(rank, kind, stage, microbatch, end - self.durations_s[code], end)
 
@@ -82,6 +77,7 @@ def simulate(
     microbatches: int,
     p2p_s: float = 0.0,
     microbatch_group: int | None = None,
+    overlap_p2p: bool = True,
 ) -> Simulation:
     """Run one step of a pipeline.
 
@@ -92,14 +88,18 @@ def simulate(
         pp: pipeline ranks.
         vpp: virtual stages per rank.
         microbatches: microbatches per step and data parallel rank.
-        p2p_s: seconds from the end of a pass to its output being usable at the next stage.
+        p2p_s: seconds of a transfer between neighbouring ranks, once both are there for it.
         microbatch_group: microbatches per turn of a chunk; None is pp, as in Megatron.
+        overlap_p2p: False is ``--no-overlap-p2p-communication``; without interleaving nothing
+            overlaps.
 
     Raises:
         PlanError: the number of durations is not pp * vpp, or Megatron cannot run the shape.
     """
     group = pp if microbatch_group is None or vpp == 1 else microbatch_group
-    shape = Shape(pp=pp, vpp=vpp, microbatches=microbatches, group=group)
+    shape = Shape(
+        pp=pp, vpp=vpp, microbatches=microbatches, group=group, overlap=overlap_p2p and vpp > 1
+    )
     for name, given in (("forward_s", forward_s), ("backward_s", backward_s)):
         if len(given) != shape.stages:
             raise PlanError(
@@ -108,13 +108,13 @@ def simulate(
                 allowed=f"{shape.stages} (pp {pp} * vpp {vpp})",
             )
     durations = (*forward_s, *backward_s)
-    ends = _run(shape, durations, p2p_s)
+    moments = _run(shape, durations, p2p_s)
     busy = tuple(
         microbatches * sum(durations[stage] for stage in range(rank, 2 * shape.stages, pp))
         for rank in range(pp)
     )
     return Simulation(
-        shape=shape, step_s=max(ends), busy_s=busy, durations_s=durations, p2p_s=p2p_s
+        shape=shape, step_s=max(moments), busy_s=busy, durations_s=durations, p2p_s=p2p_s
     )
 
 
@@ -135,17 +135,21 @@ def peak_saved_bytes(saved_bytes: Sequence[float], shape: Shape) -> tuple[float,
     )
 
 
-def _run(shape: Shape, durations: Sequence[float], p2p_s: float) -> list[float]:
-    """The end of every pass of the program, by position."""
-    # position 0 is what waits for nothing: its output is there when the step begins
-    ends = [-p2p_s]
-    free = [0.0] * shape.pp
-    add = ends.append
-    for rank, code, awaited in program(shape).steps:
-        start = ends[awaited] + p2p_s
-        if start < free[rank]:
-            start = free[rank]
-        end = start + durations[code]
-        free[rank] = end
-        add(end)
-    return ends
+def _run(shape: Shape, durations_s: Sequence[float], p2p_s: float) -> list[float]:
+    """The moments of the program."""
+    moments = [0.0]
+    add = moments.append
+    durations = (*durations_s, 0.0)
+    # the planner spends its time here: comparisons are written out, because max() is slower
+    for previous, first, second, third, code in program(shape).steps:
+        start = moments[previous]
+        if first:
+            asked = moments[first]
+            if moments[second] > asked:
+                asked = moments[second]
+            if moments[third] > asked:
+                asked = moments[third]
+            if asked + p2p_s > start:
+                start = asked + p2p_s
+        add(start + durations[code])
+    return moments

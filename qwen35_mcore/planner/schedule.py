@@ -42,6 +42,8 @@ class Shape:
     group: int
     """``--microbatch-group-size-per-vp-stage``: microbatches that pass through a chunk before the
     next chunk's turn; Megatron's default is pp. Without interleaving it means nothing."""
+    overlap: bool = False
+    """``--overlap-p2p-communication``, which only the interleaved schedule has."""
 
     def __post_init__(self) -> None:
         for name in ("pp", "vpp", "microbatches"):
@@ -90,15 +92,21 @@ def warmup_forwards(shape: Shape, rank: int) -> int:
     return min(wanted, shape.microbatches * shape.vpp)
 
 
-def rank_order(shape: Shape, rank: int) -> Iterator[Operation]:
-    """The passes of a rank, in order: warm-up, pairs of forward and backward, cool-down."""
+def passes(shape: Shape, rank: int) -> tuple[list[Operation], list[Operation]]:
+    """The forward passes of a rank and the backward passes of a rank, each in their order."""
     turns = _turns(shape)
     forward = [Operation("F", chunk * shape.pp + rank, micro) for micro, chunk in turns]
     backward = [
         Operation("B", (shape.vpp - 1 - chunk) * shape.pp + rank, micro) for micro, chunk in turns
     ]
+    return forward, backward
+
+
+def rank_order(shape: Shape, rank: int) -> Iterator[Operation]:
+    """The passes of a rank, in order: warm-up, pairs of forward and backward, cool-down."""
+    forward, backward = passes(shape, rank)
     warmup = warmup_forwards(shape, rank)
-    pairs = len(turns) - warmup
+    pairs = len(forward) - warmup
     yield from forward[:warmup]
     for one in range(pairs):
         yield forward[warmup + one]
@@ -115,51 +123,6 @@ def _turns(shape: Shape) -> list[tuple[int, int]]:
         for chunk in range(shape.vpp)
         for micro in range(first, min(first + group, shape.microbatches))
     ]
-
-
-class Program(NamedTuple):
-    """All passes of all ranks, ordered so that each comes after what it waits for.
-
-    Position 0 stands for "waits for nothing"; passes count from 1.
-    """
-
-    steps: tuple[tuple[int, int, int], ...]
-    """(rank, duration, awaited): duration is the virtual stage of a forward pass, the number of
-    stages plus the virtual stage of a backward one; awaited is the position of the pass on another
-    rank that makes the input."""
-    microbatches: tuple[int, ...]
-    """The microbatch of each pass."""
-
-
-@lru_cache(maxsize=48)
-def program(shape: Shape) -> Program:
-    """The passes of a whole step, in an order in which they can be evaluated."""
-    orders = [list(rank_order(shape, rank)) for rank in range(shape.pp)]
-    count, last = shape.microbatches, shape.stages - 1
-    # position of the forward passes of a stage, then of the backward ones, by microbatch
-    done = [[0] * count for _ in range(2 * shape.stages)]
-    steps: list[tuple[int, int, int]] = []
-    microbatches: list[int] = []
-    for order in orders:
-        order.reverse()
-    while any(orders):
-        before = len(steps)
-        for rank, order in enumerate(orders):
-            while order:
-                kind, stage, microbatch = order[-1]
-                forward = kind == "F"
-                code = stage if forward else stage + shape.stages
-                awaited = 0
-                if stage != (0 if forward else last):
-                    awaited = done[code - 1 if forward else code + 1][microbatch]
-                    if not awaited:
-                        break
-                steps.append((rank, code, awaited))
-                microbatches.append(microbatch)
-                done[code][microbatch] = len(steps)
-                order.pop()
-        assert len(steps) > before, "the schedule waits for itself"
-    return Program(tuple(steps), tuple(microbatches))
 
 
 _STEADY_GROUPS = 4

@@ -81,6 +81,7 @@ class Splits:
             microbatches=shape.microbatches,
             p2p_s=self.p2p_s,
             microbatch_group=shape.group,
+            overlap_p2p=shape.overlap,
         )
 
     def rank_bytes(self, cuts: Cuts) -> tuple[float, ...]:

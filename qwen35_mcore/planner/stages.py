@@ -66,7 +66,7 @@ def balance(
         pp: pipeline ranks.
         vpp: virtual stages per rank.
         microbatches: microbatches per step and data parallel rank.
-        p2p_s: seconds from the end of a pass to its output being usable at the next stage.
+        p2p_s: seconds of a transfer between neighbouring ranks, once both are there for it.
         capacity_bytes: what the elements may hold on one rank.
         microbatch_group: microbatches per turn of a chunk; None is pp, as in Megatron.
         passes: forward and backward passes to simulate at most, where there are too many splits to
@@ -78,7 +78,7 @@ def balance(
             Megatron cannot run the schedule.
     """
     group = pp if microbatch_group is None or vpp == 1 else microbatch_group
-    shape = Shape(pp=pp, vpp=vpp, microbatches=microbatches, group=group)
+    shape = Shape(pp=pp, vpp=vpp, microbatches=microbatches, group=group, overlap=vpp > 1)
     units = _units(elements, shape)
     splits = Splits(units, shape, p2p_s, capacity_bytes)
     found = search(splits, passes=passes)

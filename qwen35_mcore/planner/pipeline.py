@@ -63,7 +63,7 @@ class Simulation:
         moments = _run(self.shape, self.durations_s, self.p2p_s)
         stages = self.shape.stages
         for moment, rank, microbatch in passes:
-            code, end = steps[moment - 1][2], moments[moment]
+            code, end = steps[moment - 1][-1], moments[moment]
             kind, stage = ("F", code) if code < stages else ("B", code - stages)
             yield Event(rank, kind, stage, microbatch, end - self.durations_s[code], end)
 

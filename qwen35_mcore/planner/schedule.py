@@ -57,6 +57,13 @@ class Shape:
                 got=f"vpp {self.vpp}, pp 1",
                 fix="set vpp to 1",
             )
+        if self.pp == 2 and not self.overlap:
+            raise PlanError(
+                "without overlap, transfers of the interleaved schedule would mix between the same "
+                "two ranks",
+                got=f"vpp {self.vpp}, pp 2, no overlap",
+                fix="let transfers overlap, or use more pipeline ranks",
+            )
         self._check_groups()
 
     def _check_groups(self) -> None:

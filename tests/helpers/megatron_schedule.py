@@ -105,13 +105,22 @@ def record(
     return notes
 
 
+@dataclass(frozen=True)
+class Played:
+    """When what happened."""
+
+    step_s: float
+    passes: dict[tuple[str, int, int], tuple[float, float]]
+    """(kind, virtual stage, microbatch) -> begin and end."""
+
+
 def play(
     recorded: Sequence[Sequence[Note]],
     forward_s: Sequence[float],
     backward_s: Sequence[float],
     p2p_s: float,
-) -> float:
-    """Seconds of the step whose ranks do what was recorded.
+) -> Played:
+    """The step of ranks that do what was recorded.
 
     Args:
         forward_s, backward_s: seconds per virtual stage, in forward order.
@@ -120,13 +129,15 @@ def play(
     pp = len(recorded)
     clock, reached = [0.0] * pp, [0] * pp
     asked: dict[tuple[int, Post], float] = {}
+    passes = {}
     while any(reached[rank] < len(recorded[rank]) for rank in range(pp)):
         before = list(reached)
         for rank, notes in enumerate(recorded):
             for note in notes[reached[rank] :]:
                 if isinstance(note, Pass):
-                    seconds = forward_s if note.kind == "F" else backward_s
-                    clock[rank] += seconds[note.chunk * pp + rank]
+                    stage, begin = note.chunk * pp + rank, clock[rank]
+                    clock[rank] += (forward_s if note.kind == "F" else backward_s)[stage]
+                    passes[note.kind, stage, note.microbatch] = (begin, clock[rank])
                 elif isinstance(note, Post):
                     asked[rank, note] = clock[rank]
                 else:
@@ -137,13 +148,22 @@ def play(
                     clock[rank] = max(clock[rank], done)
                 reached[rank] += 1
         assert reached != before, "the ranks wait for each other"
-    return max(clock)
+    return Played(max(clock), passes)
 
 
 def _counterpart(rank: int, post: Post, pp: int) -> tuple[int, Post]:
     sends, forward = post.part == "send", post.way == "next"
     other = (rank + 1 if sends == forward else rank - 1) % pp
     return other, Post("recv" if sends else "send", post.way, post.number)
+
+
+def megatron_warmup(rank: int, *, pp: int, vpp: int, microbatches: int, group: int) -> int:
+    """Megatron's own number of warm-up passes of a rank."""
+    neighbours = _Neighbours([], rank, pp, vpp if vpp > 1 else None)
+    answer = schedules.get_pp_rank_microbatches(
+        microbatches, vpp, group, p2p_communicator=neighbours
+    )
+    return answer[2]
 
 
 class _Group:

@@ -56,7 +56,7 @@ def draw(plan: StagePlan, path: str | os.PathLike[str], *, title: str = "Pipelin
         title: headline.
 
     Raises:
-        PlanError: another suffix, or matplotlib is not installed.
+        PlanError: another suffix, the file cannot be written, or matplotlib is not installed.
     """
     target = Path(path)
     suffix = target.suffix.lower()
@@ -69,8 +69,13 @@ def draw(plan: StagePlan, path: str | os.PathLike[str], *, title: str = "Pipelin
     with rc_context(settings):
         figure = _figure(figure_class, plan, title)
         metadata = {"Date": None} if suffix == ".svg" else {}
-        figure.savefig(partial, format=suffix[1:], dpi=150, metadata=metadata)
-    partial.replace(target)
+        try:
+            figure.savefig(partial, format=suffix[1:], dpi=150, metadata=metadata)
+            partial.replace(target)
+        except OSError as error:
+            raise PlanError(
+                "the picture cannot be written", got=str(target), fix=f"{error.strerror}"
+            ) from error
 
 
 def _matplotlib() -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ What overlaps and what does not, as the emitted flags make Megatron run it:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qwen35_mcore.layer_pattern import LayerKind
@@ -84,8 +84,16 @@ class Model:
 
     @property
     def elements(self) -> list[Element]:
-        """The parts as the stage search takes them."""
-        return [part.element for part in self.parts]
+        """The parts as the stage search takes them.
+
+        `transient_bytes` is set aside on every rank. The loss needs none of it, and is over when a
+        layer's backward pass does, so that much of its own memory comes out of it.
+        """
+        elements = [part.element for part in self.parts]
+        loss = elements[-1]
+        spared = min(loss.saved_bytes, self.transient_bytes)
+        elements[-1] = replace(loss, saved_bytes=loss.saved_bytes - spared)
+        return elements
 
     @cached_property
     def counted(self) -> tuple[tuple[Part, int], ...]:

@@ -9,7 +9,9 @@ from qwen35_mcore.errors import ConfigError, PlanError
 from qwen35_mcore.parallel import Violation, check_layout
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
 from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Candidate, Job
+from qwen35_mcore.planner.elements import Model
 from qwen35_mcore.planner.hardware import GIB
+from qwen35_mcore.planner.memory import overhead_bytes
 from qwen35_mcore.planner.prediction import (
     Prediction,
     StageMemory,
@@ -101,9 +103,18 @@ def explain(job: Job, candidate: Candidate, pipeline_layout: str | None = None) 
             return Explanation(candidate, (), "", predict(job, candidate))
         prediction = predict_split(job, candidate, parse_pipeline_layout(pipeline_layout))
     except (PlanError, ConfigError) as error:
-        return Explanation(candidate, (), str(error), None)
+        return Explanation(candidate, (), f"{error}\n{_set_aside(job, candidate)}", None)
     missing = _missing_memory(prediction)
     return Explanation(candidate, (), missing, None if missing else prediction)
+
+
+def _set_aside(job: Job, candidate: Candidate) -> str:
+    return (
+        f"of {job.gpu.memory_bytes / GIB:.1f} GiB, "
+        f"{overhead_bytes(job.gpu, job.gpus) / GIB:.1f} are CUDA's, NCCL's and lost to "
+        f"fragmentation, and {Model(job, candidate).transient_bytes / GIB:.1f} are needed within a "
+        "layer's backward pass"
+    )
 
 
 def _missing_memory(prediction: Prediction) -> str:

@@ -120,7 +120,7 @@ class Prediction:
                     gradients=static.gradients,
                     optimizer=static.optimizer,
                     activations=self.stages.stage_bytes[rank] - self.stages.static_bytes[rank],
-                    workspace=max((part.memory.transient for part in parts), default=0.0),
+                    workspace=self.model.transient_bytes,
                     overhead=overhead_bytes(self.job.gpu, self.job.gpus),
                 )
             )

@@ -180,7 +180,7 @@ def _compact(prediction: Prediction) -> str:
     """Sizes above one, in few characters."""
     one, words = prediction.candidate, []
     sizes = {"tp": one.tp, "pp": one.pp, "vpp": one.vpp, "ep": one.ep, "cp": one.cp}
-    if one.etp != 1:
+    if prediction.job.config.is_moe and one.etp != 1:
         sizes["etp"] = one.etp
     words += [f"{name}{size}" for name, size in sizes.items() if size > 1]
     words += [f"dp{one.dp(prediction.job)}", f"mbs{one.micro_batch_size}"]

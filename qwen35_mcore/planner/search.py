@@ -257,16 +257,22 @@ def _smallest_that_fits(job: Job, space: Space) -> int | None:
         recompute=space.recompute or ("full",),
     )
     node = job.gpu.gpus_per_node
-    counts = [n for n in range(job.gpus + 1, 4 * node) if n <= node or n % node == 0]
-    counts += [node * 2**i for i in range(2, 9)]
-    for gpus in sorted({n for n in counts if n > job.gpus}):
-        larger = replace(job, gpus=gpus)
-        bounded = sorted(_bounded(larger, list(candidates(larger, lean))), key=_first)
-        for _, candidate in bounded[:20]:
-            with contextlib.suppress(PlanError):
-                predict(larger, candidate)
-                return gpus
-    return None
+    doubled = [node * 2**i for i in range(10)]
+    enough = next((n for n in doubled if n > job.gpus and _fits(job, lean, n)), None)
+    if enough is None:
+        return None
+    fewer = range(max(job.gpus, enough // 2) // node * node + node, enough, node)
+    return next((n for n in fewer if n > job.gpus and _fits(job, lean, n)), enough)
+
+
+def _fits(job: Job, lean: Space, gpus: int) -> bool:
+    larger = replace(job, gpus=gpus)
+    bounded = sorted(_bounded(larger, list(candidates(larger, lean))), key=_first)
+    for _, candidate in bounded[:20]:
+        with contextlib.suppress(PlanError):
+            predict(larger, candidate)
+            return True
+    return False
 
 
 def _first(pair: tuple[float, Candidate]) -> float:

@@ -1,14 +1,13 @@
 """Finds the split of a model into pipeline stages with the shortest simulated step that fits.
 
 Few splits are all tried. Else, without interleaving, a sweep finds the split with the least lower
-bound under the memory limit, exactly; interleaved, where the chunks of a rank lie apart, splits
-with equal rank sums are built. Either is then improved by moving layers between stages, as long as
-the simulator says that the step gets shorter.
+bound under the memory limit, exactly; interleaved, where the chunks of a rank lie apart, evenly
+loaded splits of several kinds are built. The best are then improved by moving layers between stages
+as long as the simulator says that the step gets shorter.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from itertools import combinations, cycle, pairwise
 
 from qwen35_mcore.planner.schedule import alive
 from qwen35_mcore.planner.split import Cuts, Splits
+from qwen35_mcore.planner.split_starts import even_cuts, interleaved_starts
 
 ALL_TRIED = 2500
 """Up to this many splits are all tried."""
@@ -46,13 +46,6 @@ def search(splits: Splits, *, passes: int) -> Found:
     if splits.shape.vpp == 1:
         return _search_plain(splits, passes)
     return _search_interleaved(splits, passes)
-
-
-def even_cuts(units: int, stages: int) -> Cuts:
-    """Equally many decoder layers per stage, earlier stages one more where it does not come out;
-    the embedding is the first unit, MTP and loss the last."""
-    each, more = divmod(units - 2, stages)
-    return tuple(1 + each * stage + min(stage, more) for stage in range(1, stages))
 
 
 def _try_all(splits: Splits) -> Found:
@@ -141,15 +134,24 @@ def _sweep(stages: int, total: int, keeps: Callable[[int, int, int], bool]) -> C
 
 def _search_interleaved(splits: Splits, passes: int) -> Found:
     bound = _interleaved_bound_s(splits)
-    starts = {_nearest_cuts(splits, share / 4) for share in range(5)}
-    starts.add(even_cuts(len(splits.units), splits.shape.stages))
-    near = [_descend(splits, start, splits.excess_bytes) for start in sorted(starts)]
-    fitting = [cuts for cuts in near if not splits.excess_bytes(cuts)]
+    starts = interleaved_starts(splits)
+    fitting = [cuts for cuts in starts if not splits.excess_bytes(cuts)]
     if not fitting:
-        return Found(min(near, key=splits.excess_bytes), float("inf"))
-    fitting.sort(key=lambda cuts: splits.simulate(cuts).step_s)
-    improved = [_improve(splits, start, bound, passes // _STARTS) for start in fitting[:_STARTS]]
+        nearest = _descend(splits, min(starts, key=splits.excess_bytes), splits.excess_bytes)
+        if splits.excess_bytes(nearest):
+            return Found(nearest, float("inf"))
+        fitting = [nearest]
+    fitting.sort(key=splits.bound_s)
+    affordable = max(_STARTS, passes // _passes(splits) // 4)
+    timed = sorted((splits.simulate(cuts).step_s, cuts) for cuts in fitting[:affordable])
+    left = max(0, passes - len(timed) * _passes(splits)) // _STARTS
+    improved = [_improve(splits, cuts, bound, left) for _, cuts in timed[:_STARTS]]
     return Found(min(improved, key=lambda cuts: splits.simulate(cuts).step_s), bound)
+
+
+def _passes(splits: Splits) -> int:
+    """Passes of one simulation."""
+    return 2 * splits.shape.stages * splits.shape.microbatches
 
 
 def _interleaved_bound_s(splits: Splits) -> float:
@@ -160,31 +162,6 @@ def _interleaved_bound_s(splits: Splits) -> float:
     shared = (microbatches * both[-1] + sum(ramps)) / pp
     last = ramps[-1] + microbatches * (both[-1] - both[-2])
     return max(shared, last)
-
-
-def _nearest_cuts(splits: Splits, rows: float) -> Cuts:
-    """Whole layers nearest to a split with even loads, between two ideals that a heavy loss makes
-    differ: rows 0, every rank computes equally long in all; rows 1, so do the ranks in each chunk,
-    the last one as long as the loss, because the schedule keeps the ranks of a chunk in step."""
-    pp, stages, both = splits.shape.pp, splits.shape.stages, splits.both
-    tail = both[-1] - both[-2]
-    per_rank = max(tail, both[-1] / pp)
-    last_rank = (per_rank - tail) / (splits.shape.vpp - 1)
-    other_ranks = (both[-1] - per_rank) / (pp - 1) / splits.shape.vpp
-    last_chunk = max(tail, both[-1] / stages)
-    other_chunks = max(0.0, both[-1] - pp * last_chunk) / (stages - pp)
-    cuts: list[int] = []
-    target = 0.0
-    for stage in range(stages - 1):
-        by_rank = last_rank if stage % pp == pp - 1 else other_ranks
-        by_chunk = last_chunk if stage >= stages - pp else other_chunks
-        target += (1 - rows) * by_rank + rows * by_chunk
-        after = min(bisect_left(both, target), len(both) - 1)
-        nearest = after if both[after] - target < target - both[after - 1] else after - 1
-        lowest = cuts[-1] + 1 if cuts else 1
-        highest = len(splits.units) - (stages - 1 - stage)
-        cuts.append(min(max(nearest, lowest), highest))
-    return tuple(cuts)
 
 
 def _descend(splits: Splits, cuts: Cuts, cost: Callable[[Cuts], float]) -> Cuts:
@@ -200,10 +177,9 @@ def _descend(splits: Splits, cuts: Cuts, cost: Callable[[Cuts], float]) -> Cuts:
 
 def _improve(splits: Splits, cuts: Cuts, bound: float, passes: int) -> Cuts:
     """Moves single layers as long as the simulated step gets shorter and the split fits."""
-    shape, total = splits.shape, len(splits.units)
-    budget = passes // (2 * shape.stages * shape.microbatches)
+    total, budget = len(splits.units), passes // _passes(splits)
     best = splits.simulate(cuts).step_s
-    moves = _moves(shape.stages)
+    moves = _moves(splits.shape.stages)
     seen, idle = {cuts}, 0
     for first, last, by in cycle(moves):
         if idle == len(moves) or budget <= 0 or best <= bound * (1 + _SMALL):

@@ -11,7 +11,8 @@ from qwen35_mcore.planner.layout_text import write_pipeline_layout
 from qwen35_mcore.planner.pipeline import Simulation
 from qwen35_mcore.planner.schedule import Shape
 from qwen35_mcore.planner.split import Cuts, Element, Splits
-from qwen35_mcore.planner.split_search import even_cuts, search
+from qwen35_mcore.planner.split_search import search
+from qwen35_mcore.planner.split_starts import even_cuts
 
 __all__ = ["Element", "StagePlan", "StageSplit", "balance"]
 

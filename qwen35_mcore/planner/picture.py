@@ -291,18 +291,24 @@ def _headline(figure: Any, plan: StagePlan, title: str, layout: list[str], heigh
         f"{shape.vpp} chunks each, interleaved" if shape.vpp > 1 else "1F1B",
         f"{shape.microbatches} microbatches",
     ]
-    if plan.even is not None:
-        saved = 1 - simulation.step_s / plan.even.simulation.step_s
-        facts.append(f"{saved:.1%} shorter than the even split")
-    lines = [(title, 15, "bold", _INK, None), ("   ·   ".join(facts), 10.5, "normal", _INK, None)]
-    lines += [(text, 8, "normal", _MUTED, "DejaVu Sans Mono") for text in layout]
-    down = 0.3
-    for text, size, weight, colour, family in lines:
-        place = (0.25 / _WIDTH, 1 - down / height)
+    facts += _against_even(plan)
+    left, va = 0.25 / _WIDTH, "center"
+    figure.text(left, 1 - 0.3 / height, title, size=15, weight="bold", color=_INK, va=va)
+    figure.text(left, 1 - 0.6 / height, "   ·   ".join(facts), size=10.5, color=_INK, va=va)
+    for line, text in enumerate(layout):
+        down = 0.9 + 0.17 * line
         figure.text(
-            *place, text, size=size, weight=weight, color=colour, family=family, va="center"
+            left, 1 - down / height, text, size=8, color=_MUTED, va=va, family="DejaVu Sans Mono"
         )
-        down += 0.3 if size > 8 else 0.17
+
+
+def _against_even(plan: StagePlan) -> list[str]:
+    if plan.even is None:
+        return []
+    if max(plan.even.stage_bytes) > plan.capacity_bytes:
+        return ["the even split does not fit"]
+    gain = 1 - plan.simulation.step_s / plan.even.simulation.step_s
+    return [f"{gain:.1%} shorter than the even split"] if gain >= 0.0005 else []
 
 
 def _legend(figure: Any, plan: StagePlan, height: float) -> None:
@@ -310,7 +316,7 @@ def _legend(figure: Any, plan: StagePlan, height: float) -> None:
     from matplotlib.patches import Patch
 
     vpp = plan.simulation.shape.vpp
-    entries = [
+    entries: list[Any] = [
         Patch(color=palette[_shade(chunk, vpp)], label=_pass_name(name, chunk, vpp))
         for name, palette in (("forward", _FORWARD), ("backward", _BACKWARD))
         for chunk in range(vpp)
@@ -333,7 +339,6 @@ def _legend(figure: Any, plan: StagePlan, height: float) -> None:
         handlelength=1.3,
         columnspacing=1.6,
     )
-
     figure.text(
         1 - 0.25 / _WIDTH,
         0.2 / height,

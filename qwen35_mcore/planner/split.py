@@ -92,8 +92,8 @@ class Splits:
         return tuple(sum(static[rank::pp]) + saved[rank] for rank in range(pp))
 
     def excess_bytes(self, cuts: Cuts) -> float:
-        """Bytes that the fullest rank holds above its capacity, 0 if none does."""
-        return max(0.0, max(self.rank_bytes(cuts)) - self.capacity_bytes)
+        """Bytes that the ranks hold above their capacity, all together; 0 if the split fits."""
+        return sum(max(0.0, held - self.capacity_bytes) for held in self.rank_bytes(cuts))
 
     def bound_s(self, cuts: Cuts) -> float:
         """No step of this split is shorter; far quicker than the simulation.

@@ -8,10 +8,10 @@ as long as the simulator says that the step gets shorter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, cycle, pairwise
+from itertools import combinations, cycle, islice, pairwise
 
 from qwen35_mcore.planner.schedule import alive
 from qwen35_mcore.planner.split import Cuts, Splits
@@ -19,8 +19,14 @@ from qwen35_mcore.planner.split_starts import even_cuts, interleaved_starts
 
 ALL_TRIED = 2500
 """Up to this many splits are all tried."""
+_DESCENTS = 4
+"""Interleaved splits from which one that fits is searched, where none of those built fits."""
+_PAIRS = 2000
+"""Pairs of moves that are tried on the way to a split that fits."""
 _STARTS = 3
 """Interleaved splits that are improved, out of all that are built."""
+_LOOK = 50
+"""What looking at a split costs that needs no simulation, in passes."""
 _SMALL = 1e-9
 """Relative difference below which two times are the same."""
 
@@ -80,7 +86,10 @@ def _search_plain(splits: Splits, passes: int) -> Found:
         return bytes_of(rank, begin, end) <= splits.capacity_bytes
 
     fast, bound = _least(splits, splits.stage_bound_s, fits)
-    return Found(_improve(splits, fast, bound, passes), bound)
+    starts = {fast, even_cuts(len(splits.units), splits.shape.stages)}
+    fitting = [cuts for cuts in sorted(starts) if not splits.excess_bytes(cuts)]
+    start = min(fitting, key=lambda cuts: splits.simulate(cuts).step_s)
+    return Found(_improve(splits, start, bound, passes), bound)
 
 
 def _least(
@@ -137,10 +146,11 @@ def _search_interleaved(splits: Splits, passes: int) -> Found:
     starts = interleaved_starts(splits)
     fitting = [cuts for cuts in starts if not splits.excess_bytes(cuts)]
     if not fitting:
-        nearest = _descend(splits, min(starts, key=splits.excess_bytes), splits.excess_bytes)
-        if splits.excess_bytes(nearest):
-            return Found(nearest, float("inf"))
-        fitting = [nearest]
+        starts = sorted(starts, key=splits.excess_bytes)[:_DESCENTS]
+        near = [_nearest_to_fitting(splits, cuts) for cuts in starts]
+        fitting = [cuts for cuts in near if not splits.excess_bytes(cuts)]
+        if not fitting:
+            return Found(min(near, key=splits.excess_bytes), float("inf"))
     fitting.sort(key=splits.bound_s)
     affordable = max(_STARTS, passes // _passes(splits) // 4)
     timed = sorted((splits.simulate(cuts).step_s, cuts) for cuts in fitting[:affordable])
@@ -156,46 +166,89 @@ def _passes(splits: Splits) -> int:
 
 def _interleaved_bound_s(splits: Splits) -> float:
     """No interleaved split has a shorter step: the ranks together compute everything, each idle
-    while the units before its first stage run, and the last rank holds the last unit."""
-    pp, microbatches, both = splits.shape.pp, splits.shape.microbatches, splits.both
+    while the units before its first stage run, and the last rank holds the last unit and at least
+    one layer in each of its other chunks."""
+    pp, vpp, microbatches = splits.shape.pp, splits.shape.vpp, splits.shape.microbatches
+    both = splits.both
     ramps = [both[rank] + 2 * rank * splits.p2p_s for rank in range(pp)]
     shared = (microbatches * both[-1] + sum(ramps)) / pp
-    last = ramps[-1] + microbatches * (both[-1] - both[-2])
-    return max(shared, last)
+    shortest = min(end - begin for begin, end in pairwise(both[1:-1]))
+    last = both[-1] - both[-2] + (vpp - 1) * shortest
+    return max(shared, ramps[-1] + microbatches * last)
 
 
-def _descend(splits: Splits, cuts: Cuts, cost: Callable[[Cuts], float]) -> Cuts:
-    """Moves single layers as long as the cost falls."""
-    now = cost(cuts)
-    while now:
-        lowest, moved = min((cost(moved), moved) for moved in _moved(cuts, len(splits.units)))
-        if lowest >= now:
+def _nearest_to_fitting(splits: Splits, cuts: Cuts) -> Cuts:
+    """Moves layers, two at a time where one leads nowhere, as long as less is above capacity."""
+    total, moves = len(splits.units), _moves(splits.shape.stages)
+    excess = splits.excess_bytes(cuts)
+    while excess:
+        singles = ((move,) for move in moves)
+        pairs = islice(combinations(moves, 2), _PAIRS)
+        for tried in (singles, pairs):
+            moved = (_shifted(cuts, total, some) for some in tried)
+            least = min(((splits.excess_bytes(m), m) for m in moved if m), default=(excess, cuts))
+            if least[0] < excess:
+                break
+        else:
             break
-        now, cuts = lowest, moved
+        excess, cuts = least
     return cuts
 
 
 def _improve(splits: Splits, cuts: Cuts, bound: float, passes: int) -> Cuts:
-    """Moves single layers as long as the simulated step gets shorter and the split fits."""
-    total, budget = len(splits.units), passes // _passes(splits)
-    best = splits.simulate(cuts).step_s
-    moves = _moves(splits.shape.stages)
-    seen, idle = {cuts}, 0
-    for first, last, by in cycle(moves):
-        if idle == len(moves) or budget <= 0 or best <= bound * (1 + _SMALL):
-            break
-        idle += 1
-        moved = _shift(cuts, total, first, last, by)
-        if moved is None or moved in seen or splits.bound_s(moved) >= best * (1 - _SMALL):
-            continue
-        seen.add(moved)
-        if splits.excess_bytes(moved):
-            continue
-        budget -= 1
-        step = splits.simulate(moved).step_s
-        if step < best * (1 - _SMALL):
-            best, cuts, idle = step, moved, 0
-    return cuts
+    """Moves layers as long as the simulated step gets shorter and the split fits: one at a time,
+    and two at a time where that leads nowhere."""
+    climb = _Climb(splits, cuts, bound, passes)
+    while climb.by_one() or climb.by_two():
+        pass
+    return climb.cuts
+
+
+class _Climb:
+    """A split that is improved, and the effort left for it."""
+
+    def __init__(self, splits: Splits, cuts: Cuts, bound: float, passes: int) -> None:
+        self.splits, self.cuts, self.bound, self.left = splits, cuts, bound, passes
+        self.best = splits.simulate(cuts).step_s
+        self.seen = {cuts}
+        self.moves = _moves(splits.shape.stages)
+
+    def by_one(self) -> bool:
+        """Until no single move helps; whether one did."""
+        before, idle = self.best, 0
+        for move in cycle(self.moves):
+            if idle == len(self.moves) or self._over():
+                break
+            idle = 0 if self._try([move]) else idle + 1
+        return self.best < before
+
+    def by_two(self) -> bool:
+        """Whether two moves together helped."""
+        for pair in combinations(self.moves, 2):
+            if self._over():
+                return False
+            if self._try(pair):
+                return True
+        return False
+
+    def _over(self) -> bool:
+        return self.left <= 0 or self.best <= self.bound * (1 + _SMALL)
+
+    def _try(self, moves: Iterable[tuple[int, int, int]]) -> bool:
+        moved = _shifted(self.cuts, len(self.splits.units), moves)
+        self.left -= _LOOK
+        if moved is None or moved in self.seen:
+            return False
+        worth = self.best * (1 - _SMALL)
+        if self.splits.bound_s(moved) >= worth or self.splits.excess_bytes(moved):
+            return False
+        self.seen.add(moved)
+        self.left -= _passes(self.splits)
+        step = self.splits.simulate(moved).step_s
+        if step >= worth:
+            return False
+        self.best, self.cuts = step, moved
+        return True
 
 
 @lru_cache(maxsize=64)
@@ -206,10 +259,14 @@ def _moves(stages: int) -> tuple[tuple[int, int, int], ...]:
     return tuple((first, last, by) for _, first, last in sorted(pairs) for by in (1, -1))
 
 
-def _moved(cuts: Cuts, total: int) -> Iterator[Cuts]:
-    for move in _moves(len(cuts) + 1):
-        if (moved := _shift(cuts, total, *move)) is not None:
-            yield moved
+def _shifted(cuts: Cuts, total: int, moves: Iterable[tuple[int, int, int]]) -> Cuts | None:
+    """The moves one after the other, or None where one would empty a stage."""
+    moved: Cuts | None = cuts
+    for move in moves:
+        if moved is None:
+            break
+        moved = _shift(moved, total, *move)
+    return moved
 
 
 def _shift(cuts: Cuts, total: int, first: int, last: int, by: int) -> Cuts | None:

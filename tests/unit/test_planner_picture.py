@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -56,6 +58,19 @@ def test_a_short_schedule_is_drawn_whole(tmp_path: Path) -> None:
     assert all(words.count(str(micro)) >= 2 * 6 for micro in range(1, 6))
 
 
+def test_the_even_split_is_named_beside_the_choice(tmp_path: Path) -> None:
+    free = plan(4, 1, 16)
+    assert free.even is not None
+    gain = 1 - free.simulation.step_s / free.even.simulation.step_s
+    tight = replace(free, capacity_bytes=max(free.even.stage_bytes) - 1)
+    for drawn, words in (
+        (free, f"{gain:.1%} shorter than the even split"),
+        (tight, "the even split does not fit"),
+    ):
+        draw(drawn, tmp_path / "plan.svg")
+        assert any(words in text for text in texts(tmp_path / "plan.svg"))
+
+
 def test_a_long_schedule_says_what_is_cut(tmp_path: Path) -> None:
     drawn = plan(4, 1, 64)
     shown = windows(drawn.simulation)
@@ -102,3 +117,8 @@ def test_without_matplotlib_the_error_says_what_to_install(
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="cannot be written"):
         draw(plan(2, 1, 4), tmp_path / "missing" / "plan.png")
+
+
+def test_matplotlib_is_imported_only_to_draw() -> None:
+    code = "import sys, qwen35_mcore.planner.picture; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from functools import cache
 from itertools import groupby, pairwise
+from time import process_time
 
 import pytest
 from hypothesis import given, settings
@@ -174,6 +175,15 @@ def test_what_is_alive_at_once(of: Shape, data: st.DataObject) -> None:
     assert list(peak_saved_bytes(saved, of)) == pytest.approx(peak)
     if of.vpp == 1:
         assert most == [min(of.pp - rank, of.microbatches) for rank in range(of.pp)]
+
+
+def test_hundreds_of_steps_are_simulated_in_a_second() -> None:
+    of = shape(16, 1, 64)
+    run(of, [1.0] * 16, [2.0] * 16)
+    begin = process_time()
+    for _ in range(200):
+        run(of, [1.0] * 16, [2.0] * 16)
+    assert process_time() - begin < 1.0
 
 
 @pytest.mark.parametrize(

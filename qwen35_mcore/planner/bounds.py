@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from qwen35_mcore.planner.elements import Model, Part
+from qwen35_mcore.planner.elements import Model
 from qwen35_mcore.planner.prediction import capacity_bytes
 from qwen35_mcore.planner.schedule import Shape, alive
 
@@ -32,8 +33,8 @@ def bounds(model: Model, *, vpp: int) -> Bounds:
     smallest_saved = min(part.memory.saved for part, _ in layers)
     capacity = capacity_bytes(model)
     room, missing = [], 0.0
-    for rank, moments in enumerate(alive(shape)):
-        each = smallest_static + _in_flight(moments) * smallest_saved
+    for rank, held in enumerate(_in_flight(shape)):
+        each = smallest_static + held * smallest_saved
         free = capacity - _fixed_bytes(model, rank)
         room.append(max(0, int(free // each)))
         missing += each * wanted / pp - free
@@ -42,8 +43,13 @@ def bounds(model: Model, *, vpp: int) -> Bounds:
     return Bounds(tuple(room), _step_s(model, vpp, room), 0.0)
 
 
-def _in_flight(moments: tuple[tuple[int, ...], ...]) -> float:
+@lru_cache(maxsize=4096)
+def _in_flight(shape: Shape) -> tuple[float, ...]:
     """Microbatches in flight of a layer at least, in whichever chunks of a rank the layers are."""
+    return tuple(_least_in_flight(moments) for moments in alive(shape))
+
+
+def _least_in_flight(moments: tuple[tuple[int, ...], ...]) -> float:
     chunks = range(len(moments[0]))
     average = min(sum(moment[c] for moment in moments) / len(moments) for c in chunks)
     return max(average, *(min(moment) for moment in moments), 0)
@@ -53,14 +59,10 @@ def _fixed_bytes(model: Model, rank: int) -> float:
     """What the embedding, or MTP and loss, take on their rank."""
     kinds = ("E" if rank == 0 else "") + ("mL" if rank == model.candidate.pp - 1 else "")
     return sum(
-        count * (part.memory.static.total + part.memory.saved)
+        count * (part.memory.static.total + model.saved_bytes(part))
         for part, count in model.counted
         if part.kind in kinds
     )
-
-
-def _seconds(part: Part) -> float:
-    return part.forward.total + part.backward.total
 
 
 def _step_s(model: Model, vpp: int, room: list[int]) -> float:
@@ -74,8 +76,8 @@ def _step_s(model: Model, vpp: int, room: list[int]) -> float:
     And a rank computes no more than it has room for, so that the others compute the rest.
     """
     pp, microbatches = model.candidate.pp, model.candidate.microbatches(model.job)
-    total = sum(count * _seconds(part) for part, count in model.counted)
-    tail = sum(count * _seconds(part) for part, count in model.counted if part.kind in "mL")
+    total = sum(count * part.seconds for part, count in model.counted)
+    tail = sum(count * part.seconds for part, count in model.counted if part.kind in "mL")
     rounds = vpp * microbatches
     shared = total / vpp / (1 - (1 - 1 / rounds) ** pp)
     last = (microbatches - 1) * tail + total if vpp == 1 else microbatches * tail
@@ -85,9 +87,9 @@ def _step_s(model: Model, vpp: int, room: list[int]) -> float:
 def _fullest_s(model: Model, room: list[int], tail: float) -> float:
     """Seconds of a microbatch on the slowest rank, when each takes what it has room for."""
     layers = [(part, count) for part, count in model.counted if part.kind == "t"]
-    longest = max(_seconds(part) for part, _ in layers)
-    wanted = sum(count * _seconds(part) for part, count in layers)
-    head = _seconds(model.embedding)
+    longest = max(part.seconds for part, _ in layers)
+    wanted = sum(count * part.seconds for part, count in layers)
+    head = model.embedding.seconds
     fixed = [0.0] * len(room)
     fixed[0] += head
     fixed[-1] += tail

@@ -85,7 +85,10 @@ def model_of(flavor: str, overrides: Mapping[str, Any]) -> Qwen35Config:
     unknown = set(overrides) - {f.name for f in fields(config)}
     if unknown:
         raise PlanError("an override names no field of the model", got=", ".join(sorted(unknown)))
-    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    changes: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in overrides.items()
+    }
     layers = changes.get("num_hidden_layers")
     if isinstance(layers, int) and "layer_types" not in changes:
         repeated = config.layer_types * (layers // len(config.layer_types) + 1)

@@ -30,8 +30,12 @@ class Job:
     calibration: Calibration
     model_name: str = ""
     """How the command line names the model, for reports."""
-    model_flags: tuple[str, ...] = field(default=())
+    model_flags: tuple[str, ...] = ()
     """The training script's flags that choose the model."""
+    computed: dict[tuple, tuple[float, float]] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+    """Compute times already worked out, see `elements`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +88,10 @@ class Candidate:
         )
 
     def __str__(self) -> str:
+        """As ``--explain`` reads it."""
         sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "cp": self.cp}
         words = [f"{name}={size}" for name, size in sizes.items()]
-        if self.etp != self.tp:
+        if self.etp != 1:
             words.append(f"etp={self.etp}")
         words.append(f"mbs={self.micro_batch_size}")
         return ",".join([*words, f"recompute={self.recompute}", f"precision={self.precision}"])

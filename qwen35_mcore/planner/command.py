@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import PlanError
@@ -148,6 +149,6 @@ def _write(prediction: Prediction, output: Output) -> None:
         print(f"wrote {output.picture}", file=_messages(output))
 
 
-def _messages(output: Output):  # type: ignore[no-untyped-def]
+def _messages(output: Output) -> TextIO:
     """Under --json, standard output holds JSON alone."""
     return sys.stderr if output.as_json else sys.stdout

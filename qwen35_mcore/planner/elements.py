@@ -14,8 +14,9 @@ What overlaps and what does not, as the emitted flags make Megatron run it:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 from qwen35_mcore.layer_pattern import LayerKind
 from qwen35_mcore.planner import activations, cost, memory
@@ -39,31 +40,49 @@ class Times:
         return self.compute + self.tp + self.ep + self.cp
 
     def __add__(self, other: Times) -> Times:
-        return Times(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+        return Times(
+            self.compute + other.compute,
+            self.tp + other.tp,
+            self.ep + other.ep,
+            self.cp + other.cp,
+        )
 
 
-def _values(times: Times) -> tuple[float, ...]:
-    return times.compute, times.tp, times.ep, times.cp
+Passes = tuple[Times, Times]
+"""Of a forward and a backward pass."""
 
 
-@dataclass(frozen=True)
+def _both(*several: Passes) -> Passes:
+    """Sums of forward and of backward times."""
+    forward = sum((passes[0] for passes in several), Times())
+    return forward, sum((passes[1] for passes in several), Times())
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
-    """Times and memory of one element of a pipeline layout."""
+    """Memory and times of one element of a pipeline layout."""
 
     kind: str
-    forward: Times
-    backward: Times
     memory: ElementMemory
+    passes: Callable[[], Passes]
+    """Times when they are asked for: most candidates fail by their memory alone."""
+
+    @cached_property
+    def times(self) -> Passes:
+        return self.passes()
 
     @property
-    def element(self) -> Element:
-        return Element(
-            kind=self.kind,
-            forward_s=self.forward.total,
-            backward_s=self.backward.total,
-            static_bytes=self.memory.static.total,
-            saved_bytes=self.memory.saved,
-        )
+    def forward(self) -> Times:
+        return self.times[0]
+
+    @property
+    def backward(self) -> Times:
+        return self.times[1]
+
+    @cached_property
+    def seconds(self) -> float:
+        """Forward and backward."""
+        return self.forward.total + self.backward.total
 
 
 class Model:
@@ -84,16 +103,26 @@ class Model:
 
     @property
     def elements(self) -> list[Element]:
-        """The parts as the stage search takes them.
+        """The parts as the stage search takes them, `transient_bytes` set aside on every rank."""
+        return [
+            Element(
+                kind=part.kind,
+                forward_s=part.forward.total,
+                backward_s=part.backward.total,
+                static_bytes=part.memory.static.total,
+                saved_bytes=self.saved_bytes(part),
+            )
+            for part in self.parts
+        ]
 
-        `transient_bytes` is set aside on every rank. The loss needs none of it, and is over when a
-        layer's backward pass does, so that much of its own memory comes out of it.
+    def saved_bytes(self, part: Part) -> float:
+        """What a microbatch keeps of a part beyond `transient_bytes`.
+
+        The loss needs nothing of these, and is over when a layer's backward pass takes them.
         """
-        elements = [part.element for part in self.parts]
-        loss = elements[-1]
-        spared = min(loss.saved_bytes, self.transient_bytes)
-        elements[-1] = replace(loss, saved_bytes=loss.saved_bytes - spared)
-        return elements
+        if part.kind != "L":
+            return part.memory.saved
+        return max(0.0, part.memory.saved - self.transient_bytes)
 
     @cached_property
     def counted(self) -> tuple[tuple[Part, int], ...]:
@@ -117,53 +146,73 @@ class Model:
     @cached_property
     def layers(self) -> dict[LayerKind, Part]:
         """A decoder layer of every kind that the model has."""
-        return {kind: self._layer(kind) for kind in set(self.job.config.layer_types)}
+        kinds = dict.fromkeys(self.job.config.layer_types)
+        return {
+            kind: Part(
+                "t",
+                memory.layer_memory(self.job, self.candidate, kind),
+                partial(self._layer_passes, kind),
+            )
+            for kind in kinds
+        }
 
     @cached_property
     def embedding(self) -> Part:
-        forward, backward = self._compute("embedding")
-        scattered = Times(tp=self._tp_gather())
-        return Part("E", forward + scattered, backward + scattered, self._memory("E"))
+        return self._part("E", self._embedding_passes)
 
     @cached_property
     def output(self) -> Part:
-        losses = 1 + self.job.config.mtp_num_hidden_layers
-        forward, backward = self._compute("output")
-        gathered = Times(tp=losses * self._tp_gather())
-        return Part("L", forward + gathered, backward + gathered, self._memory("L"))
+        return self._part("L", self._output_passes)
 
     @cached_property
     def mtp(self) -> Part | None:
         """One MTP layer, None for a model without."""
-        if not self.job.config.mtp_num_hidden_layers:
-            return None
-        forward, backward = self._compute("mtp")
-        mixer, rest = self._mixer_communication(LayerKind.ATTENTION), self._feed_forward_traffic()
+        return self._part("m", self._mtp_passes) if self.job.config.mtp_num_hidden_layers else None
+
+    def _part(self, kind: str, passes: Callable[[], Passes]) -> Part:
+        return Part(kind, memory.element_memory(self.job, self.candidate, kind), passes)
+
+    def _embedding_passes(self) -> Passes:
+        scattered = Times(tp=self._tp_gather())
+        return _both(self._compute("embedding"), (scattered, scattered))
+
+    def _output_passes(self) -> Passes:
+        losses = 1 + self.job.config.mtp_num_hidden_layers
+        gathered = Times(tp=losses * self._tp_gather())
+        return _both(self._compute("output"), (gathered, gathered))
+
+    def _mtp_passes(self) -> Passes:
         joined = Times(tp=self._tp_gather())
-        forward += mixer[0] + rest[0] + joined
-        backward += mixer[1] + rest[1] + joined
-        if self.candidate.recompute == "full":
-            backward += forward
-        return Part("m", forward, backward, self._memory("m"))
+        mixer, rest = self._mixer_communication(LayerKind.ATTENTION), self._feed_forward_traffic()
+        passes = _both(self._compute("mtp"), mixer, rest, (joined, joined))
+        return self._with_full_recomputation(passes)
 
-    def _layer(self, kind: LayerKind) -> Part:
-        name = "gdn" if kind is LayerKind.GDN else "attention"
-        feed_forward = "moe" if self.job.config.is_moe else "mlp"
-        mixer_s, rest_s = self._compute(name), self._compute(feed_forward)
-        mixer, rest = self._mixer_communication(kind), self._feed_forward_traffic()
-        forward = mixer_s[0] + rest_s[0] + mixer[0] + rest[0]
-        backward = mixer_s[1] + rest_s[1] + mixer[1] + rest[1]
-        if self.candidate.recompute == "full":
-            backward += forward
-        elif self.candidate.recompute == "selective":
-            backward += self._recomputed(rest_s[0])
-        return Part("t", forward, backward, memory.layer_memory(self.job, self.candidate, kind))
+    def _layer_passes(self, kind: LayerKind) -> Passes:
+        mixer = "gdn" if kind is LayerKind.GDN else "attention"
+        feed_forward = self._compute("moe" if self.job.config.is_moe else "mlp")
+        passes = _both(
+            self._compute(mixer),
+            feed_forward,
+            self._mixer_communication(kind),
+            self._feed_forward_traffic(),
+        )
+        if self.candidate.recompute == "selective":
+            return passes[0], passes[1] + self._recomputed(feed_forward[0])
+        return self._with_full_recomputation(passes)
 
-    def _memory(self, kind: str) -> ElementMemory:
-        return memory.element_memory(self.job, self.candidate, kind)
+    def _with_full_recomputation(self, passes: Passes) -> Passes:
+        forward, backward = passes
+        return forward, backward + forward if self.candidate.recompute == "full" else backward
 
-    def _compute(self, part: str) -> tuple[Times, Times]:
-        forward, backward = cost.seconds(part, self.batch, self.job.gpu, self.job.calibration)
+    def _compute(self, part: str) -> Passes:
+        # what the other sizes cannot change
+        c = self.candidate
+        sizes = (c.tp, min(c.pp, 2), c.cp, c.ep, c.etp, c.micro_batch_size, c.precision)
+        known = self.job.computed
+        if (part, sizes) not in known:
+            gpu, calibration = self.job.gpu, self.job.calibration
+            known[part, sizes] = cost.seconds(part, self.batch, gpu, calibration)
+        forward, backward = known[part, sizes]
         return Times(compute=forward), Times(compute=backward)
 
     def _recomputed(self, feed_forward: Times) -> Times:
@@ -184,7 +233,7 @@ class Model:
         size = 2 * self.batch.tokens * self.job.config.hidden_size
         return gather(size, self.groups.tp, self.job.gpu)
 
-    def _mixer_communication(self, kind: LayerKind) -> tuple[Times, Times]:
+    def _mixer_communication(self, kind: LayerKind) -> Passes:
         tp, cp = self._tp_gather(), 0.0
         if self.candidate.cp > 1:
             cp = self._gdn_exchange() if kind is LayerKind.GDN else self._keys_and_values()
@@ -209,7 +258,7 @@ class Model:
         products = 2 * self.batch.squared_lengths * query / self.job.gpu.bf16_flops
         return max(0.0, passed - products)
 
-    def _feed_forward_traffic(self) -> tuple[Times, Times]:
+    def _feed_forward_traffic(self) -> Passes:
         tp = self._tp_gather()
         if not self.job.config.is_moe:
             return Times(tp=2 * tp), Times(tp=tp)

@@ -178,7 +178,8 @@ def run_sh(prediction: Prediction) -> str:
 
 def plan_json(prediction: Prediction) -> str:
     """The text of ``plan.json``: what was asked, and everything predicted of the plan."""
-    content = {**job_data(prediction.job), "plan": prediction_data(prediction)}
+    asked = {**job_data(prediction.job), "layout": str(prediction.candidate)}
+    content = {**asked, "plan": prediction_data(prediction)}
     return json.dumps(_rounded(content), indent=2) + "\n"
 
 

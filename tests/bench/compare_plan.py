@@ -1,6 +1,9 @@
-"""The planner's predictions beside what a calibration file measured.
+"""The planner's predictions beside what was measured.
 
-    python -m tests.bench.compare_plan CALIBRATION.json
+    python -m tests.bench.compare_plan [CALIBRATION.json]
+
+Without a file: throughput that others published, beside the prediction for their layout from the
+built-in figures. With one: the same from its figures, and every measurement in it.
 
 Runs: peak and model memory, and the time of a step, of training runs on one GPU. Layers: the bytes
 that autograd keeps, and times predicted from the file's other rows (a row alone would predict
@@ -12,15 +15,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.layer_pattern import LayerKind
+from qwen35_mcore.pipeline_layout import parse_pipeline_layout
 from qwen35_mcore.planner import activations, cost
 from qwen35_mcore.planner.activations import Kept
-from qwen35_mcore.planner.calibration import Calibration, LayerRow, RunRow, read_calibration
+from qwen35_mcore.planner.calibration import (
+    DEFAULT,
+    Calibration,
+    LayerRow,
+    RunRow,
+    read_calibration,
+)
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.hardware import GIB, Gpu, get_gpu
 from qwen35_mcore.planner.prediction import Prediction, predict_split
+from qwen35_mcore.planner.search import Space, search
 
 TOLERANCE = 0.10
 
@@ -66,6 +80,78 @@ def kept(row: LayerRow) -> Kept:
     return getattr(activations, row.part)(batch)
 
 
+@dataclass(frozen=True)
+class Published:
+    """A throughput on 16 H100 in bf16 that somebody published (Megatron-Bridge's recipes)."""
+
+    name: str
+    model: Qwen35Config
+    space: Space
+    """What is known of the layout; the planner chooses the rest."""
+    layout: str | None
+    """Stages, None for the planner's own choice."""
+    tflops: float
+    """Model TFLOP/s per GPU by its own count, routing forced to balance."""
+
+
+_35B = get_flavor("35b-a3b")
+_RECIPE = Space(
+    **dict.fromkeys(("tp", "vpp", "cp", "etp", "micro_batch_size"), (1,)),
+    pp=(2,),
+    ep=(8,),
+    recompute=("none",),
+)
+_EP16 = Space(**dict.fromkeys(("tp", "pp", "vpp", "cp", "etp"), (1,)), ep=(16,))
+_QWEN3_30B = replace(
+    _35B,
+    num_hidden_layers=48,
+    layer_types=(LayerKind.ATTENTION,) * 48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    rope_parameters=replace(_35B.rope_parameters, mrope_section=(6, 5, 5)),
+    num_experts=128,
+    moe_intermediate_size=768,
+    shared_expert_intermediate_size=16,
+    vocab_size=151936,
+    mtp_num_hidden_layers=0,
+)
+"""Qwen3-30B-A3B as far as this family goes: with an output gate and a tiny shared expert."""
+
+PUBLISHED = (
+    Published("35B-A3B, TP1 PP2 EP8 MBS1, 16/24 layers", _35B, _RECIPE, "Et*16|t*24mL", 185.2),
+    Published("the same, 24/16 layers", _35B, _RECIPE, "Et*24|t*16mL", 185.2),
+    Published("the same, split by the planner", _35B, _RECIPE, None, 185.2),
+    Published("Qwen3-30B-A3B, EP16", _QWEN3_30B, _EP16, None, 299.4),
+    Published("35B-A3B, the planner's own layout, beside the recipe", _35B, Space(), None, 185.2),
+)
+"""What is not published of Qwen3's is the planner's. With natural routing 35B's reaches 135.6."""
+
+
+def published_table(gpu: Gpu, calibration: Calibration) -> Iterator[tuple[str, ...]]:
+    """Rows of predicted / published (error) throughput, and the memory of the fullest rank."""
+    for one in PUBLISHED:
+        job = Job(
+            config=one.model,
+            gpu=gpu,
+            gpus=16,
+            seq_length=4096,
+            global_batch_size=512,
+            calibration=calibration,
+        )
+        prediction = search(job, one.space, top=1).best[0]
+        if one.layout is not None:
+            stages = parse_pipeline_layout(one.layout)
+            prediction = predict_split(job, prediction.candidate, stages)
+        yield (
+            f"{one.name} (mbs {prediction.candidate.micro_batch_size}, "
+            f"recompute {prediction.candidate.recompute}, `{_escaped(prediction.stages.layout)}`)",
+            _compared(prediction.model_flops_per_gpu_s / 1e12, one.tflops),
+            f"{prediction.tokens_per_gpu_s:,.0f}",
+            f"{max(memory.total for memory in prediction.memory()) / GIB:.1f}",
+        )
+
+
 def run_table(calibration: Calibration, gpu: Gpu) -> Iterator[tuple[str, ...]]:
     """Rows of predicted / measured (error) for every run."""
     for row in calibration.runs:
@@ -105,6 +191,11 @@ def worst_peak(calibration: Calibration, gpu: Gpu) -> float:
     return max(errors, default=0.0)
 
 
+def _escaped(layout: str) -> str:
+    """A layout string in a cell of a Markdown table."""
+    return layout.replace("|", "\\|")
+
+
 def _over(value: float | None, unit: float) -> float | None:
     return None if value is None else value / unit
 
@@ -128,10 +219,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("calibration", type=Path)
-    arguments = parser.parse_args()
-    calibration = read_calibration(arguments.calibration)
+    parser.add_argument("calibration", type=Path, nargs="?")
+    file = parser.parse_args().calibration
+    calibration = read_calibration(file) if file else DEFAULT
     gpu = get_gpu(calibration.gpu)
+    print(f"Predicted from {calibration.source}, beside what was published:\n")
+    headers = ("recipe", "TFLOP/s per GPU", "tokens/s per GPU", "GiB")
+    _print(headers, published_table(get_gpu("h100-80g"), calibration))
+    if file is None:
+        return
     print("predicted / measured (error)\n")
     _print(("run", "peak GiB", "model GiB", "step ms"), run_table(calibration, gpu))
     _print(("part", "kept GiB", "forward ms", "backward ms"), layer_table(calibration, gpu))

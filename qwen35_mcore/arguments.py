@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from dataclasses import fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +115,8 @@ def _parse_override(item: str) -> tuple[str, Any]:
     return key, tuple(value) if isinstance(value, list) else value
 
 
-def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
-    """Defaults for what the architecture leaves open, on this machine."""
+def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]:
+    """Defaults for what the architecture leaves open, on this machine (or on the one named)."""
     defaults: dict[str, Any] = {
         "dist_ckpt_optim_fully_reshardable": True,  # the usual format cannot change TP or PP
         "eval_interval": 1000,  # megatron divides by it and has no default
@@ -132,7 +131,7 @@ def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
             "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": True,
         }
-    if cpu.is_needed():
+    if cpu.is_needed() if on_cpu is None else on_cpu:
         return defaults | {
             "transformer_impl": "local",
             "distributed_backend": "gloo",
@@ -146,8 +145,9 @@ def run_defaults(hf: Qwen35Config) -> dict[str, Any]:
     return defaults | {
         "moe_permute_fusion": hf.is_moe,
         "moe_router_fusion": hf.is_moe,
-        # megatron's own output layer needs NVIDIA's apex for it, and there is one flag for all
-        "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        # the float32 copies of 248k logits per token cost more than several layers
+        "cross_entropy_loss_fusion": True,
+        "cross_entropy_fusion_impl": "native",
     }
 
 
@@ -178,7 +178,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--moe-experts",
         choices=("auto", "grouped_mm", "te"),
         default="auto",
-        help="Routed experts on a GPU: one grouped_mm kernel (bf16), or Transformer Engine (FP8).",
+        help="Routed experts on a GPU: one grouped_mm kernel, bf16 also in an FP8 run, or "
+        "Transformer Engine's, in FP8 where the run is. auto: grouped_mm wherever it can run.",
     )
     return parser
 

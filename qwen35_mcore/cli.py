@@ -14,7 +14,7 @@ from qwen35_mcore.errors import Qwen35Error
 
 app = typer.Typer(
     name="qwen35",
-    help="Qwen3.5 for Megatron-Core: model sizes, training data, parallel layouts.",
+    help="Qwen3.5 for Megatron-Core: sizes, training data, layouts, a check of the machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -176,6 +176,26 @@ def plan(
         precision=command.precisions(precision),
     )
     command.run_search(job, space, top=top, output=output)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    no_gradient_check: Annotated[
+        bool, typer.Option("--no-gradient-check", help="Only look; do not run the kernels.")
+    ] = False,
+) -> None:
+    """Check this machine: versions, kernels, gradients. Exit 1: training would be wrong or slow."""
+    from qwen35_mcore.doctor.report import print_report, to_json
+    from qwen35_mcore.doctor.supervise import examine
+
+    found = examine(gradient_check=not no_gradient_check)
+    if as_json:
+        typer.echo(json.dumps(to_json(found), indent=2))
+    else:
+        from rich.console import Console
+
+        print_report(found, Console(highlight=False))
+    raise typer.Exit(0 if found.ok else 1)
 
 
 def main() -> None:

@@ -7,12 +7,14 @@ wheel of 0.19 lacks or gets wrong for this model is mended here, each with its r
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
@@ -20,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+from megatron.core.jit import jit_fuser as compiled
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -35,6 +38,7 @@ from megatron.core.ssm.gated_delta_net.common import (
     get_parameter_local_cp,
 )
 from megatron.core.ssm.gated_delta_net.gdn import GatedDeltaNet as McoreGatedDeltaNet
+from megatron.core.ssm.utils import _split_tensor_factory as split_tensor_factory
 from megatron.core.tensor_parallel import (
     CheckpointWithoutOutput,
     ColumnParallelLinear,
@@ -64,6 +68,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.tested_versions import MEGATRON_CORE, release
 
 __all__ = [
     "AttnMaskType",
@@ -89,6 +94,7 @@ __all__ = [
     "TransformerLayer",
     "TransformerLayerSubmodules",
     "YarnRotaryEmbedding",
+    "compiled",
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
     "get_bias_dropout_add",
@@ -99,9 +105,9 @@ __all__ = [
     "get_moe_module_spec_for_backend",
     "get_parameter_local_cp",
     "roll_tensor",
+    "split_tensor_factory",
 ]
 
-SUPPORTED = (0, 19)
 GDN_VARIANT = "gated_delta_net"  # spelt "gdn" on megatron-core's main branch
 
 
@@ -112,7 +118,7 @@ def check_version() -> None:
         ConfigError: when the installed minor version is another one.
     """
     installed = version("megatron-core")
-    if tuple(int(x) for x in installed.split(".")[:2]) != SUPPORTED:
+    if release(installed)[:2] != MEGATRON_CORE:
         raise ConfigError(
             "this package reaches into megatron-core's internals and was tested with 0.19 only",
             got=f"megatron-core {installed}",
@@ -188,6 +194,36 @@ def expert_rng() -> Any:
 def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up * weight`` of ``[t, 2 f]`` and ``[t]``, in gate_up's dtype."""
     return weighted_bias_swiglu_impl(gate_up, None, weights.unsqueeze(-1))
+
+
+def without_accumulation_fusion(config: TransformerConfig) -> TransformerConfig:
+    """The config for a linear layer of megatron's own, whose fused accumulation of weight gradients
+    needs NVIDIA's apex; Transformer Engine's layers have theirs built in."""
+    if not config.gradient_accumulation_fusion or has_apex_accumulation():
+        return config
+    config = copy.copy(config)
+    config.gradient_accumulation_fusion = False
+    return config
+
+
+def has_apex_accumulation() -> bool:
+    """Whether NVIDIA's apex was built with its fused weight gradient."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+@contextlib.contextmanager
+def output_layer_without_fusion() -> Iterator[None]:
+    """While a GPTModel is built: its output layer gets `without_accumulation_fusion`'s config."""
+    original = tensor_parallel.ColumnParallelLinear
+
+    def build(*args: Any, config: TransformerConfig, **kwargs: Any) -> ColumnParallelLinear:
+        return original(*args, config=without_accumulation_fusion(config), **kwargs)
+
+    tensor_parallel.ColumnParallelLinear = build
+    try:
+        yield
+    finally:
+        tensor_parallel.ColumnParallelLinear = original
 
 
 def te_spec_provider() -> Any:

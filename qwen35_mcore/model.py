@@ -1,5 +1,5 @@
-"""GPTModel with three corrections: YaRN on partial RoPE, MTP under context parallelism, and MTP
-with tied embeddings under pipeline parallelism."""
+"""GPTModel with corrections: YaRN on partial RoPE, MTP under context parallelism, MTP with tied
+embeddings under pipeline parallelism, and fused gradient accumulation without apex."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.mcore_compat import GPTModel, YarnRotaryEmbedding, roll_tensor
+from qwen35_mcore.mcore_compat import (
+    GPTModel,
+    YarnRotaryEmbedding,
+    output_layer_without_fusion,
+    roll_tensor,
+)
 
 
 class Qwen35Model(GPTModel):
@@ -24,10 +29,14 @@ class Qwen35Model(GPTModel):
     Tied embeddings: the last of several pipeline stages holds a copy of the embedding for MTP and
     computes its logits from it. megatron allocates an output weight there all the same, which
     nothing reads, and then refuses to save it. Here it is dropped.
+
+    Fused accumulation of weight gradients: megatron has one switch for all linear layers, and
+    refuses it without NVIDIA's apex, which only the output layer needs. That layer goes without.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with output_layer_without_fusion():
+            super().__init__(*args, **kwargs)
         if self.position_embedding_type == "yarn":
             self.rotary_pos_emb = self._partial_yarn()
         ties_to_mtp_embedding = self.mtp_process and not self.pre_process

@@ -348,8 +348,7 @@ def _matrix_widths(case: Case) -> Iterator[tuple[str, int, int]]:
     config, tp, etp = case.config, case.layout.tp, case.layout.expert_tp
     yield "hidden_size", config.hidden_size, 1
     if config.num_gdn_layers:
-        gates = 2 * config.linear_num_value_heads
-        in_proj = 2 * config.gdn_key_dim + 2 * config.gdn_value_dim + gates
+        in_proj = 2 * config.gdn_key_dim + 2 * config.gdn_value_dim  # without the logits b and a
         yield "the GDN input projection", in_proj, tp
         yield "the GDN output projection", config.gdn_value_dim, tp
     heads, kv = config.num_attention_heads, config.num_key_value_heads

@@ -30,15 +30,21 @@ class Qwen35TransformerConfig(TransformerConfig):
     """Kernels of the GatedDeltaNet: auto, fla or torch. auto says what it chose and why, and never
     falls back to torch on a GPU."""
 
+    gdn_gates_apart: bool | None = None
+    """A projection of their own, never in FP8, for the decay and write-strength logits of the
+    GatedDeltaNet. None: in FP8 runs. The checkpoint is the same either way."""
+
     moe_experts: str = "auto"
     """Routed experts of the Transformer Engine backend: grouped_mm (one kernel for all experts,
-    bfloat16), te (TEGroupedMLP: FP8, delayed weight gradients), or auto."""
+    bfloat16 also in an FP8 run), te (TEGroupedMLP, in FP8 where the run is), or auto."""
 
     hetereogenous_dist_checkpoint: bool = True
     """Layers differ, so each has its own checkpoint keys (megatron's spelling)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.gdn_gates_apart is None:
+            self.gdn_gates_apart = bool(self.fp8)
         if self.virtual_pipeline_model_parallel_size is None or self.batch_p2p_comm is False:
             return
         if self.pipeline_model_parallel_size == 2:

@@ -34,7 +34,7 @@ class GroupedExperts(MegatronModule):
     tensor parallelism splits f; the dispatcher gathers and reduces around this module.
 
     Raises:
-        ConfigError: FP8 or delayed weight gradients, which need Transformer Engine's experts.
+        ConfigError: FP4 or delayed weight gradients, which need Transformer Engine's experts.
     """
 
     reads_counts_on_device = True  # what layers/moe.py looks for
@@ -47,7 +47,7 @@ class GroupedExperts(MegatronModule):
         name: str | None = None,
     ) -> None:
         super().__init__(config=config)
-        for unsupported in ("fp8", "fp4", "delay_wgrad_compute"):
+        for unsupported in ("fp4", "delay_wgrad_compute"):
             if getattr(config, unsupported):
                 raise ConfigError(
                     f"grouped_mm experts do not support {unsupported}",

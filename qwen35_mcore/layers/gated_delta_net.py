@@ -7,9 +7,9 @@ by silu(z) and projected back.
 
 What differs from megatron-core's module: q and k keep their own head count (grouped value heads)
 and the l2 norm, decay gate and sigmoid run inside the kernel; A_log, dt_bias and the output norm
-stay float32; the output norm is Hugging Face's (not zero-centred) under a key of its own, so that a
-native checkpoint is never taken for one of ours; it runs without FLA where the reference is asked
-for.
+stay float32; under FP8 the logits a and b keep a projection in the parameters' dtype; the output
+norm is Hugging Face's (not zero-centred) under a key of its own, so that a native checkpoint is
+never taken for one of ours; it runs without FLA where the reference is asked for.
 
 Shapes: s sequence, b batch, c channels, k and v the head sizes; a trailing ``_bsc`` names the axes.
 """
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from qwen35_mcore.layers.fp32 import KeepFloat32
+from qwen35_mcore.layers.gate_projection import GateProjection
 from qwen35_mcore.layers.norms import GatedRMSNorm
 from qwen35_mcore.mcore_compat import (
     CheckpointWithoutOutput,
@@ -47,6 +48,9 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
     """
 
     float32_parameters = ("A_log", "dt_bias")
+    in_proj_split_names: list[str]
+    in_proj_split_sections: tuple[int, ...]
+    gate_proj: Any
 
     def __init__(
         self,
@@ -58,6 +62,11 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
         with without_fla_check():
             super().__init__(config, submodules, layer_number, **kwargs)
         self.gated_norm = GatedRMSNorm(config, self.value_head_dim, self.pg_collection.tp)
+        self.gate_proj = (
+            GateProjection(config, self.num_value_heads, self.pg_collection.tp)
+            if self.heads.gates_apart
+            else None
+        )
 
     def _setup_variant_attrs(self) -> None:
         super()._setup_variant_attrs()
@@ -73,7 +82,12 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             value=self.num_v_heads_local_tp // self.cp_size,
             key_size=self.key_head_dim,
             value_size=self.value_head_dim,
+            gates_apart=self.config.gdn_gates_apart,
         )
+        if self.heads.gates_apart:
+            self.in_proj_extra_dim = 0
+            self.in_proj_split_names = self.in_proj_split_names[:4]
+            self.in_proj_split_sections = self.in_proj_split_sections[:4]
         # the base class insists on a kernel of this name; forward uses self.kernel
         self.gated_delta_rule = self.kernel.gated_delta_rule
 
@@ -116,6 +130,8 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
         q, k, v, z_sbc, b, a = self.kernel.prologue(
             projected_sbc, self._local_conv_weight(), self.heads, cu_seqlens
         )
+        if self.gate_proj is not None:
+            b, a = self._gates(hidden_states, cu_seqlens, seq_len)
         out_bshv, _ = self.kernel.gated_delta_rule(
             q,
             k,
@@ -128,6 +144,32 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             qk_normalized=self.kernel.normalizes(self.heads),
         )
         return self._gate_and_project(out_bshv, z_sbc, restore_index)
+
+    def _gates(
+        self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor | None, seq_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits b and a ``[b, s, heads]`` from their own projection."""
+        logits = self.gate_proj(hidden_states, self.in_proj.layer_norm_weight)
+        heads = (logits[0].shape[-1],)
+        b, a = (
+            gather_heads(part_sbh, heads, self.pg_collection.cp, cu_seqlens, seq_len)[0]
+            .transpose(0, 1)
+            .contiguous()
+            for part_sbh in logits
+        )
+        return b, a
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """megatron-core's keys, whether or not b and a have a projection of their own."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata, **kwargs)
+        if self.gate_proj is not None:
+            state.pop(f"{prefix}gate_proj._extra_state", None)
+            key = f"{prefix}gate_proj.weight"
+            stored = state[f"{prefix}in_proj.weight"].key
+            state[key] = self.gate_proj.checkpoint_factory(state[key], stored)
+        return state
 
     def _packed_boundaries(
         self, packed: PackedSeqParams | None, batch: int, seq_len: int

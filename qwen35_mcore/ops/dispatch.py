@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -154,27 +154,53 @@ def select_backend(
     """
     device = torch.device(device)
     facts = gather_facts(device) if facts is None else facts
+    choice = choose_backend(name, facts, dtype, key_dim=key_dim, value_dim=value_dim)
+    if choice.name == "torch":
+        on_cuda = facts.device_type == "cuda"
+        _announce(logging.WARNING if on_cuda else logging.INFO, "torch", choice.reason)
+        return TorchKernels(choice.reason)
+
+    # Here, not above: the module names FLA's kernels, and a CPU has no use for it.
+    from qwen35_mcore.ops.fla import FlaKernels
+
+    backend = FlaKernels(choice.reason, gates_in_kernel=choice.gates_in_kernel)
+    _announce(logging.INFO, choice.name, choice.reason)
+    return backend
+
+
+class Choice(NamedTuple):
+    """Which kernels, why, and whether the delta rule's kernel computes the gates."""
+
+    name: str
+    reason: str
+    gates_in_kernel: bool = True
+
+
+def choose_backend(
+    name: str,
+    facts: KernelFacts,
+    dtype: torch.dtype,
+    *,
+    key_dim: int = 128,
+    value_dim: int = 128,
+) -> Choice:
+    """The decision behind `select_backend`, from facts alone: nothing is imported or announced.
+
+    Raises:
+        KernelError: an unknown name, or kernels that cannot run here, with the reason and the fix.
+    """
     on_cuda = facts.device_type == "cuda"
     chosen = ("fla" if on_cuda else "torch") if name == "auto" else name
     support = supports(chosen, facts, dtype, key_dim=key_dim, value_dim=value_dim)
     if not support.ok:
         raise _cannot_run(name, chosen, support)
-
     why = "named" if name != "auto" else f"auto on {facts.device_type}"
     reason = f"{why}: {support.reason}"
     if chosen == "torch":
-        level = logging.WARNING if on_cuda else logging.INFO
-        _announce(level, chosen, reason + (", slow on a GPU" if on_cuda else ""))
-        return TorchKernels(reason)
-
+        return Choice(chosen, reason + (", slow on a GPU" if on_cuda else ""))
     flash_qla = flash_qla_support(facts, dtype, key_dim=key_dim, value_dim=value_dim)
     reason += f"; FlashQLA: {'yes' if flash_qla.ok else 'no'}, {flash_qla.reason}"
-    # Here, not above: the module names FLA's kernels, and a CPU has no use for it.
-    from qwen35_mcore.ops.fla import FlaKernels
-
-    backend = FlaKernels(reason, gates_in_kernel=not flash_qla.ok)
-    _announce(logging.INFO, chosen, reason)
-    return backend
+    return Choice(chosen, reason, gates_in_kernel=not flash_qla.ok)
 
 
 def _cannot_run(asked: str, chosen: str, support: Support) -> KernelError:

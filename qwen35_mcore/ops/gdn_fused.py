@@ -24,6 +24,7 @@ from qwen35_mcore.ops.heads import Heads
 # that a backward program works through before it writes its share of a weight's gradient.
 FORWARD = {"ROWS": 8, "num_warps": 4}
 BACKWARD = {"ROWS": 8, "num_warps": 4, "CHUNK": 128}
+CONVOLUTION_BACKWARD = {"ROWS": 2, "num_warps": 2, "CHUNK": 128}
 
 
 def sequence_starts(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -120,42 +121,39 @@ def _convolution_backward(
     length, stride_s, stride_b,
     D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the projection and, as one share per chunk, of the convolution's weight."""
+    """Gradients of the projection and, as one share per chunk, of the convolution's weight.
+
+    Seen from the input: position t reaches outputs t to t + W - 1, so that one read of their
+    gradients serves both. The weight's gradient is summed over rows once, after the last block.
+    """
     head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    lane = tl.arange(0, D)
-    channel = head * D + lane
+    channel = head * D + tl.arange(0, D)
     x_ptr += batch.to(tl.int64) * stride_b
     dx_ptr += batch.to(tl.int64) * stride_b
     dpre_ptr += batch.to(tl.int64) * length * tl.num_programs(0) * D
-    taps = tl.arange(0, W)
-    dw = tl.zeros((W, D), dtype=tl.float32)
+    dw_ptr += (chunk * tl.num_programs(2) + batch).to(tl.int64) * W * tl.num_programs(0) * D
+    shares = (tl.zeros((ROWS, D), dtype=tl.float32),) * W
     for block in range(CHUNK // ROWS):
         time = chunk * CHUNK + block * ROWS + tl.arange(0, ROWS)
-        own_first = _firsts(starts_ptr, time, length, PACKED)
+        own = (time < length)[:, None]
+        x_rows = (time.to(tl.int64) * stride_s)[:, None] + channel[None, :]
+        x = tl.load(x_ptr + x_rows, mask=own, other=0.0).to(tl.float32)
         dx = tl.zeros((ROWS, D), dtype=tl.float32)
+        added = ()
         for shift in tl.static_range(W):
             later = time + shift
-            valid = (later < length) & (_firsts(starts_ptr, later, length, PACKED) <= time)
+            reached = (later < length) & (_firsts(starts_ptr, later, length, PACKED) <= time)
             rows = later.to(tl.int64) * tl.num_programs(0) * D
             dpre = tl.load(
-                dpre_ptr + rows[:, None] + channel[None, :], mask=valid[:, None], other=0.0
+                dpre_ptr + rows[:, None] + channel[None, :], mask=reached[:, None], other=0.0
             ).to(tl.float32)
-            weight = tl.load(w_ptr + channel * W + (W - 1 - shift)).to(tl.float32)
-            dx += dpre * weight[None, :]
-            if shift == 0:
-                for tap in tl.static_range(W):
-                    source = time - (W - 1 - tap)
-                    inside = (source >= own_first) & (time < length)
-                    x_rows = source.to(tl.int64) * stride_s
-                    x = tl.load(
-                        x_ptr + x_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0
-                    )
-                    part = tl.sum(dpre * x.to(tl.float32), axis=0)
-                    dw += tl.where(taps[:, None] == tap, part[None, :], 0.0)
-        target = dx_ptr + (time.to(tl.int64) * stride_s)[:, None] + channel[None, :]
-        tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=(time < length)[:, None])
-    slot = (chunk * tl.num_programs(2) + batch).to(tl.int64) * W + taps
-    tl.store(dw_ptr + (slot * tl.num_programs(0) * D)[:, None] + channel[None, :], dw)
+            dx += dpre * tl.load(w_ptr + channel * W + (W - 1 - shift)).to(tl.float32)[None, :]
+            added = added + (shares[shift] + dpre * x,)  # type: ignore  # noqa: RUF005
+        shares = added
+        tl.store(dx_ptr + x_rows, dx.to(dx_ptr.dtype.element_ty), mask=own)
+    for shift in tl.static_range(W):
+        tap = (W - 1 - shift) * tl.num_programs(0) * D
+        tl.store(dw_ptr + tap + channel, tl.sum(shares[shift], axis=0))
 
 
 class _Prologue(torch.autograd.Function):
@@ -187,11 +185,11 @@ class _Prologue(torch.autograd.Function):
             eps=ctx.eps, **_meta(heads, weight_cw, starts), **FORWARD,
         )  # fmt: skip
         dx = torch.empty_like(x_sbc)
-        grid = _grid(heads.mixed, length, BACKWARD["CHUNK"], batch)
+        grid = _grid(heads.mixed, length, CONVOLUTION_BACKWARD["CHUNK"], batch)
         dw = x_sbc.new_empty(grid[1] * batch, *weight_cw.t().shape, dtype=torch.float32)
         _convolution_backward[grid](
             x_sbc, weight_cw, starts, dpre, dx, dw, length, x_sbc.stride(0), x_sbc.stride(1),
-            **_meta(heads, weight_cw, starts), **BACKWARD,
+            **_meta(heads, weight_cw, starts), **CONVOLUTION_BACKWARD,
         )  # fmt: skip
         _, z_part, b_part, a_part = dx.split(heads.sections, dim=-1)
         z_part.copy_(dz)

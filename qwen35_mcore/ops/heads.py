@@ -13,6 +13,8 @@ class Heads:
     value: int
     key_size: int
     value_size: int
+    gates_apart: bool = False
+    """The logits b and a come from a projection of their own: ``[..., q | k | v | z]`` here."""
 
     @property
     def mixed(self) -> int:
@@ -28,4 +30,5 @@ class Heads:
     @property
     def sections(self) -> tuple[int, int, int, int]:
         """Channels of q, k and v together, of z, of b and of a."""
-        return sum(self.convolved), self.value * self.value_size, self.value, self.value
+        gates = 0 if self.gates_apart else self.value
+        return sum(self.convolved), self.value * self.value_size, gates, gates

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from qwen35_mcore.tested_versions import release
 
 FLA_MINIMUM = (0, 6)
 FLA_MAX_HEAD_DIM = 256
@@ -92,7 +93,7 @@ def fla_support(
         )
     if facts.fla is None:
         return Support(False, "flash-linear-attention is not installed", _install_fla())
-    if _release(facts.fla) < FLA_MINIMUM:
+    if release(facts.fla) < FLA_MINIMUM:
         reason = f"grouped value heads and in-kernel gates need FLA 0.6, got {facts.fla}"
         return Support(False, reason, _install_fla())
     if dtype not in (torch.bfloat16, torch.float16):
@@ -156,13 +157,7 @@ def _install_fla() -> str:
 
 
 def _triton_is_bad(version: str | None) -> bool:
-    return version is not None and BAD_TRITON_FROM <= _release(version) < BAD_TRITON_BEFORE
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """``3.6.0+git1`` to (3, 6, 0); an unreadable version sorts before every other."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, match.group().split("."))) if match else ()
+    return version is not None and BAD_TRITON_FROM <= release(version) < BAD_TRITON_BEFORE
 
 
 def _switched_off(facts: KernelFacts, name: str) -> Support | None:

@@ -22,6 +22,8 @@ from qwen35_mcore.backends import get_backend
 from qwen35_mcore.planner.flops import gdn_layer_flops
 from qwen35_mcore.specs import gated_delta_net_spec
 from tests.bench.common import (
+    BANDWIDTH,
+    RATE_TFLOPS,
     arguments,
     cut_config,
     gpu_config,
@@ -31,8 +33,6 @@ from tests.bench.common import (
     report,
     start,
 )
-
-RATE_TFLOPS, BANDWIDTH = 790.0, 3.0e12
 
 
 def build_native(config: Any) -> torch.nn.Module:

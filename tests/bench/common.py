@@ -8,7 +8,6 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,15 @@ PEAK_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}  # H100/H200 SXM datasheet, dense
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
 
 
+RATE_TFLOPS, BANDWIDTH = 790.0, 3.0e12  # what a large matrix product and a large copy reach
+
+
 def start() -> None:
-    """Parallel state of a single rank. Ends the process with a message where no GPU exists."""
+    """Parallel state of a single rank, once. Ends the process with a message where no GPU is."""
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
+    if torch.distributed.is_initialized():
+        return
     from megatron.core import parallel_state, tensor_parallel
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -35,7 +39,7 @@ def start() -> None:
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True)
 
 
 def _fix_l2norm_configuration() -> None:
@@ -80,6 +84,8 @@ def gpu_config(hf: Qwen35Config, fp8: str | None = None, **run: Any) -> Qwen35Tr
         "bias_dropout_fusion": True,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": True,
+        "cross_entropy_loss_fusion": True,
+        "cross_entropy_fusion_impl": "native",
         "attention_backend": attention_backend(),
         "fp8": "hybrid" if fp8 else None,
     }
@@ -111,6 +117,29 @@ def median_ms(step: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> di
     return {"ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
 
 
+def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """``step`` as one CUDA graph. It must have run before, so that nothing is compiled or tuned.
+
+    Raises:
+        RuntimeError: the step waits for the host, or allocates by what it computed.
+    """
+    from megatron.core.tensor_parallel.random import get_all_rng_states
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    for state in get_all_rng_states().values():
+        graph.register_generator_state(state)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def peak_gib(step: Callable[[], Any]) -> float:
     """Most memory in use during one ``step``."""
     torch.cuda.synchronize()
@@ -137,6 +166,11 @@ def profile(step: Callable[[], Any]) -> dict[str, Any]:
         for e in events
         if e.key in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
     )
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in trace.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
     kernels = sorted(
         ((e.self_device_time_total / 1e3, e.count, e.key) for e in events if _is_kernel(e)),
         reverse=True,
@@ -145,24 +179,32 @@ def profile(step: Callable[[], Any]) -> dict[str, Any]:
         "launches": launches,
         "host_waits": waits - 1,  # the one that ends the measurement
         "gpu_ms": sum(k[0] for k in kernels),
+        "idle": idle_gaps(spans),
         "kernels": [(round(ms, 3), count, name[:90]) for ms, count, name in kernels[:25]],
+    }
+
+
+def idle_gaps(spans: list[tuple[float, float, str]], longest: int = 8) -> dict[str, Any]:
+    """When no kernel ran, between the first and the last: milliseconds in all, and the longest.
+
+    Args:
+        spans: begin, end (microseconds) and name of every kernel and copy, sorted by begin.
+    """
+    gaps, reached = [], spans[0][1] if spans else 0.0
+    for begin, end, name in spans[1:]:
+        if begin > reached:
+            gaps.append((begin - reached, name))
+        reached = max(reached, end)
+    gaps.sort(reverse=True)
+    return {
+        "ms": sum(g[0] for g in gaps) / 1e3,
+        "span_ms": (reached - spans[0][0]) / 1e3 if spans else 0.0,
+        "before": [(round(us / 1e3, 3), name[:60]) for us, name in gaps[:longest]],
     }
 
 
 def _is_kernel(event: Any) -> bool:
     return event.device_type == torch.autograd.DeviceType.CUDA and event.self_device_time_total > 0
-
-
-@contextmanager
-def fp8_if(config: Qwen35TransformerConfig) -> Any:
-    """megatron's FP8 context of a layer, or nothing."""
-    if not config.fp8:
-        yield
-        return
-    from megatron.core.fp8_utils import get_fp8_context
-
-    with get_fp8_context(config):
-        yield
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

@@ -29,6 +29,7 @@ SELECTIVE_RECOMPUTE = {
     "recompute_granularity": "selective",
     "recompute_modules": ["core_attn", "moe_act", "gdn_norm_out"],
 }
+GATES_APART = {"gdn_gates_apart": True}  # as FP8 runs have them
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 
 
@@ -69,6 +70,7 @@ CASES = [
     Case("PP2 x DP2, overlapped", 4, Layout(pp=2, overlap=True), MOE),
     Case("TP2 x PP2 x EP2", 4, Layout(tp=2, pp=2, ep=2), MOE),
     Case("PP2 x VPP2 x EP2", 4, Layout(pp=2, vpp=2, ep=2), MOE),
+    Case("CP2 x TP2, gates apart", 4, Layout(cp=2, tp=2, run=GATES_APART), MOE),
     Case("microbatch of 4", 1, Layout(), MOE, micro_batch_size=4),
     Case("full recompute", 1, Layout(run=FULL_RECOMPUTE), MOE),
     Case("selective recompute", 1, Layout(run=SELECTIVE_RECOMPUTE), MOE),

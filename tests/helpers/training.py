@@ -64,6 +64,7 @@ class Batch:
     def sample(self, first: int, count: int) -> dict[str, torch.Tensor]:
         tokens = self.tokens[first : first + count]
         length = tokens.shape[1] - 1
+        positions = torch.arange(length, device=tokens.device)
         mask = self.loss_mask
         return {
             "tokens": tokens[:, :-1].contiguous(),
@@ -71,7 +72,7 @@ class Batch:
             "loss_mask": torch.ones(count, length)
             if mask is None
             else mask[first : first + count].float(),
-            "position_ids": torch.arange(length).expand(count, -1).contiguous(),
+            "position_ids": positions.expand(count, -1).contiguous(),
         }
 
 
@@ -158,7 +159,7 @@ def train(
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        losses = _forward_backward(batch, wrapped, config, micro_batch_size, result, step)
+        losses = forward_backward(batch, wrapped, config, micro_batch_size, result, step)
         if step == 0:
             result.gradients = gradient_shards(wrapped)
             result.mtp_loss = _mtp_loss()
@@ -217,7 +218,7 @@ def _one_or_list(values: list[Any]) -> Any:
     return values if len(values) > 1 else values[0]
 
 
-def _forward_backward(
+def forward_backward(
     batch: Batch,
     wrapped: list[Any],
     config: Qwen35TransformerConfig,

@@ -439,8 +439,11 @@ class TestInterruption:
         source = write_jsonl(tmp_path / "a.jsonl", ["x" * 5000] * 16_000)
         script = tmp_path / "run.py"
         script.write_text(
+            "import signal\n"
             "from qwen35_mcore import data\n"
             "if __name__ == '__main__':\n"
+            # a shell's background job, and so a test run in one, starts with SIGINT ignored
+            "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"    data.tokenize(inputs=[{str(source)!r}], tokenizer='byte', workers=2,\n"
             f"                  output_prefix={str(tmp_path / 'out')!r})\n"
         )

@@ -1,0 +1,225 @@
+"""Gradients of a GatedDeltaNet's kernels against the reference in float64.
+
+Everything between the two projections is checked, as the layer calls it: convolution, delta rule,
+norm and gate. Issue 640 of flash-linear-attention gave wrong gradients for months; this finds such
+a thing in seconds.
+
+Shapes: s tokens, b batch, c channels of the projection, w taps, h value heads, v value head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen35_mcore.ops import reference
+from qwen35_mcore.ops.dispatch import KernelBackend, select_backend
+from qwen35_mcore.ops.heads import Heads
+from qwen35_mcore.ops.torch_kernels import TorchKernels
+
+EPS = 1e-6
+TAPS = 4
+ALLOWED = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+"""Relative error by norm. Sound kernels have up to 9e-3 in bfloat16 and 1e-6 in float32."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one check."""
+
+    heads: Heads
+    tokens: int
+
+
+GPU_CASE = Case(Heads(16, 32, 128, 128), 320)
+"""Head counts of 35b-a3b: some kernels are compiled for a number of heads, and the result kept."""
+CPU_CASE = Case(Heads(2, 4, 16, 16), 160)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Relative error of an output or gradient; NaN where it is not finite."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """A NaN is not."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """What was checked, and how far every quantity was off."""
+
+    kernels: str
+    dtype: str
+    seconds: float
+    quantities: tuple[Quantity, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every quantity is within what is allowed."""
+        return all(quantity.ok for quantity in self.quantities)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` undoes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> GradientCheck:
+        """Undo `to_json`."""
+        quantities = tuple(Quantity(**quantity) for quantity in data["quantities"])
+        return cls(**data | {"quantities": quantities})
+
+
+class Definition(TorchKernels):
+    """The reference with the delta rule token by token, for checking the chunked form itself."""
+
+    def gated_delta_rule(
+        self,
+        q_bshk: Tensor,
+        k_bshk: Tensor,
+        v_bshv: Tensor,
+        a_bsh: Tensor,
+        b_bsh: Tensor,
+        A_log: Tensor,  # noqa: N803 (checkpoint name)
+        dt_bias: Tensor,
+        *unused: Any,
+        **unused_too: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `dispatch.KernelBackend.gated_delta_rule`; q and k are not normalised yet."""
+        decay = reference.decay_gate(a_bsh, A_log, dt_bias)
+        return reference.recurrent_gated_delta_rule(
+            q_bshk, k_bshk, v_bshv, decay, b_bsh.sigmoid(), use_qk_l2norm=True
+        )
+
+
+def check_gradients() -> GradientCheck:
+    """Check the kernels that training would use on this machine, on the current device.
+
+    Raises:
+        KernelError: no kernels can run here.
+    """
+    if torch.cuda.is_available():
+        device, dtype, case = torch.device("cuda"), torch.bfloat16, GPU_CASE
+        exact: KernelBackend = TorchKernels("chunked, float64")
+    else:
+        device, dtype, case = torch.device("cpu"), torch.float32, CPU_CASE
+        exact = Definition("recurrence, float64")
+    kernels = select_backend("auto", device, dtype)
+    try:
+        with untuned():
+            return compare(kernels, exact, case, device, dtype)
+    except RuntimeError as error:
+        if "out of resource" not in str(error):
+            raise
+    # the first configuration is too large for this GPU: let Triton find one that fits
+    return compare(kernels, exact, case, device, dtype)
+
+
+def compare(
+    kernels: KernelBackend,
+    exact: KernelBackend,
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> GradientCheck:
+    """Outputs and gradients of ``kernels`` in ``dtype`` against ``exact`` in float64."""
+    started = time.monotonic()
+    inputs = random_inputs(case, device, dtype)
+    got = run(kernels, inputs, case.heads)
+    want = run(exact, {name: value.double() for name, value in inputs.items()}, case.heads)
+    allowed = ALLOWED[dtype]
+    quantities = tuple(
+        Quantity(name, relative_error(got[name], want[name]), allowed) for name in want
+    )
+    seconds = round(time.monotonic() - started, 2)
+    name = str(dtype).removeprefix("torch.")
+    return GradientCheck(kernels.name, name, seconds, quantities)
+
+
+def random_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A projection and parameters, with heads that forget at once and heads that hardly do."""
+    heads, tokens = case.heads, case.tokens
+    generator = torch.Generator().manual_seed(640)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    width = sum(heads.sections)
+    return {
+        "x_sbc": normal(tokens, 1, width).to(device, dtype),
+        "conv_cw": normal(sum(heads.convolved), TAPS, scale=0.5).to(device, dtype),
+        "A_log": torch.linspace(-5, 2, heads.value).to(device),
+        "dt_bias": normal(heads.value).to(device),
+        "norm_v": (1 + normal(heads.value_size, scale=0.2)).to(device),
+        "grad_sbc": normal(tokens, 1, heads.value * heads.value_size).to(device, dtype),
+    }
+
+
+def run(kernels: KernelBackend, inputs: dict[str, Tensor], heads: Heads) -> dict[str, Tensor]:
+    """Output, and the gradient of every input by the part of the projection it belongs to."""
+    leaves = {n: t.clone().requires_grad_() for n, t in inputs.items() if n != "grad_sbc"}
+    q, k, v, z, b, a = kernels.prologue(leaves["x_sbc"], leaves["conv_cw"], heads)
+    o_bshv, _ = kernels.gated_delta_rule(
+        *(q, k, v, a, b),
+        leaves["A_log"],
+        leaves["dt_bias"],
+        qk_normalized=kernels.normalizes(heads),
+    )
+    y_sbc = kernels.epilogue(o_bshv, z, leaves["norm_v"], EPS)
+    y_sbc.backward(inputs["grad_sbc"])
+    gradients = {name: _gradient(leaf) for name, leaf in leaves.items()}
+    sizes = (*heads.convolved, *heads.sections[1:])
+    parts = gradients.pop("x_sbc").split(sizes, dim=-1)
+    by_part = {f"d {n}": p for n, p in zip(("q", "k", "v", "z", "b", "a"), parts, strict=True)}
+    names = {"conv_cw": "d conv1d", "norm_v": "d norm", "A_log": "d A_log", "dt_bias": "d dt_bias"}
+    return {"output": y_sbc.detach()} | by_part | {names[n]: g for n, g in gradients.items()}
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """By norm, in float64."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """One launch configuration for every Triton kernel loaded so far: tuning takes minutes.
+
+    What a kernel computes does not depend on it, unless Triton compiles one of them wrongly.
+    """
+    tuners = {id(tuner): tuner for tuner in _loaded_tuners()}.values()
+    saved = [(tuner, tuner.configs) for tuner in tuners]
+    for tuner, configs in saved:
+        tuner.configs = configs[:1]
+    try:
+        yield
+    finally:
+        for tuner, configs in saved:
+            tuner.configs = configs
+
+
+def _loaded_tuners() -> Iterator[Any]:
+    """Triton wraps a kernel in tuners and heuristics, each with the next one as ``fn``."""
+    ours = [m for n, m in list(sys.modules.items()) if n.split(".")[0] in ("fla", "qwen35_mcore")]
+    for module in ours:
+        for kernel in list(vars(module).values()):
+            while type(kernel).__module__.split(".")[0] in ("fla", "triton"):
+                if isinstance(getattr(kernel, "configs", None), list):
+                    yield kernel
+                kernel = getattr(kernel, "fn", None)

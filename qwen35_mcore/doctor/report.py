@@ -1,0 +1,106 @@
+"""What the doctor found, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from qwen35_mcore.doctor.snapshot import PACKAGES, Level
+from qwen35_mcore.doctor.supervise import Examination
+
+STYLES = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "dim"}
+
+
+def to_json(found: Examination) -> dict[str, Any]:
+    """The report as plain data; keys are only ever added."""
+    machine = found.machine
+    return {
+        "ok": found.ok,
+        "device": "cuda" if found.on_gpu else "cpu",
+        "gpus": machine.get("gpus", []),
+        "versions": versions(found),
+        "findings": [asdict(finding) for finding in found.findings],
+        "paths": found.paths,
+        "paths_on_a_hopper_gpu": found.imagined_paths,
+        "gradient_check": found.gradient_check,
+        "gradient_check_skipped": found.gradient_check_skipped,
+    }
+
+
+def versions(found: Examination) -> dict[str, str | None]:
+    """Releases by name; None for what is not there."""
+    machine = found.machine
+    packages = {name: entry["version"] for name, entry in machine.get("packages", {}).items()}
+    return {
+        "python": machine.get("python"),
+        **{name: packages.get(name) for name in PACKAGES},
+        "cuda": machine.get("torch_cuda"),
+        "nccl": machine.get("nccl"),
+        "driver": machine.get("driver"),
+    }
+
+
+def print_report(found: Examination, console: Console) -> None:
+    """Machine, versions, paths, gradients, and last what is wrong."""
+    console.print(Text(_headline(found), "bold"))
+    known = [f"{name} {value}" for name, value in versions(found).items() if value]
+    missing = [name for name in PACKAGES if versions(found)[name] is None]
+    console.print(_indented(", ".join(known)))
+    if missing:
+        console.print(_indented(f"not installed: {', '.join(missing)}", "dim"))
+    _print_paths(found.paths, "what training would run on here", console)
+    _print_paths(
+        found.imagined_paths, "what it would run on with these packages and a Hopper GPU", console
+    )
+    _print_gradients(found, console)
+    _print_findings(found, console)
+
+
+def _headline(found: Examination) -> str:
+    gpus = found.machine.get("gpus", [])
+    if not gpus:
+        return "no GPU: training runs on the CPU"
+    names = sorted({f"{gpu['name']} ({gpu['memory_gib']:.0f} GiB)" for gpu in gpus})
+    return f"{len(gpus)} x {', '.join(names)}"
+
+
+def _print_paths(paths: list[dict[str, Any]], title: str, console: Console) -> None:
+    if not paths:
+        return
+    console.print(Text(f"\n{title}", "bold"))
+    widest = max(len(path["part"]) for path in paths) + 2
+    for path in paths:
+        style = "" if path["ok"] else "red"
+        console.print(_indented(f"{path['part']:{widest}}{path['path']}", style))
+        console.print(Padding(Text(path["why"], "dim"), (0, 0, 0, widest + 2), expand=False))
+
+
+def _print_gradients(found: Examination, console: Console) -> None:
+    check = found.gradient_check
+    console.print(Text("\ngradients of the GDN kernels against float64", "bold"))
+    if check is None:
+        console.print(_indented(f"not checked: {found.gradient_check_skipped}", "dim"))
+        return
+    allowed = check["quantities"][0]["allowed"]
+    listing = ", ".join(f"{q['name']} {q['error']:.1e}" for q in check["quantities"])
+    console.print(_indented(f"{check['kernels']}, {check['dtype']}, {check['seconds']:.1f} s"))
+    console.print(_indented(f"relative error, at most {allowed:.0e}: {listing}", "dim"))
+
+
+def _print_findings(found: Examination, console: Console) -> None:
+    console.print()
+    for finding in found.findings:
+        text = Text.assemble((finding.level.value, STYLES[finding.level]), f": {finding.what}")
+        console.print(text)
+        if finding.fix:
+            console.print(_indented(f"fix: {finding.fix}"))
+    if found.ok:
+        console.print(Text("nothing stands in the way of training", "green"))
+
+
+def _indented(text: str, style: str = "") -> Padding:
+    return Padding(Text(text, style), (0, 0, 0, 2), expand=False)

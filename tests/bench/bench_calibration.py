@@ -1,0 +1,280 @@
+"""Milliseconds and bytes by kind of layer, and peaks of whole training steps, for the planner.
+
+    python -m tests.bench.bench_calibration --output qwen35_mcore/planner/calibration/h100-80g.json
+
+Layers are timed alone, forward and backward, with what autograd keeps between the two. Runs are
+training steps of cut models through megatron's schedule, DDP and distributed optimizer on one GPU;
+their peaks are what the planner's memory model is compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
+
+from qwen35_mcore.backends import get_backend
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.provider import build_model
+from qwen35_mcore.specs import gated_attention_spec, gated_delta_net_spec, layer_spec
+from tests.bench.common import cut_config, gpu_config, median_ms, start
+from tests.helpers.toys import random_tokens
+from tests.helpers.training import Batch, Layout, Result, forward_backward, wrap
+
+FP8 = {"bf16": None, "fp8-tensorwise": "tensorwise", "fp8-blockwise": "blockwise"}
+LAYERS = [
+    # part, flavor, local experts, microbatch, precision
+    ("gdn", "35b-a3b", None, 4, "bf16"),
+    ("gdn", "35b-a3b", None, 1, "bf16"),
+    ("gdn", "122b-a10b", None, 1, "bf16"),
+    ("gdn", "35b-a3b", None, 4, "fp8-tensorwise"),
+    ("attention", "35b-a3b", None, 4, "bf16"),
+    ("attention", "35b-a3b", None, 1, "bf16"),
+    ("attention", "122b-a10b", None, 1, "bf16"),
+    ("attention", "35b-a3b", None, 4, "fp8-tensorwise"),
+    ("moe", "35b-a3b", 32, 4, "bf16"),
+    ("moe", "35b-a3b", 32, 1, "bf16"),
+    ("moe", "35b-a3b", 256, 1, "bf16"),
+    ("moe", "122b-a10b", 32, 1, "bf16"),
+    ("moe", "35b-a3b", 32, 4, "fp8-tensorwise"),
+    ("mlp", "4b", None, 4, "bf16"),
+    ("mlp", "27b", None, 1, "bf16"),
+    ("output", "35b-a3b", None, 1, "bf16"),
+]
+RUNS = [
+    # flavor, layers, experts, microbatch, microbatches, recompute, precision
+    ("35b-a3b", 4, 64, 1, 2, "none", "bf16"),
+    ("35b-a3b", 12, 32, 1, 2, "none", "bf16"),
+    ("35b-a3b", 12, 32, 1, 2, "full", "bf16"),
+    ("35b-a3b", 4, 32, 4, 1, "none", "bf16"),
+    ("35b-a3b", 4, 64, 1, 2, "selective", "bf16"),
+    ("35b-a3b", 4, 64, 1, 2, "none", "fp8-tensorwise"),
+    ("4b", 8, None, 1, 2, "none", "bf16"),
+    ("4b", 8, None, 4, 1, "full", "bf16"),
+    ("122b-a10b", 4, 16, 1, 2, "none", "bf16"),
+]
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe_act", "gdn_norm_out"],
+    },
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+LENGTH = 4096
+
+
+def time_layer(part: str, flavor: str, experts: int | None, batch: int, precision: str) -> Any:
+    """A row of the file's "layers"."""
+    hf = cut_config(flavor, 4, experts)
+    config = gpu_config(
+        hf,
+        FP8[precision],
+        moe_router_force_load_balancing=True,
+        moe_experts="grouped_mm" if precision == "bf16" else "auto",
+    )
+    forward, module = _part(part, hf, config, batch)
+    x = torch.randn(LENGTH, batch, hf.hidden_size, device="cuda", dtype=torch.bfloat16)
+    x.requires_grad_()
+
+    def run() -> torch.Tensor:
+        from megatron.core.fp8_utils import get_fp8_context
+
+        x.grad = None
+        for p in module.parameters():
+            p.grad = None
+        with get_fp8_context(config):
+            return forward(x)
+
+    gradient = torch.randn_like(run())
+    run().backward(gradient)
+    x.grad = None
+    for p in module.parameters():
+        p.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = run()
+    saved = torch.cuda.memory_allocated() - before
+    del y
+    forward_ms = median_ms(run, repeats=15)["ms"]
+    both = median_ms(lambda: run().backward(gradient), repeats=15)["ms"]
+    return {
+        "part": part,
+        "hidden": hf.hidden_size,
+        "flavor": flavor,
+        "overrides": {} if experts is None else {"num_experts": experts},
+        "local_experts": experts,
+        "seq_length": LENGTH,
+        "micro_batch_size": batch,
+        "precision": precision,
+        "forward_ms": forward_ms,
+        "backward_ms": both - forward_ms,
+        "saved_bytes": saved,
+    }
+
+
+def _part(
+    part: str, hf: Qwen35Config, config: Any, batch: int
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.nn.Module]:
+    backend, groups = get_backend(config), ProcessGroupCollection.use_mpu_process_groups()
+    if part in ("gdn", "attention"):
+        spec = gated_delta_net_spec if part == "gdn" else gated_attention_spec
+        module = build_module(
+            spec(backend), config=config, layer_number=1, pg_collection=groups
+        ).cuda()
+        rotary = RotaryEmbedding(
+            hf.head_dim, hf.rope_parameters.partial_rotary_factor, rotary_base=hf.rope_theta
+        )(LENGTH)
+        return lambda x: module(x, attention_mask=None, rotary_pos_emb=rotary)[0], module
+    if part in ("moe", "mlp"):
+        spec = layer_spec(hf.layer_types[0], config, backend)
+        layer = build_module(spec, config=config, layer_number=1, pg_collection=groups).cuda()
+        layer.self_attention = None
+        if part == "mlp":
+            return lambda x: layer.mlp(x)[0], layer
+        return lambda x: layer.mlp(layer.pre_mlp_layernorm(x))[0], layer
+    # the output layer and the loss, as GPTModel runs them on the last stage
+    model = build_model(hf, config, pre_process=False).cuda()
+    labels = random_tokens(hf, batch, LENGTH, seed=1)[:, :LENGTH].cuda()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        logits, _ = model.output_layer(x)
+        return model.compute_language_model_loss(labels, logits)
+
+    model.decoder = None
+    return loss, model
+
+
+def measure_run(
+    flavor: str,
+    layers: int,
+    experts: int | None,
+    batch: int,
+    microbatches: int,
+    recompute: str,
+    precision: str,
+) -> Any:
+    """A row of the file's "runs": the third of three training steps."""
+    hf = cut_config(flavor, layers, experts, mtp=True)
+    config = gpu_config(
+        hf,
+        FP8[precision],
+        moe_router_force_load_balancing=True,
+        gradient_accumulation_fusion=True,
+        calculate_per_token_loss=True,
+        **RECOMPUTE[recompute],
+    )
+    torch.cuda.reset_peak_memory_stats()
+    layout = Layout(dtype=torch.bfloat16)
+    wrapped, optimizer = wrap([build_model(hf, config).cuda()], config, layout, 1e-4)
+    tokens = random_tokens(hf, batch * microbatches, LENGTH, seed=1).cuda()
+    mask = torch.ones(tokens.shape[0], LENGTH, device="cuda")
+    data, result = Batch(tokens, mask), Result()
+
+    def step() -> None:
+        wrapped[0].zero_grad_buffer()
+        optimizer.zero_grad()
+        forward_backward(data, wrapped, config, batch, result, 1)
+        optimizer.step()
+
+    step()
+    torch.cuda.synchronize()
+    model_bytes = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    timing = median_ms(step, repeats=3, warmup=0)
+    peak_bytes = torch.cuda.max_memory_allocated()
+    _release(wrapped[0], optimizer)
+    overrides = {"num_hidden_layers": layers}
+    return {
+        "flavor": flavor,
+        "overrides": overrides | ({} if experts is None else {"num_experts": experts}),
+        "seq_length": LENGTH,
+        "micro_batch_size": batch,
+        "global_batch_size": batch * microbatches,
+        "recompute": recompute,
+        "precision": precision,
+        "peak_bytes": peak_bytes,
+        "model_bytes": model_bytes,
+        "step_ms": timing["ms"],
+    }
+
+
+def _release(model: Any, optimizer: Any) -> None:
+    """Free what a run holds: hooks inside autograd keep DDP, and so all of it, out of the garbage
+    collector's sight."""
+    tensors = []
+    for buffer in model.buffers + model.expert_parallel_buffers:
+        tensors += [buffer.param_data, buffer.grad_data]
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            tensors += group["params"]
+        for state in part.optimizer.state.values():
+            tensors += [value for value in state.values() if torch.is_tensor(value)]
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in ("torch", "triton", "transformer-engine", "fla-core", "tilelang", "megatron-core"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="The calibration file to write.")
+    parser.add_argument("--gpu", default="h100-80g", help="The planner's name of this GPU.")
+    args = parser.parse_args()
+    start()
+    content: dict[str, Any] = {
+        "schema": 1,
+        "gpu": args.gpu,
+        "card": torch.cuda.get_device_name(),
+        "versions": _versions(),
+        "layers": [],
+        "runs": [],
+    }
+    failed = False
+    for kind, cases, measure in (("layers", LAYERS, time_layer), ("runs", RUNS, measure_run)):
+        for case in cases:
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(f"before: {torch.cuda.memory_allocated() / 2**30:.2f} GiB", flush=True)
+            try:
+                row = measure(*case)
+            except Exception:  # one row that does not fit must not cost the others
+                failed = True
+                print(kind, *case, "FAILED", flush=True)
+                traceback.print_exc(limit=-5, file=sys.stdout)
+                continue
+            content[kind].append(row)
+            print(kind, *case, *(f"{k}={v}" for k, v in row.items() if k[-2:] in ("ms", "es")))
+            partial = args.output.with_suffix(".partial")
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            partial.replace(args.output)
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, cycle, islice, pairwise
+from itertools import combinations, cycle, pairwise
 
 from qwen35_mcore.planner.schedule import alive
 from qwen35_mcore.planner.split import Cuts, Splits
@@ -19,14 +19,10 @@ from qwen35_mcore.planner.split_starts import even_cuts, interleaved_starts
 
 ALL_TRIED = 2500
 """Up to this many splits are all tried."""
-_DESCENTS = 4
-"""Interleaved splits from which one that fits is searched, where none of those built fits."""
-_PAIRS = 2000
-"""Pairs of moves that are tried on the way to a split that fits."""
 _STARTS = 3
 """Interleaved splits that are improved, out of all that are built."""
-_LOOK = 50
-"""What looking at a split costs that needs no simulation, in passes."""
+_LOOK, _WEIGH = 50, 400
+"""What looking at a split and adding up its bytes cost, in simulated passes."""
 _SMALL = 1e-9
 """Relative difference below which two times are the same."""
 
@@ -39,6 +35,8 @@ class Found:
     """The best split found: the fastest that fits, or the one nearest to fitting."""
     lower_bound_s: float
     """No split that fits has a shorter step."""
+    all_weighed: bool = True
+    """Whether it is certain that no split fits where this one does not."""
 
 
 def search(splits: Splits, *, passes: int) -> Found:
@@ -72,15 +70,10 @@ def _try_all(splits: Splits) -> Found:
 
 
 def _search_plain(splits: Splits, passes: int) -> Found:
-    held = [moments[0][0] for moments in alive(splits.shape)]
-
-    def bytes_of(rank: int, begin: int, end: int) -> float:
-        static = splits.static[end] - splits.static[begin]
-        return static + held[rank] * (splits.saved[end] - splits.saved[begin])
-
-    fitting, _ = _least(splits, bytes_of, lambda rank, begin, end: True)
-    if splits.excess_bytes(fitting):
-        return Found(fitting, float("inf"))
+    bytes_of = _stage_bytes(splits)
+    lightest, _ = _least(splits, bytes_of, lambda rank, begin, end: True)
+    if splits.excess_bytes(lightest):
+        return Found(lightest, float("inf"))
 
     def fits(rank: int, begin: int, end: int) -> bool:
         return bytes_of(rank, begin, end) <= splits.capacity_bytes
@@ -89,7 +82,22 @@ def _search_plain(splits: Splits, passes: int) -> Found:
     starts = {fast, even_cuts(len(splits.units), splits.shape.stages)}
     fitting = [cuts for cuts in sorted(starts) if not splits.excess_bytes(cuts)]
     start = min(fitting, key=lambda cuts: splits.simulate(cuts).step_s)
-    return Found(_improve(splits, start, bound, passes), bound)
+    return Found(_Faster(splits, start, passes, bound).climb(), bound)
+
+
+def _stage_bytes(splits: Splits) -> Callable[[int, int, int], float]:
+    """What a stage holds when most of its microbatches are alive."""
+    held = [
+        max(moment[chunk] for moment in moments)
+        for chunk in range(splits.shape.vpp)
+        for moments in alive(splits.shape)
+    ]
+
+    def bytes_of(stage: int, begin: int, end: int) -> float:
+        static = splits.static[end] - splits.static[begin]
+        return static + held[stage] * (splits.saved[end] - splits.saved[begin])
+
+    return bytes_of
 
 
 def _least(
@@ -146,16 +154,17 @@ def _search_interleaved(splits: Splits, passes: int) -> Found:
     starts = interleaved_starts(splits)
     fitting = [cuts for cuts in starts if not splits.excess_bytes(cuts)]
     if not fitting:
-        starts = sorted(starts, key=splits.excess_bytes)[:_DESCENTS]
-        near = [_nearest_to_fitting(splits, cuts) for cuts in starts]
+        starts.append(_least(splits, _stage_bytes(splits), lambda *_: True)[0])
+        starts = sorted(starts, key=splits.excess_bytes)[:_STARTS]
+        near = [_Lighter(splits, cuts, passes // _STARTS).climb() for cuts in starts]
         fitting = [cuts for cuts in near if not splits.excess_bytes(cuts)]
         if not fitting:
-            return Found(min(near, key=splits.excess_bytes), float("inf"))
+            return Found(min(near, key=splits.excess_bytes), float("inf"), all_weighed=False)
     fitting.sort(key=splits.bound_s)
     affordable = max(_STARTS, passes // _passes(splits) // 4)
     timed = sorted((splits.simulate(cuts).step_s, cuts) for cuts in fitting[:affordable])
     left = max(0, passes - len(timed) * _passes(splits)) // _STARTS
-    improved = [_improve(splits, cuts, bound, left) for _, cuts in timed[:_STARTS]]
+    improved = [_Faster(splits, cuts, left, bound).climb() for _, cuts in timed[:_STARTS]]
     return Found(min(improved, key=lambda cuts: splits.simulate(cuts).step_s), bound)
 
 
@@ -177,52 +186,36 @@ def _interleaved_bound_s(splits: Splits) -> float:
     return max(shared, ramps[-1] + microbatches * last)
 
 
-def _nearest_to_fitting(splits: Splits, cuts: Cuts) -> Cuts:
-    """Moves layers, two at a time where one leads nowhere, as long as less is above capacity."""
-    total, moves = len(splits.units), _moves(splits.shape.stages)
-    excess = splits.excess_bytes(cuts)
-    while excess:
-        singles = ((move,) for move in moves)
-        pairs = islice(combinations(moves, 2), _PAIRS)
-        for tried in (singles, pairs):
-            moved = (_shifted(cuts, total, some) for some in tried)
-            least = min(((splits.excess_bytes(m), m) for m in moved if m), default=(excess, cuts))
-            if least[0] < excess:
-                break
-        else:
-            break
-        excess, cuts = least
-    return cuts
-
-
-def _improve(splits: Splits, cuts: Cuts, bound: float, passes: int) -> Cuts:
-    """Moves layers as long as the simulated step gets shorter and the split fits: one at a time,
-    and two at a time where that leads nowhere."""
-    climb = _Climb(splits, cuts, bound, passes)
-    while climb.by_one() or climb.by_two():
-        pass
-    return climb.cuts
-
-
 class _Climb:
-    """A split that is improved, and the effort left for it."""
+    """A split that is improved by moving layers: one at a time, and two at a time where that leads
+    nowhere, as long as its cost falls and the effort, counted in passes, lasts."""
 
-    def __init__(self, splits: Splits, cuts: Cuts, bound: float, passes: int) -> None:
-        self.splits, self.cuts, self.bound, self.left = splits, cuts, bound, passes
-        self.best = splits.simulate(cuts).step_s
+    def __init__(self, splits: Splits, cuts: Cuts, effort: int, cost: float, goal: float) -> None:
+        self.splits, self.cuts, self.left = splits, cuts, effort
+        self.cost, self.goal = cost, goal
         self.seen = {cuts}
         self.moves = _moves(splits.shape.stages)
 
-    def by_one(self) -> bool:
+    def cost_of(self, cuts: Cuts) -> float:
+        """The cost of a split, or infinity where it is not worth knowing."""
+        raise NotImplementedError
+
+    def climb(self) -> Cuts:
+        """The best split reached."""
+        while self._by_one() or self._by_two():
+            pass
+        return self.cuts
+
+    def _by_one(self) -> bool:
         """Until no single move helps; whether one did."""
-        before, idle = self.best, 0
+        before, idle = self.cost, 0
         for move in cycle(self.moves):
             if idle == len(self.moves) or self._over():
                 break
             idle = 0 if self._try([move]) else idle + 1
-        return self.best < before
+        return self.cost < before
 
-    def by_two(self) -> bool:
+    def _by_two(self) -> bool:
         """Whether two moves together helped."""
         for pair in combinations(self.moves, 2):
             if self._over():
@@ -232,23 +225,45 @@ class _Climb:
         return False
 
     def _over(self) -> bool:
-        return self.left <= 0 or self.best <= self.bound * (1 + _SMALL)
+        return self.left <= 0 or self.cost <= self.goal
 
     def _try(self, moves: Iterable[tuple[int, int, int]]) -> bool:
         moved = _shifted(self.cuts, len(self.splits.units), moves)
         self.left -= _LOOK
         if moved is None or moved in self.seen:
             return False
-        worth = self.best * (1 - _SMALL)
-        if self.splits.bound_s(moved) >= worth or self.splits.excess_bytes(moved):
+        cost = self.cost_of(moved)
+        if cost >= self.cost * (1 - _SMALL):
             return False
-        self.seen.add(moved)
-        self.left -= _passes(self.splits)
-        step = self.splits.simulate(moved).step_s
-        if step >= worth:
-            return False
-        self.best, self.cuts = step, moved
+        self.cost, self.cuts = cost, moved
         return True
+
+
+class _Faster(_Climb):
+    """Towards a shorter step, among splits that fit."""
+
+    def __init__(self, splits: Splits, cuts: Cuts, effort: int, bound: float) -> None:
+        step = splits.simulate(cuts).step_s
+        super().__init__(splits, cuts, effort, step, bound * (1 + _SMALL))
+
+    def cost_of(self, cuts: Cuts) -> float:
+        worth = self.cost * (1 - _SMALL)
+        if self.splits.bound_s(cuts) >= worth or self.splits.excess_bytes(cuts):
+            return float("inf")
+        self.seen.add(cuts)
+        self.left -= _passes(self.splits)
+        return self.splits.simulate(cuts).step_s
+
+
+class _Lighter(_Climb):
+    """Towards a split that fits."""
+
+    def __init__(self, splits: Splits, cuts: Cuts, effort: int) -> None:
+        super().__init__(splits, cuts, effort, splits.excess_bytes(cuts), 0.0)
+
+    def cost_of(self, cuts: Cuts) -> float:
+        self.left -= _WEIGH
+        return self.splits.excess_bytes(cuts)
 
 
 @lru_cache(maxsize=64)

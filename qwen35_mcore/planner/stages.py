@@ -11,7 +11,7 @@ from qwen35_mcore.planner.layout_text import write_pipeline_layout
 from qwen35_mcore.planner.pipeline import Simulation
 from qwen35_mcore.planner.schedule import Shape
 from qwen35_mcore.planner.split import Cuts, Element, Splits
-from qwen35_mcore.planner.split_search import search
+from qwen35_mcore.planner.split_search import Found, search
 from qwen35_mcore.planner.split_starts import even_cuts
 
 __all__ = ["Element", "StagePlan", "StageSplit", "balance"]
@@ -84,7 +84,7 @@ def balance(
     splits = Splits(units, shape, p2p_s, capacity_bytes)
     found = search(splits, passes=passes)
     if splits.excess_bytes(found.cuts):
-        raise _too_full(splits, found.cuts)
+        raise _too_full(splits, found)
     layers = len(units) - 2
     even = None
     if layers and layers % shape.stages == 0:
@@ -140,14 +140,15 @@ def _split(splits: Splits, cuts: Cuts) -> StageSplit:
     )
 
 
-def _too_full(splits: Splits, cuts: Cuts) -> PlanError:
-    held = splits.rank_bytes(cuts)
+def _too_full(splits: Splits, found: Found) -> PlanError:
+    held = splits.rank_bytes(found.cuts)
     fullest = max(held)
-    shape, split = splits.shape, _split(splits, cuts)
+    shape, split = splits.shape, _split(splits, found.cuts)
     short = (fullest - splits.capacity_bytes) / _GIB
+    answer = "fits" if found.all_weighed else "that fits was found"
     return PlanError(
-        f"no split into {shape.stages} stages fits: the nearest is {short:.1f} GiB short on "
-        f"pipeline rank {held.index(fullest)}",
+        f"no split into {shape.stages} stages {answer}: the nearest is {short:.1f} GiB "
+        f"short on pipeline rank {held.index(fullest)}",
         got=f"{fullest / _GIB:.1f} GiB there with layout {split.layout}",
         allowed=f"{splits.capacity_bytes / _GIB:.1f} GiB per rank",
         fix="recompute more, or raise pp, tp, ep or cp",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations, pairwise
 
 import pytest
@@ -119,11 +120,11 @@ def test_small_models_get_the_best_of_all_splits(case: dict) -> None:
     check(plan, case)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(small_case())
 def test_the_search_for_large_models_on_small_ones(case: dict) -> None:
-    """It finds a split that fits if there is one, seldom far from the best, and its lower bound
-    is one."""
+    """It finds a split that fits if there is one, without interleaving the best, else one near it,
+    and its lower bound is one."""
     best = exhaustive(**case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split_search, "ALL_TRIED", 0)
@@ -133,7 +134,8 @@ def test_the_search_for_large_models_on_small_ones(case: dict) -> None:
             return
         plan = balance(**case)
     assert plan.lower_bound_s <= best * (1 + 1e-9)
-    assert best * (1 - 1e-9) <= plan.simulation.step_s <= best * 1.1
+    assert best <= plan.simulation.step_s * (1 + 1e-9)
+    assert plan.simulation.step_s <= best * (1 + 1e-9 if case["vpp"] == 1 else 1.1)
     check(plan, case)
 
 
@@ -201,12 +203,19 @@ def test_a_memory_limit_moves_layers_and_costs_time(pp: int, vpp: int) -> None:
     assert tight.simulation.step_s >= free.simulation.step_s
 
 
-def test_too_little_memory_names_rank_and_gap() -> None:
+@pytest.mark.parametrize(
+    ("vpp", "answer"),
+    [(1, "no split into 8 stages fits"), (2, "into 16 stages that fits was found")],
+)
+def test_too_little_memory_names_rank_and_gap(vpp: int, answer: str) -> None:
     with pytest.raises(PlanError) as error:
-        balance(hybrid(60), pp=8, microbatches=32, capacity_bytes=20 * GIB)
+        balance(hybrid(60), pp=8, vpp=vpp, microbatches=32, capacity_bytes=20 * GIB)
     text = str(error.value)
-    assert "no split into 8 stages fits" in text
-    assert "pipeline rank" in text
+    assert answer in text
+    gap, rank = re.search(r"nearest is (\S+) GiB short on pipeline rank (\d)", text).groups()
+    held = re.search(r"got: (\S+) GiB there with layout", text)[1]
+    assert float(held) == pytest.approx(20 + float(gap), abs=0.11)
+    assert 0 <= int(rank) < 8
     assert "allowed: 20.0 GiB per rank" in text
 
 

@@ -178,6 +178,7 @@ def plan(
     command.run_search(job, space, top=top, output=output)
 
 
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     no_gradient_check: Annotated[

@@ -4,7 +4,8 @@ Read from the modules that run: `layers/gated_delta_net.py`, `layers/experts.py`
 and flash-linear-attention's chunked delta rule; megatron-core 0.19.2's attention, router,
 dispatcher, shared expert and cross entropy; Transformer Engine's LayerNormLinear (input, normed
 input) and Linear (input). A tensor that two operations keep counts once; views are free. Numbers
-are bytes a token unless said otherwise: bfloat16 2, float32 4, an FP8 copy 1.
+are bytes a token unless said otherwise: bfloat16 2, float32 4, an FP8 copy 1. Routed experts stay
+in bfloat16 in FP8 runs (``--moe-experts auto``).
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ def gdn(batch: Microbatch) -> Kept:
     normed = _linear_input(batch) * value
     inside = (projection + convolved + chunks + gates + 2 * value + normed) / tp
     gradients = (projection + convolved + 4 * value) / tp
-    weight = 2 * hidden * (2 * key + 2 * value + 2 * heads) / tp
+    # in FP8 runs the gates' own projection keeps its input in bfloat16
+    own = _layer_input(batch) + (2 * hidden if batch.candidate.fp8 else 0)
     return Kept(
-        batch.own_tokens * _layer_input(batch) + batch.tokens * inside,
-        batch.tokens * gradients + batch.own_tokens * 4 * hidden + weight,
+        batch.own_tokens * own + batch.tokens * inside,
+        batch.tokens * gradients + batch.own_tokens * 4 * hidden,
         batch.tokens * normed / tp,
     )
 
@@ -70,10 +72,9 @@ def attention(batch: Microbatch) -> Kept:
     gate = 2 * query
     inside = (projection + before_norms + kernel + gate + _linear_input(batch) * query) / tp
     gradients = (projection + 2 * (2 * query + 2 * key_value) + 4 * query) / tp
-    weight = 2 * hidden * (2 * query + 2 * key_value) / tp
     return Kept(
         batch.own_tokens * _layer_input(batch) + batch.tokens * inside,
-        batch.tokens * gradients + batch.own_tokens * 4 * hidden + weight,
+        batch.tokens * gradients + batch.own_tokens * 4 * hidden,
     )
 
 
@@ -82,11 +83,10 @@ def mlp(batch: Microbatch) -> Kept:
     config, tp, hidden = batch.config, batch.candidate.tp, batch.config.hidden_size
     width = config.intermediate_size
     inside = (4 + _linear_input(batch)) * width / tp
-    weight = 2 * hidden * 2 * width / tp
     own = batch.own_tokens * _layer_input(batch)
     return Kept(
         own + batch.tokens * inside,
-        batch.tokens * 6 * width / tp + batch.own_tokens * 4 * hidden + weight,
+        batch.tokens * 6 * width / tp + batch.own_tokens * 4 * hidden,
         batch.own_tokens * _linear_input(batch) * hidden + batch.tokens * inside,
     )
 
@@ -100,10 +100,7 @@ def _norm_and_router(batch: Microbatch) -> Kept:
     hidden, experts = batch.config.hidden_size, batch.config.num_experts
     # logits, scores and scores of the balancing loss; routing map; row map of the permutation
     routing = experts * (4 + 4 + 4 + 1 + 8)
-    return Kept(
-        batch.own_tokens * (4 * hidden + routing),
-        recomputed=batch.own_tokens * 2 * hidden,
-    )
+    return Kept(batch.own_tokens * (4 * hidden + routing))
 
 
 def _routed_experts(batch: Microbatch) -> Kept:
@@ -111,12 +108,12 @@ def _routed_experts(batch: Microbatch) -> Kept:
     gradients of rows before they are summed up and those of one weight of every expert."""
     hidden, width = batch.config.hidden_size, batch.expert_width
     rows, experts = batch.expert_rows, batch.local_experts
-    product = _linear_input(batch) * width
+    product = 2 * width
     second = rows * (2 * hidden + 2 * width) + 2 * experts * hidden * width
     # gate, up and product are free again by then, or as good as that
     first = rows * (2 * hidden - 2 * width) + 2 * experts * hidden * 2 * width
     return Kept(
-        rows * (_linear_input(batch) * hidden + 4 * width + product + 4 + 4),
+        rows * (2 * hidden + 4 * width + product + 4 + 4),
         max(first, second) + batch.own_tokens * 4 * hidden + dispatcher_buffer(batch),
         rows * product,
     )
@@ -134,8 +131,7 @@ def _shared_expert(batch: Microbatch) -> Kept:
     hidden, tp = batch.config.hidden_size, batch.candidate.tp
     width = batch.config.shared_expert_intermediate_size
     inside = batch.tokens * (4 + _linear_input(batch)) * width / tp
-    saved = inside + batch.own_tokens * (2 * hidden + 8)
-    return Kept(saved, recomputed=saved)
+    return Kept(inside + batch.own_tokens * (2 * hidden + 8))
 
 
 def feed_forward(batch: Microbatch) -> Kept:

@@ -1,8 +1,9 @@
 """Measured times that turn operation and byte counts into seconds.
 
 A calibration is a JSON file that ``python -m tests.bench.bench_calibration`` writes on one GPU.
-Without one, and for parts that a file lacks, `DEFAULT` stands in: the figures of
-tests/bench/NOTES.md, completed by estimates. Every report says which it used.
+Without one the package's own measurement is taken, if it brings one; without that, and for parts
+that a file lacks, `DEFAULT` stands in: the figures of tests/bench/NOTES.md, completed by estimates.
+Every report says which it used.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from qwen35_mcore.errors import PlanError, Qwen35Error
 from qwen35_mcore.flavors import get_flavor
 
 SCHEMA = 1
+MEASURED = Path(__file__).parent / "calibration"
+"""Files that the package brings, by name of the GPU."""
+_FROM_ROOT = "qwen35_mcore/planner/calibration"
 PARTS = ("gdn", "attention", "moe", "mlp", "mtp", "output", "embedding")
 
 
@@ -124,6 +128,15 @@ def read_calibration(path: Path) -> Calibration:
     )
 
 
+def default_calibration(gpu: str) -> Calibration:
+    """What this package brings for a GPU: a measured file, else one H100's figures (`DEFAULT`)."""
+    for name in (gpu, DEFAULT.gpu):
+        file = MEASURED / f"{name}.json"
+        if file.is_file():
+            return replace(read_calibration(file), source=f"{_FROM_ROOT}/{file.name}")
+    return DEFAULT
+
+
 def _read(row: Any, path: Path, reader: Any) -> Any:
     try:
         return reader(row)
@@ -141,6 +154,8 @@ def _layer_row(row: Mapping[str, Any]) -> LayerRow:
         overrides["num_experts"] = row["local_experts"]
     if row["part"] not in PARTS:
         raise ValueError(f"part is none of {', '.join(PARTS)}")
+    if row["part"] != "mtp":
+        overrides.setdefault("mtp_num_hidden_layers", 0)  # one loss, measured alone
     return LayerRow(
         part=row["part"],
         model=model_of(row["flavor"], overrides),

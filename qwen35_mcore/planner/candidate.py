@@ -98,15 +98,10 @@ class Candidate:
 
 
 def recompute_modules(config: Qwen35Config) -> tuple[str, ...]:
-    """What ``recompute=selective`` recomputes, as ``--recompute-modules`` names it.
-
-    The parts that are cheap to do again: norms, activations and the shared expert of a mixture of
-    experts (its all-to-all is not repeated), or the SwiGLU of a dense layer.
-    """
+    """What ``recompute=selective`` recomputes, as ``--recompute-modules`` names it: what is large
+    to keep and cheap to do again, activations and GDN's gated norm, or a dense layer's SwiGLU."""
     own = ("gdn_norm_out",) if config.num_gdn_layers else ()
-    if config.is_moe:
-        return (*own, "layernorm", "moe_act", "shared_experts")
-    return (*own, "mlp")
+    return (*own, "moe_act" if config.is_moe else "mlp")
 
 
 @dataclass(frozen=True)

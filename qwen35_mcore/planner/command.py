@@ -11,7 +11,7 @@ from typing import TextIO
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.flavors import flavor_name, get_flavor
-from qwen35_mcore.planner.calibration import DEFAULT, read_calibration
+from qwen35_mcore.planner.calibration import default_calibration, read_calibration
 from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Job
 from qwen35_mcore.planner.emit import emit, files
 from qwen35_mcore.planner.explain import explain, parse_layout
@@ -70,13 +70,16 @@ def make_job(
     else:
         name = str(hf_config)
         config, model_flags = Qwen35Config.from_hf(name), ("--hf-config", name)
+    kind = get_gpu(gpu)
     return Job(
         config=config,
-        gpu=get_gpu(gpu),
+        gpu=kind,
         gpus=gpus,
         seq_length=seq_length,
         global_batch_size=global_batch_size,
-        calibration=read_calibration(calibration) if calibration else DEFAULT,
+        calibration=read_calibration(calibration)
+        if calibration
+        else default_calibration(kind.name),
         model_name=name,
         model_flags=model_flags,
     )

@@ -4,8 +4,7 @@ A part's ideal time is its matrix operations at the card's peak plus its bytes a
 bandwidth. The calibration maps ideal to measured time: between measurements on the straight line,
 above the largest at its efficiency, below the smallest at its efficiency but never faster than the
 launches allow. Operations are those of `flops`; bytes are every kept tensor written and read once
-forward and twice backward, weights read, and weight gradients written and added to the float32
-ones.
+forward and twice backward, weights read, and weight gradients added to the float32 ones.
 """
 
 from __future__ import annotations
@@ -31,15 +30,16 @@ ASSUMED_EFFICIENCY = 0.7
 LAUNCH_S = {"gdn": 3.0e-3, "attention": 3.0e-3, "moe": 6.0e-3, "mlp": 1.5e-3, "mtp": 9.0e-3}
 """Forward and backward, if the host's launches are all that takes time; of a calibration without
 small sizes. The forward pass has a third of it."""
-FP8_OVER_BF16 = 1.45
-"""Time in FP8 over time in bfloat16 where FP8 was not measured: what the layer stack gave
-(173.8 and 120.2 ms), because casts and launches cost more than FP8 saves at those widths."""
+FP8_OVER_BF16 = 1.0
+"""Time in FP8 over time in bfloat16 where no FP8 was measured: no gain is promised unmeasured."""
 
-# Passes over the logits, in bytes each: to float32, maximum, difference, exponential, sum and
-# division forward; scaling by the gradient and rounding backward.
-_LOGITS_FORWARD, _LOGITS_BACKWARD = 6 + 4 + 8 + 8 + 4 + 8, 8 + 6
+# Passes of the fused cross entropy over the logits, in bytes each: to float32 with the maximum,
+# exponential with the sum, division forward; gradient and rounding backward.
+_LOGITS_FORWARD, _LOGITS_BACKWARD = 6 + 8 + 8, 8 + 2
 _ACCUMULATE = 2 + 2 + 8
 """Bytes a weight: gradient written, read, added to the float32 one."""
+_ACCUMULATE_FUSED = 8
+"""The same inside Transformer Engine's matrix product."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,23 @@ class Work:
     """Operations and bytes of a forward and a backward pass."""
 
     flops: float
-    """Of the forward pass; the backward pass has twice as many."""
+    """Of the forward pass, in the run's precision; the backward pass has twice as many."""
     forward_bytes: float
     backward_bytes: float
+    bf16_flops: float = 0.0
+    """The same, of products that are in bfloat16 in every run."""
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.flops + other.flops,
             self.forward_bytes + other.forward_bytes,
             self.backward_bytes + other.backward_bytes,
+            self.bf16_flops + other.bf16_flops,
         )
 
     def ideal_s(self, gpu: Gpu, precision: str) -> tuple[float, float]:
         """Forward and backward seconds at the card's peak and bandwidth."""
-        compute = self.flops / gpu.peak_flops(precision)
+        compute = self.flops / gpu.peak_flops(precision) + self.bf16_flops / gpu.bf16_flops
         return (
             compute + self.forward_bytes / gpu.bytes_per_s,
             2 * compute + self.backward_bytes / gpu.bytes_per_s,
@@ -73,13 +76,14 @@ def work(part: str, batch: Microbatch) -> Work:
     config, tp = batch.config, batch.candidate.tp
     if part == "gdn":
         flops = gdn_layer_flops(config, batch.tokens) / tp
-        return _work(flops, activations.gdn(batch).saved, _mixer(batch, LayerKind.GDN))
+        return _linears(flops, activations.gdn(batch).saved, _mixer(batch, LayerKind.GDN))
     if part == "attention":
         flops = attention_layer_flops(config, batch.tokens, batch.squared_lengths) / tp
-        return _work(flops, activations.attention(batch).saved, _mixer(batch, LayerKind.ATTENTION))
+        weights = _mixer(batch, LayerKind.ATTENTION)
+        return _linears(flops, activations.attention(batch).saved, weights)
     if part == "mlp":
         flops = 6 * batch.tokens * config.hidden_size * config.intermediate_size / tp
-        return _work(flops, activations.mlp(batch).saved, _feed_forward(batch))
+        return _linears(flops, activations.mlp(batch).saved, _feed_forward(batch))
     if part == "moe":
         return _moe(batch)
     if part == "mtp":
@@ -165,10 +169,13 @@ def _row_ideal(row: LayerRow, gpu: Gpu) -> tuple[float, float]:
     """Ideal times of a measured case. Its gradients were written, not added to others."""
     alone = Candidate(micro_batch_size=row.micro_batch_size, precision=row.precision)
     batch = Microbatch(row.model, alone, row.seq_length)
-    done = work(row.part, batch)
-    forward, backward = done.ideal_s(gpu, row.precision)
-    spared = (_ACCUMULATE - 2) * _row_parameters(row.part, batch) / gpu.bytes_per_s
+    forward, backward = work(row.part, batch).ideal_s(gpu, row.precision)
+    added = _ACCUMULATE_FUSED if row.part in _FUSED else _ACCUMULATE
+    spared = (added - 2) * _row_parameters(row.part, batch) / gpu.bytes_per_s
     return forward, backward - spared
+
+
+_FUSED = ("gdn", "attention", "mlp")
 
 
 def _row_parameters(part: str, batch: Microbatch) -> float:
@@ -187,9 +194,14 @@ def _at_bf16(
     return seconds(part, Microbatch(batch.config, candidate, batch.seq_length), gpu, calibration)
 
 
-def _work(flops: float, saved: float, parameters: float) -> Work:
+def _work(flops: float, saved: float, parameters: float, accumulate: int = _ACCUMULATE) -> Work:
     weights = 2 * parameters
-    return Work(flops, 2 * saved + weights, 4 * saved + weights + _ACCUMULATE * parameters)
+    return Work(flops, 2 * saved + weights, 4 * saved + weights + accumulate * parameters)
+
+
+def _linears(flops: float, saved: float, parameters: float) -> Work:
+    """Of Transformer Engine's linear layers."""
+    return _work(flops, saved, parameters, _ACCUMULATE_FUSED)
 
 
 def _moe(batch: Microbatch) -> Work:
@@ -201,8 +213,8 @@ def _moe(batch: Microbatch) -> Work:
     # rows into the experts' order and back, and once more each way behind an all-to-all
     moves = 4 if activations.dispatcher_buffer(batch) else 2
     moved = batch.expert_rows * 2 * hidden * 2 * moves
-    total = _work(routed + shared + router, saved, _feed_forward(batch))
-    return total + Work(0.0, moved, moved)
+    total = _work(shared, saved, _feed_forward(batch))
+    return total + Work(0.0, moved, moved, routed + router)
 
 
 def _mtp(batch: Microbatch) -> Work:

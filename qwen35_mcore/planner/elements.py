@@ -197,7 +197,7 @@ class Model:
             self._feed_forward_traffic(),
         )
         if self.candidate.recompute == "selective":
-            return passes[0], passes[1] + self._recomputed(feed_forward[0])
+            return passes[0], passes[1] + self._recomputed(kind, feed_forward[0])
         return self._with_full_recomputation(passes)
 
     def _with_full_recomputation(self, passes: Passes) -> Passes:
@@ -215,18 +215,15 @@ class Model:
         forward, backward = known[part, sizes]
         return Times(compute=forward), Times(compute=backward)
 
-    def _recomputed(self, feed_forward: Times) -> Times:
-        """What selective recomputation adds to the backward pass: the tensors it drops, written
-        again, and the products that lead to them."""
-        config = self.job.config
-        if not config.is_moe:
-            return feed_forward + Times(tp=self._tp_gather())
-        dropped = activations.feed_forward(self.batch).recomputed
-        shared = 6 * self.batch.tokens * config.hidden_size / self.candidate.tp
-        shared *= config.shared_expert_intermediate_size
-        ideal = 2 * dropped / self.job.gpu.bytes_per_s
-        ideal += shared / self.job.gpu.peak_flops(self.candidate.precision)
-        return Times(compute=ideal / cost.ASSUMED_EFFICIENCY, tp=self._tp_gather())
+    def _recomputed(self, mixer: LayerKind, feed_forward: Times) -> Times:
+        """What selective recomputation adds to the backward pass: dropped tensors of a mixture of
+        experts and of GDN's norm are written again, a dense SwiGLU is computed again."""
+        kept = activations.feed_forward(self.batch) if self.job.config.is_moe else None
+        dropped = kept.recomputed if kept else 0.0
+        if mixer is LayerKind.GDN:
+            dropped += activations.gdn(self.batch).recomputed
+        again = Times(compute=3 * dropped / self.job.gpu.bytes_per_s / cost.ASSUMED_EFFICIENCY)
+        return again if kept else again + feed_forward + Times(tp=self._tp_gather())
 
     def _tp_gather(self) -> float:
         """The residual stream of a microbatch, gathered or scattered over TP."""

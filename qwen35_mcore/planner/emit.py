@@ -111,9 +111,9 @@ def _recompute(prediction: Prediction) -> Iterator[Group]:
     recompute, config = prediction.candidate.recompute, prediction.job.config
     if recompute == "selective":
         yield (
-            "norms, activations and shared experts are computed again instead of kept"
+            "the experts' activations and the norm behind the delta rule are computed again"
             if config.is_moe
-            else "the feed-forward layers are computed again instead of kept",
+            else "feed-forward layers and the norm behind the delta rule are computed again",
             [
                 ("--recompute-granularity", "selective"),
                 ("--recompute-modules", *recompute_modules(config)),

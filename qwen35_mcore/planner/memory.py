@@ -30,7 +30,8 @@ from qwen35_mcore.planner.hardware import GIB, Gpu
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 """Bytes a parameter: bfloat16, float32, and float32 weight with two moments."""
 FP8_COPIES = 2
-"""Transformer Engine keeps an FP8 copy of a weight and of its transpose beside the bfloat16 one."""
+"""Transformer Engine keeps an FP8 copy of a weight and of its transpose beside the bfloat16 one.
+Routed experts have none: they stay in bfloat16."""
 
 CONTEXT_BYTES = int(0.75 * GIB)
 """CUDA context, cuBLAS and cuDNN workspaces."""
@@ -120,7 +121,7 @@ def feed_forward_parameters(config: Qwen35Config, candidate: Candidate) -> Param
     split = (mlp_parameters(config) + shared_expert_parameters(config)) / candidate.tp
     expert = expert_parameters(config).total / (candidate.ep * candidate.etp)
     everywhere = config.hidden_size + router_parameters(config)
-    return Parameters(dense=split + everywhere, expert=expert, in_fp8=split + expert)
+    return Parameters(dense=split + everywhere, expert=expert, in_fp8=split)
 
 
 def layer_parameters(config: Qwen35Config, candidate: Candidate, kind: LayerKind) -> Parameters:

@@ -15,7 +15,7 @@ import pytest
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
-from qwen35_mcore.planner.calibration import DEFAULT, read_calibration
+from qwen35_mcore.planner.calibration import DEFAULT, default_calibration
 from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job, recompute_modules
 from qwen35_mcore.planner.emit import emit, files, flags, layout_args
 from qwen35_mcore.planner.explain import parse_layout
@@ -44,7 +44,8 @@ def preset_prediction(folder: Path) -> Prediction:
     asked = json.loads((folder / "plan.json").read_text())
     job = job_of(asked["model"], asked["gpus"], asked["global_batch_size"])
     if asked["measured"]:
-        job = replace(job, calibration=read_calibration(ROOT / asked["calibration"]))
+        job = replace(job, calibration=default_calibration(job.gpu.name))
+    assert asked["calibration"] == job.calibration.source
     assert (asked["gpu"], asked["seq_length"]) == (job.gpu.name, job.seq_length)
     candidate, _ = parse_layout(asked["layout"])
     return predict(job, candidate)
@@ -53,7 +54,7 @@ def preset_prediction(folder: Path) -> Prediction:
 @pytest.mark.parametrize("folder", PRESETS, ids=lambda folder: folder.name)
 def test_presets_are_what_the_planner_writes(folder: Path) -> None:
     """To write them again: qwen35 plan ... --explain LAYOUT --emit FOLDER --overwrite, with the
-    layout in plan.json; `qwen35 plan` without --explain searches anew."""
+    layout in plan.json; without --explain the layout is searched anew."""
     expected = files(preset_prediction(folder))
     assert {file.name: file.read_text() for file in folder.iterdir()} == expected
     assert os.access(folder / "run.sh", os.X_OK)

@@ -140,11 +140,11 @@ def test_an_unknown_gpu_names_the_nearest() -> None:
         ("pp=2,ep=3", ["ep divides num_experts"]),
         ("pp=2,ep=8,layout=Et*20m|t*20L", ["m (MTP) must be in the last virtual stage"]),
         ("pp=2,ep=8,mbs=3", ["micro batch * dp divides the global batch"]),
-        ("tp=16,precision=fp8-blockwise", ["fp8 width of the GDN input projection"]),
+        ("etp=64,precision=fp8-blockwise", ["fp8 width of the experts"]),
     ],
 )
 def test_explaining_a_layout_names_the_rules(layout: str, reasons: list[str]) -> None:
-    gpus = 32 if "ep=16" not in layout else 16
+    gpus = 64 if "etp=64" in layout else 16
     explanation = explain(job_of("35b-a3b", gpus, 512), *parse_layout(layout))
     assert not explanation.runs
     text = "\n".join(map(str, explanation.violations))

@@ -81,6 +81,8 @@ def _step_s(model: Model, vpp: int, room: list[int]) -> float:
     rounds = vpp * microbatches
     shared = total / vpp / (1 - (1 - 1 / rounds) ** pp)
     last = (microbatches - 1) * tail + total if vpp == 1 else microbatches * tail
+    if min(room) >= sum(count for part, count in model.counted if part.kind == "t"):
+        return max(shared, last)  # memory does not keep any rank from its share
     return max(shared, last, microbatches * _fullest_s(model, room, tail))
 
 
@@ -94,7 +96,7 @@ def _fullest_s(model: Model, room: list[int], tail: float) -> float:
     fixed[0] += head
     fixed[-1] += tail
     low, high = max(fixed), sum(fixed) + wanted
-    for _ in range(30):
+    for _ in range(14):
         middle = (low + high) / 2
         taken = sum(
             min(count * longest, max(0.0, middle - own))

@@ -66,10 +66,12 @@ class Prediction:
         return max(self._rank_after_s(rank) for rank in range(self.candidate.pp)) + _STEP_S
 
     def even_step_s(self) -> float | None:
-        """The same with the same number of layers in every stage; None where they do not divide."""
-        if self.stages.even is None:
+        """The same with the same number of layers in every stage; None where they do not divide, or
+        such a split does not fit in memory."""
+        even = self.stages.even
+        if even is None or max(even.stage_bytes) > self.stages.capacity_bytes:
             return None
-        return self.stages.even.simulation.step_s + self.after_s
+        return even.simulation.step_s + self.after_s
 
     @property
     def microbatches(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -27,6 +27,8 @@ EVEN_SPLIT_RULE = "pp * vpp divides num_hidden_layers"
 MICRO_BATCHES = (1, 2, 4, 8)
 LARGEST_VPP = 4
 """More chunks per rank cost memory, messages and launches, and hardly shorten the bubble."""
+AT_LEAST = 50
+"""Layouts to simulate, the most promising first, even if the time is up."""
 SEARCH_PASSES = 200_000
 """Effort of balancing one interleaved candidate's stages, see `stages.balance`."""
 LEAST_LOCAL_SEQUENCE = 4096
@@ -77,14 +79,48 @@ def search(job: Job, space: Space, *, top: int = 5, budget_s: float = 6.0) -> Fo
     allowed = list(candidates(job, space))
     if not allowed:
         raise _nothing_allowed(job, space)
-    bounded = sorted(_bounded(job, allowed), key=_first)
+    limits = _Limits(job)
+    fitting = [c for c in allowed if not limits.plain(c).excess_bytes]
     ranking = _Ranking(job, top, deadline)
     # plain schedules are balanced in milliseconds, and what they reach rules out most others
-    ranking.go_through([pair for pair in bounded if pair[1].vpp == 1])
-    ranking.go_through([pair for pair in bounded if pair[1].vpp > 1])
+    ranking.go_through([(limits.plain(c).step_s, c) for c in fitting if c.vpp == 1])
+    interleaved = (c for c in fitting if c.vpp > 1 and ranking.can_use(limits.least_s(c)))
+    ranking.go_through([(limits.of(c).step_s, c) for c in ranking.in_time(interleaved)])
     if not ranking.best:
         raise _nothing_fits(job, space, allowed)
-    return Found(tuple(ranking.best), len(allowed), len(bounded), ranking.simulated, ranking.exact)
+    first = predict(job, ranking.best[0].candidate)  # its stages with all effort
+    best = (first, *ranking.best[1:])
+    return Found(best, len(allowed), len(fitting), ranking.simulated, ranking.exact)
+
+
+class _Limits:
+    """Bounds of a job's candidates; those that differ only in vpp share a model."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._plain: dict[Candidate, tuple[Model, Bounds]] = {}
+
+    def plain(self, candidate: Candidate) -> Bounds:
+        """Without interleaving, which keeps fewer microbatches in flight on every rank: what does
+        not fit so does not fit interleaved."""
+        return self._known(candidate)[1]
+
+    def of(self, candidate: Candidate) -> Bounds:
+        """With the candidate's own schedule."""
+        return bounds(self._known(candidate)[0], vpp=candidate.vpp)
+
+    def least_s(self, candidate: Candidate) -> float:
+        """A lower bound of the step that costs nothing: an equal share of the work."""
+        model = self._known(candidate)[0]
+        total = sum(count * part.seconds for part, count in model.counted)
+        return candidate.microbatches(self.job) * total / candidate.pp
+
+    def _known(self, candidate: Candidate) -> tuple[Model, Bounds]:
+        key = candidate if candidate.vpp == 1 else replace(candidate, vpp=1)
+        if key not in self._plain:
+            model = Model(self.job, key)
+            self._plain[key] = model, bounds(model, vpp=1)
+        return self._plain[key]
 
 
 class _Ranking:
@@ -95,13 +131,24 @@ class _Ranking:
         self.best: list[Prediction] = []
         self.simulated, self.exact = 0, True
 
-    def go_through(self, bounded: list[tuple[float, Candidate]]) -> None:
-        """Simulate candidates in the order of their bounds, while one can still be among the
-        best."""
-        for bound, candidate in bounded:
-            if len(self.best) >= self.top and bound >= self.best[-1].step_s:
-                return
+    def can_use(self, bound_s: float) -> bool:
+        """Whether a candidate with this lower bound can still be among the best."""
+        return len(self.best) < self.top or bound_s < self.best[-1].step_s
+
+    def in_time(self, some: Iterator[Candidate]) -> Iterator[Candidate]:
+        """Candidates until the time is up."""
+        for candidate in some:
             if self.best and time.monotonic() > self.deadline:
+                self.exact = False
+                return
+            yield candidate
+
+    def go_through(self, bounded: list[tuple[float, Candidate]]) -> None:
+        """Simulate candidates in the order of their bounds, while one can be among the best."""
+        for bound, candidate in sorted(bounded, key=_first):
+            if not self.can_use(bound):
+                return
+            if self.simulated >= AT_LEAST and self.best and time.monotonic() > self.deadline:
                 self.exact = False
                 return
             self.simulated += 1
@@ -179,22 +226,6 @@ def _virtual_stages(job: Job, one: Candidate) -> Iterator[int]:
             yield vpp
 
 
-def _bounded(job: Job, allowed: list[Candidate]) -> Iterator[tuple[float, Candidate]]:
-    """Lower bounds of the step times of candidates that may fit."""
-    for candidate, limits in _limits(job, allowed):
-        if not limits.excess_bytes:
-            yield limits.step_s, candidate
-
-
-def _limits(job: Job, allowed: Iterable[Candidate]) -> Iterator[tuple[Candidate, Bounds]]:
-    models: dict[Candidate, Model] = {}
-    for candidate in allowed:
-        key = replace(candidate, vpp=1)
-        if key not in models:
-            models[key] = Model(job, key)
-        yield candidate, bounds(models[key], vpp=candidate.vpp)
-
-
 def _nothing_allowed(job: Job, space: Space) -> PlanError:
     batch = _nearest_batches(job, space)
     if batch:
@@ -234,14 +265,14 @@ def _nearest_batches(job: Job, space: Space) -> list[int]:
 
 
 def _nothing_fits(job: Job, space: Space, allowed: list[Candidate]) -> PlanError:
-    nearest, limits = min(
-        _limits(job, allowed), key=lambda pair: (pair[1].excess_bytes, str(pair[0]))
-    )
+    limits = _Limits(job)
+    nearest = min(allowed, key=lambda c: (limits.plain(c).excess_bytes, str(c)))
+    missing = limits.plain(nearest).excess_bytes
     more = _smallest_that_fits(job, space)
     return PlanError(
         f"{job.model_name or 'the model'} fits on {job.gpus} {job.gpu.name} in no layout",
-        got=f"nearest: {nearest}, {limits.excess_bytes / GIB:.1f} GiB short on every GPU"
-        if limits.excess_bytes
+        got=f"nearest: {nearest}, {missing / GIB:.1f} GiB short on every GPU"
+        if missing
         else f"nearest: {nearest}, on no split of its layers",
         allowed=f"{more} GPUs of this kind" if more else None,
         fix=f"pass --gpus {more}" if more else "pass a larger GPU or a shorter --seq-length",
@@ -267,8 +298,9 @@ def _smallest_that_fits(job: Job, space: Space) -> int | None:
 
 def _fits(job: Job, lean: Space, gpus: int) -> bool:
     larger = replace(job, gpus=gpus)
-    bounded = sorted(_bounded(larger, list(candidates(larger, lean))), key=_first)
-    for _, candidate in bounded[:20]:
+    limits = _Limits(larger)
+    fitting = [c for c in candidates(larger, lean) if not limits.plain(c).excess_bytes]
+    for candidate in sorted(fitting, key=lambda c: limits.plain(c).step_s)[:20]:
         with contextlib.suppress(PlanError):
             predict(larger, candidate)
             return True

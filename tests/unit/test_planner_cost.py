@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.planner import calibration
 from qwen35_mcore.planner.calibration import DEFAULT, PARTS, _run_row, read_calibration
 from qwen35_mcore.planner.candidate import Candidate, Microbatch
 from qwen35_mcore.planner.communication import Group, all_reduce, all_to_all, gather, send
@@ -127,9 +128,9 @@ def test_a_file_is_compared_with_the_predictions(
     file = tmp_path / "calibration.json"
     content = {"schema": 1, "gpu": "h100-80g", "layers": [], "runs": [RUN]}
     file.write_text(json.dumps(content))
-    calibration = read_calibration(file)
-    [row] = calibration.runs
-    prediction = predict_run(row, H100, calibration)
+    read = read_calibration(file)
+    [row] = read.runs
+    prediction = predict_run(row, H100, read)
     measured = {
         "peak_bytes": int(peak_bytes(prediction) * factor),
         "model_bytes": int(model_bytes(prediction)),
@@ -146,6 +147,19 @@ def test_a_file_is_compared_with_the_predictions(
     assert done.returncode == status, done.stderr
     assert "35b-a3b, num_hidden_layers 4, num_experts 64; 1 x 4096, none, bf16" in done.stdout
     assert "(+0%)" in done.stdout
+
+
+def test_a_measurement_of_the_package_comes_before_the_built_in_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "MEASURED", tmp_path)
+    assert calibration.default_calibration("h200-141g") is DEFAULT
+    content = {"schema": 1, "gpu": "h100-80g", "layers": [], "runs": [RUN]}
+    (tmp_path / "h100-80g.json").write_text(json.dumps(content))
+    for gpu in ("h100-80g", "h200-141g"):  # the nearest there is
+        found = calibration.default_calibration(gpu)
+        assert (found.gpu, found.measured) == ("h100-80g", True)
+        assert found.source == "qwen35_mcore/planner/calibration/h100-80g.json"
 
 
 def test_recomputation_runs_part_of_the_forward_pass_again() -> None:

@@ -1,12 +1,20 @@
-"""CRC-32 of a concatenation from the CRC-32s of its parts, as zlib's crc32_combine.
+"""CRC-32, as in zip archives: of bytes, and of a concatenation from the CRC-32s of its parts.
 
-Each byte of a checkpoint goes through the checksum once, although it counts in two: that of its
-record in a torch archive and that of its file.
+ISA-L's has the values of zlib's and takes a fifth of the time or less. Each byte of a checkpoint
+goes through the checksum once, although it counts in two: that of its record in a torch archive and
+that of its file.
 """
 
 from __future__ import annotations
 
 from functools import cache, lru_cache
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # a machine that it is not built for: the same values, later
+    from zlib import crc32
+
+__all__ = ["combine", "crc32"]
 
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31  # polynomials over GF(2) with the constant term in the highest bit

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.direct_file import DirectFile
 from checkpoint_tools.storage import ChecksumWriter, checksum
 from checkpoint_tools.workers import run_parallel
 from qwen35_mcore.errors import CheckpointError
@@ -153,10 +154,11 @@ class Work:
 def _write(path: Path, write: Callable[[Any], Any]) -> tuple[ChecksumWriter, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + _UNFINISHED)
-    with open(unfinished, "wb", buffering=0) as file:
+    with DirectFile(unfinished) as file:
         stream = ChecksumWriter(file)
         try:
             value = write(stream)
+            file.finish()
         except Exception as error:
             reason = stream.failure or error
             if not isinstance(reason, OSError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import mmap
 import warnings
-import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from math import prod
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.crc import combine
+from checkpoint_tools.crc import combine, crc32
 from checkpoint_tools.transforms import Box, Copy
 from qwen35_mcore.errors import CheckpointError
 
@@ -89,7 +88,7 @@ class ChecksumWriter(io.RawIOBase):
         view, crc = memoryview(data).cast("B"), 0
         for start in range(0, len(view), _BLOCK):
             block = view[start : start + _BLOCK]
-            crc = zlib.crc32(block, crc)
+            crc = crc32(block, crc)
             self._put(block)
         self.crc = combine(self.crc, crc, len(view))
         self.count += len(view)
@@ -109,7 +108,7 @@ def checksum(path: Path) -> int:
     crc = 0
     with open(path, "rb", buffering=0) as file:
         while block := file.read(2**22):
-            crc = zlib.crc32(block, crc)
+            crc = crc32(block, crc)
     return crc
 
 

@@ -181,6 +181,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="Routed experts on a GPU: one grouped_mm kernel, bf16 also in an FP8 run, or "
         "Transformer Engine's, in FP8 where the run is. auto: grouped_mm wherever it can run.",
     )
+    group.add_argument(
+        "--float32-main-params",
+        action="store_true",
+        help="In a --bf16 run that starts from a checkpoint's weights alone (an import), fill the "
+        "optimizer's main parameters with them unrounded. For float32 sources; takes 4 bytes a "
+        "parameter of the rank while loading. A run that resumes has its main parameters already.",
+    )
     return parser
 
 

@@ -268,6 +268,7 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
     from qwen35_mcore import (
         bucket_padding,
         float32_state,
+        main_params,
         megatron_refusals,
         nonfinite,
         resharding,
@@ -292,6 +293,7 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
         dataset_utils.compile_helpers = lambda: None
     bucket_padding.install()
     float32_state.install()
+    main_params.install()
     megatron_refusals.explain_schedule_changes()
     nonfinite.install()
     resharding.install()

@@ -20,6 +20,8 @@ REFUSED = {
     "use_checkpoint_args": "the model comes from --flavor or --hf-config",
     "use_precision_aware_optimizer": "with Transformer Engine its main copies of A_log, dt_bias "
     "and the GDN norm, which stay float32, are never updated",
+    "load_main_params_from_ckpt": "it copies what was rounded to bfloat16 before; "
+    "--float32-main-params does what it is meant for",
     "use_megatron_fsdp": "GatedDeltaNet's checkpoint layout was not tested with it",
     "use_torch_fsdp2": "GatedDeltaNet's checkpoint layout was not tested with it",
     "fp16": "Qwen3.5 is trained in bf16 or float32",
@@ -68,8 +70,27 @@ def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
             got="--bf16 without --use-distributed-optimizer",
             fix="pass --use-distributed-optimizer",
         )
+    _check_main_params(args)
     _check_warmup(args)
     _check_needed(args)
+
+
+def _check_main_params(args: Namespace) -> None:
+    if not args.float32_main_params:
+        return
+    if not args.bf16:
+        raise ConfigError(
+            "--float32-main-params is for bf16 runs: here the model itself is float32",
+            fix="drop the flag, or pass --bf16",
+        )
+    if not args.use_distributed_optimizer or args.optimizer not in ("adam", "sgd"):
+        raise ConfigError(
+            "--float32-main-params needs megatron's distributed optimizer: the others copy their "
+            "main parameters from the rounded model",
+            got=f"--optimizer {args.optimizer}"
+            + (" --use-distributed-optimizer" if args.use_distributed_optimizer else ""),
+            allowed="--optimizer adam or sgd, with --use-distributed-optimizer",
+        )
 
 
 def _check_warmup(args: Namespace) -> None:

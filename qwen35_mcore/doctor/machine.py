@@ -18,12 +18,7 @@ from typing import Any
 from qwen35_mcore.doctor.rules import READ_VARIABLES
 from qwen35_mcore.doctor.snapshot import PACKAGES, Gpu, Package, Snapshot
 
-IMPORTED = {
-    # package: what training imports of it
-    "torch": "torch",
-    "psutil": "psutil",
-    "megatron-core": "megatron.core",
-}
+IMPORTED_FIRST = {"torch": "torch", "psutil": "psutil"}  # package: what training imports of it
 IMPORTED_ON_GPU = {
     "triton": "triton",
     "transformer-engine": "transformer_engine.pytorch",
@@ -31,6 +26,7 @@ IMPORTED_ON_GPU = {
     "flash-qla": "flash_qla",
     "flash-linear-attention": "fla.ops.gated_delta_rule",
 }
+IMPORTED_LAST = {"megatron-core": "megatron.core"}  # imports of the above what it finds
 UNKNOWN = "unknown"
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DRIVER_VERSION = re.compile(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)")
@@ -53,10 +49,15 @@ def take_snapshot(announce: Callable[[str], None], broken: Mapping[str, str]) ->
             error = broken.get(name) or _import_error(module)
             packages[name] = Package(version=_version(name, packages[name]), error=error)
 
-    import_all(IMPORTED)
-    cuda = _cuda() if packages.get("torch") and packages["torch"].error is None else {}
+    import_all(IMPORTED_FIRST)
+    torch_works = "torch" in packages and packages["torch"].error is None
+    announce("the GPUs")
+    cuda = _cuda() if torch_works else {}
     if cuda.get("gpus"):
         import_all(IMPORTED_ON_GPU)
+    import_all(IMPORTED_LAST)
+    announce("the kernels' facts")
+    kernels = _kernel_facts(on_gpu=bool(cuda.get("gpus"))) if torch_works else {}
     return Snapshot(
         python=platform.python_version(),
         packages=packages,
@@ -66,6 +67,7 @@ def take_snapshot(announce: Callable[[str], None], broken: Mapping[str, str]) ->
         data_helpers=_inside("megatron", "core/datasets/helpers_cpp*.so"),
         shm_gib=_shm_gib(),
         environment={name: os.environ[name] for name in READ_VARIABLES if name in os.environ},
+        kernels=kernels,
         **cuda,
     )
 
@@ -115,10 +117,8 @@ def _import_error(module: str) -> str | None:
 
 
 def _cuda() -> dict[str, Any]:
-    """What torch knows of CUDA, and the facts that the kernels' rules ask for."""
+    """What torch knows of CUDA."""
     import torch
-
-    from qwen35_mcore.ops.support import gather_facts
 
     facts: dict[str, Any] = {"torch_cuda": torch.version.cuda, "gpus": ()}
     if torch.distributed.is_available() and torch.distributed.is_nccl_available():
@@ -128,9 +128,19 @@ def _cuda() -> dict[str, Any]:
         facts["gpus"] = tuple(map(_gpu, range(torch.cuda.device_count())))
     except (RuntimeError, AssertionError) as error:
         facts["cuda_error"] = str(error).strip().splitlines()[0]
-    device = torch.device("cuda" if facts["gpus"] else "cpu")
-    facts["kernels"] = asdict(gather_facts(device))
     return facts
+
+
+def _kernel_facts(on_gpu: bool) -> dict[str, Any]:
+    """What the kernels' rules ask for; empty where FLA is too broken to be asked."""
+    import torch
+
+    from qwen35_mcore.ops.support import gather_facts
+
+    try:
+        return asdict(gather_facts(torch.device("cuda" if on_gpu else "cpu")))
+    except Exception:  # importing it has failed before, which is a finding of its own
+        return {}
 
 
 def _gpu(index: int) -> Gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -26,9 +27,21 @@ def to_json(found: Examination) -> dict[str, Any]:
         "findings": [asdict(finding) for finding in found.findings],
         "paths": found.paths,
         "paths_on_a_hopper_gpu": found.imagined_paths,
-        "gradient_check": found.gradient_check,
+        "gradient_check": _finite(found.gradient_check),
         "gradient_check_skipped": found.gradient_check_skipped,
     }
+
+
+def _finite(check: dict[str, Any] | None) -> dict[str, Any] | None:
+    """JSON has no NaN: an error that is not finite is null."""
+    if check is None:
+        return None
+    quantities = [q | {"error": _or_none(q["error"])} for q in check["quantities"]]
+    return check | {"quantities": quantities}
+
+
+def _or_none(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def versions(found: Examination) -> dict[str, str | None]:
@@ -95,9 +108,9 @@ def _print_findings(found: Examination, console: Console) -> None:
     console.print()
     for finding in found.findings:
         text = Text.assemble((finding.level.value, STYLES[finding.level]), f": {finding.what}")
-        console.print(text)
+        console.print(text, soft_wrap=True)  # one line, for who looks for it with grep
         if finding.fix:
-            console.print(_indented(f"fix: {finding.fix}"))
+            console.print(Text(f"  fix: {finding.fix}"), soft_wrap=True)
     if found.ok:
         console.print(Text("nothing stands in the way of training", "green"))
 

@@ -37,7 +37,7 @@ def main() -> None:
         tell(snapshot=asdict(machine), on_gpu=machine.on_gpu)
         findings = judge(machine)
         tell(findings=[asdict(finding) for finding in findings])
-        if not (machine.works("torch") and machine.works("megatron-core")):
+        if not (machine.kernels and machine.works("megatron-core")):
             return
         tell(at="choosing kernels")
         tell(**caught("kernel-choice", "the kernels cannot be chosen", lambda: choices(machine)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -57,12 +58,11 @@ RUNS = [
     ("35b-a3b", 4, 64, 1, 2, "none", "bf16"),
     ("35b-a3b", 12, 32, 1, 2, "none", "bf16"),
     ("35b-a3b", 12, 32, 1, 2, "full", "bf16"),
-    ("35b-a3b", 4, 32, 4, 1, "none", "bf16"),
-    ("35b-a3b", 4, 64, 1, 2, "selective", "bf16"),
-    ("35b-a3b", 4, 64, 1, 2, "none", "fp8-tensorwise"),
     ("4b", 8, None, 1, 2, "none", "bf16"),
-    ("4b", 8, None, 4, 1, "full", "bf16"),
     ("122b-a10b", 4, 16, 1, 2, "none", "bf16"),
+    ("4b", 8, None, 1, 2, "full", "bf16"),
+    ("35b-a3b", 4, 64, 1, 2, "none", "fp8-tensorwise"),
+    ("35b-a3b", 4, 64, 1, 2, "selective", "bf16"),
 ]
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -244,6 +244,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="The calibration file to write.")
     parser.add_argument("--gpu", default="h100-80g", help="The planner's name of this GPU.")
+    parser.add_argument(
+        "--append", action="store_true", help="Keep the rows of an existing file of the same card."
+    )
+    parser.add_argument(
+        "--match", default="", help="Only cases in whose description this regular expression is."
+    )
     args = parser.parse_args()
     start()
     content: dict[str, Any] = {
@@ -254,9 +260,16 @@ def main() -> None:
         "layers": [],
         "runs": [],
     }
+    if args.append and args.output.exists():
+        old = json.loads(args.output.read_text())
+        if old["card"] != content["card"]:
+            sys.exit(f"{args.output} holds rows of {old['card']}, this is {content['card']}")
+        content = old
     failed = False
     for kind, cases, measure in (("layers", LAYERS, time_layer), ("runs", RUNS, measure_run)):
         for case in cases:
+            if not re.search(args.match, " ".join(map(str, (kind, *case)))):
+                continue
             gc.collect()
             torch.cuda.empty_cache()
             print(f"before: {torch.cuda.memory_allocated() / 2**30:.2f} GiB", flush=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -41,6 +42,8 @@ class Phase:
     seconds: float
     peak_anonymous: int
     """Bytes, summed over the process and its children at the worst moment that was seen."""
+    load: float
+    """Processes that wanted a core in the minute before: of this benchmark and of others."""
 
 
 def cut_model(flavor: str, layers: int, vocabulary: int | None) -> Qwen35Config:
@@ -86,7 +89,7 @@ def write_source(folder: Path, config: Qwen35Config, experts: str) -> int:
 def measure(command: list[object], source: Path) -> Phase:
     """Run a command, then sync; the source is read once before, and nothing is left to write."""
     subprocess.run(f"sync; cat $(find {source} -type f) > /dev/null", shell=True, check=True)
-    began = time.monotonic()
+    load, began = os.getloadavg()[0], time.monotonic()
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
@@ -95,7 +98,7 @@ def measure(command: list[object], source: Path) -> Phase:
     if process.returncode:
         raise SystemExit(f"{command} failed")
     subprocess.run(["sync"], check=True)
-    return Phase(time.monotonic() - began, peak)
+    return Phase(time.monotonic() - began, peak, load)
 
 
 def anonymous_bytes(process: int) -> int:
@@ -135,7 +138,11 @@ def run_rounds(root: Path, rounds: int) -> dict[str, list[Phase]]:
 def print_table(what: str, size: int, results: dict[str, list[Phase]]) -> None:
     """A Markdown table: medians, memory, the ratio to cp."""
     seconds = {name: statistics.median(p.seconds for p in runs) for name, runs in results.items()}
-    print(f"\n{what}: {size / 1e9:.2f} GB, median of {len(results['import'])}\n")
+    loads = [phase.load for runs in results.values() for phase in runs]
+    print(
+        f"\n{what}: {size / 1e9:.2f} GB, median of {len(results['import'])}, "
+        f"{os.cpu_count()} cores (load before a phase {min(loads):.1f} to {max(loads):.1f})\n"
+    )
     print("| | seconds | GB/s | times cp | peak anonymous memory | each round |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, runs in results.items():

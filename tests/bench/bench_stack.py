@@ -3,8 +3,7 @@
     python -m tests.bench.bench_stack --case 35b-a3b,4,32,4096,4 --json out.jsonl
 
 A case is FLAVOR,LAYERS,EXPERTS,LENGTH,BATCH. EXPERTS are the local ones: 32 is one rank of EP8 at
-35b widths. Routing is forced to balance, so that both sides do the same work. ``--graph`` also
-times our step as one CUDA graph, which is what ``--cuda-graph-impl full_iteration`` makes of a run.
+35b widths. Routing is forced to balance, so that both sides do the same work.
 
 Floor: model operations at 790 TFLOP/s of matrix work.
 """
@@ -30,7 +29,6 @@ from tests.bench.common import (
     arguments,
     cut_config,
     gpu_config,
-    graphed,
     median_ms,
     peak_gib,
     profile,
@@ -80,24 +78,23 @@ def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
     step = make_step(block, x, rotary, torch.randn_like(x))
     timing = median_ms(step, repeats=args.repeats)
     tokens, flops = length * batch, layer_flops(hf, length * batch, length)
-    label = {"what": "stack", "which": which, "case": case, "precision": fp8 or "bf16"}
-
-    def rates(timing: dict[str, float]) -> dict[str, float]:
-        tflops = flops / timing["ms"] / 1e9
-        return timing | {
-            "tflops": tflops,
-            "mfu": tflops / PEAK_TFLOPS["fp8" if fp8 else "bf16"],
-            "tokens_per_s": tokens / timing["ms"] * 1e3,
-            "floor_ms": flops / RATE_TFLOPS / 1e9,
-        }
-
-    row = label | {"experts": args.experts} | rates(timing) | {"peak_gib": peak_gib(step)}
+    tflops = flops / timing["ms"] / 1e9
+    row = {
+        "what": "stack",
+        "which": which,
+        "case": case,
+        "precision": fp8 or "bf16",
+        "experts": args.experts,
+        **timing,
+        "tflops": tflops,
+        "mfu": tflops / PEAK_TFLOPS["fp8" if fp8 else "bf16"],
+        "tokens_per_s": tokens / timing["ms"] * 1e3,
+        "floor_ms": flops / RATE_TFLOPS / 1e9,
+        "peak_gib": peak_gib(step),
+    }
     if args.profile:
         row |= profile(step)
     report(row, args.json)
-    if args.graph and which == "ours":
-        replay = median_ms(graphed(step), repeats=args.repeats)
-        report(label | {"which": "ours, one graph"} | rates(replay), args.json)
     del block, step
     torch.cuda.empty_cache()
     return timing["ms"]
@@ -109,7 +106,6 @@ def main() -> None:
     parser.add_argument("--which", nargs="+", default=["native", "ours"])
     parser.add_argument("--fp8", nargs="*", default=[], choices=FP8_RECIPES)
     parser.add_argument("--experts", default="auto", choices=("auto", "grouped_mm", "te"))
-    parser.add_argument("--graph", action="store_true", help="Also ours as one CUDA graph.")
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     start()

@@ -39,7 +39,7 @@ def start() -> None:
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
 def _fix_l2norm_configuration() -> None:
@@ -115,29 +115,6 @@ def median_ms(step: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> di
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
     return {"ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
-
-
-def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """``step`` as one CUDA graph. It must have run before, so that nothing is compiled or tuned.
-
-    Raises:
-        RuntimeError: the step waits for the host, or allocates by what it computed.
-    """
-    from megatron.core.tensor_parallel.random import get_all_rng_states
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    for state in get_all_rng_states().values():
-        graph.register_generator_state(state)
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def peak_gib(step: Callable[[], Any]) -> float:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from qwen35_mcore.doctor import gradient_check, supervise
+from qwen35_mcore.doctor import gradient_check, machine, supervise
 from qwen35_mcore.doctor.kernel_paths import imagined_paths, kernel_findings, training_paths
 from qwen35_mcore.doctor.report import print_report, to_json
 from qwen35_mcore.doctor.rules import SLOW_SWITCHES, judge
@@ -386,14 +386,14 @@ def test_a_worker_that_never_ends_is_a_finding() -> None:
 def test_the_report_for_people_has_every_finding_and_its_fix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    machine = kernels(tilelang=None)
+    sick = kernels(tilelang=None)
     wrong = gradient_check.Quantity("d a", 0.4, 0.02)
     check = gradient_check.GradientCheck("fla", "bfloat16", 7.5, (wrong,))
     lines: list[dict[str, Any]] = [
-        {"snapshot": dataclasses.asdict(machine), "on_gpu": True},
-        {"findings": [dataclasses.asdict(f) for f in judge(machine)]},
-        {"kernel_findings": [dataclasses.asdict(f) for f in kernel_findings(machine)]},
-        {"paths": [dataclasses.asdict(path) for path in training_paths(machine)]},
+        {"snapshot": dataclasses.asdict(sick), "on_gpu": True},
+        {"findings": [dataclasses.asdict(f) for f in judge(sick)]},
+        {"kernel_findings": [dataclasses.asdict(f) for f in kernel_findings(sick)]},
+        {"paths": [dataclasses.asdict(path) for path in training_paths(sick)]},
         {"gradient_check": check.to_json()},
     ]
     found = supervise._collect(json.loads(json.dumps(lines)), "the end", None, True)
@@ -409,6 +409,32 @@ def test_the_report_for_people_has_every_finding_and_its_fix(
     ):
         assert expected in text
     assert "nothing stands in the way" not in text
+
+
+def test_a_gradient_that_is_not_finite_is_wrong_and_null_in_json() -> None:
+    poisoned = gradient_check.Quantity("d q", float("nan"), 0.02)
+    check = gradient_check.GradientCheck("fla", "bfloat16", 1.0, (poisoned,))
+    found = supervise._collect([{"gradient_check": check.to_json()}], "the end", None, True)
+    assert not found.ok
+    report = json.loads(json.dumps(to_json(found), allow_nan=False))
+    assert report["gradient_check"]["quantities"][0]["error"] is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue Nov  4 UTC 2025\n",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n",
+    ],
+)
+def test_the_driver_is_read_where_nvidia_smi_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(machine, "DRIVER_FILE", tmp_path / "version")
+    assert machine._driver() == "580.159.04"
+    monkeypatch.setattr(machine, "DRIVER_FILE", tmp_path / "nothing")
+    assert machine._driver() is None
 
 
 def test_tested_versions_are_those_of_the_package() -> None:

@@ -127,6 +127,9 @@ def test_model_choice(arguments: list[str], parts: list[str]) -> None:
         (["--recompute-granularity", "full"], ["recompute_method must be"]),
         (["--bf16", "--save", "x", "--save-interval", "1"], ["pass --use-distributed-optimizer"]),
         (["--save", "x"], ["--save-interval"]),
+        (["--load-main-params-from-ckpt"], ["is not supported", "--float32-main-params"]),
+        (["--float32-main-params"], ["is for bf16 runs", "pass --bf16"]),
+        (["--float32-main-params", "--bf16"], ["needs megatron's distributed optimizer"]),
     ],
 )
 def test_flags(more: list[str], parts: list[str]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import checkpoint as dcp
 
-from checkpoint_tools.crc import combine
+from checkpoint_tools.crc import combine, crc32
 from checkpoint_tools.mcore_io import MegatronCheckpoint
 from checkpoint_tools.storage import MappedFile, as_bytes
 from checkpoint_tools.torch_blob import archive_for, map_tensor
@@ -33,6 +33,11 @@ TENSORS = [
 def test_checksums_of_parts_make_the_checksum_of_the_whole(first: bytes, second: bytes) -> None:
     whole = combine(zlib.crc32(first), zlib.crc32(second), len(second))
     assert whole == zlib.crc32(first + second)
+
+
+@given(data=st.binary(max_size=10_000), start=st.integers(0, 2**32 - 1))
+def test_checksums_are_those_of_zip_archives(data: bytes, start: int) -> None:
+    assert crc32(data, start) == zlib.crc32(data, start)
 
 
 def test_checksum_of_a_long_part() -> None:

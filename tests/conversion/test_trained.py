@@ -23,6 +23,7 @@ from tests.helpers.pretrain_runs import script_server
 LENGTH, SAMPLES, STEPS = 64, 8, 5
 PARALLEL = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
 PARALLEL += "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+INTERLEAVED = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,29 @@ def test_a_bf16_run_rounds_a_float32_source_but_for_gdns_three(
     for name, tensor in read_all(world.source).items():
         rounded = not name.endswith(exact) and "visual" not in name
         assert torch.equal(result[name], tensor.bfloat16().float() if rounded else tensor), name
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(2, ""), (4, PARALLEL), (2, INTERLEAVED)],
+    ids=["DP2", "TP2 PP2 EP2", "PP2 VPP2"],
+)
+def test_float32_main_params_keep_a_float32_source_exact(
+    world: World, tmp_path: Path, world_size: int, layout: str
+) -> None:
+    """Through a start from the import, a save, and a resume with the same command line."""
+    flags = f"--bf16 --lr 0 --float32-main-params --exit-interval 1 {layout}"
+    source = read_all(world.source)
+    world.train(tmp_path / "run", flags, world_size, steps=2)
+    assert "at iteration 1\n" in world.train(tmp_path / "run", flags, world_size, steps=2)
+    assert {f.name for f in (tmp_path / "run").glob("iter_*")} == {"iter_0000001", "iter_0000002"}
+    wide = export(world, tmp_path / "run", tmp_path / "wide", "--dtype", "float32")
+    stored = export(world, tmp_path / "run", tmp_path / "stored", "--dtype", "checkpoint")
+    assert wide.keys() == stored.keys() == source.keys()
+    for name, tensor in source.items():
+        assert torch.equal(wide[name], tensor), name
+        assert torch.equal(stored[name], tensor.to(stored[name].dtype)), name
+    assert sum(tensor.dtype == torch.bfloat16 for tensor in stored.values()) > len(source) / 2
 
 
 def test_a_run_copies_what_is_carried(world: World, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# One rank of a SLURM job: srun starts this once for each GPU, with the rank's flags.
+#
+# slurm.sbatch says when to save and leave by a file, because a signal through SLURM would reach
+# every process of the job, also data loaders and compilers that it ends. Rank 0 alone looks for the
+# file: Megatron asks all ranks after each iteration whether one of them has had a SIGTERM.
+set -uo pipefail
+
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+# shellcheck source=launch/env.sh
+source "$REPO/launch/env.sh"
+read -ra prefix <<<"$CONTAINER"
+
+# SIGTERM is ignored until Megatron listens for it, so that an early one ends nothing.
+trap '' TERM
+"${prefix[@]}" "$PYTHON" "$REPO/examples/pretrain_qwen35.py" --exit-signal-handler "$@" &
+training=$!
+# SLURM sends SIGTERM to every process before it takes a job away. The training saves and leaves;
+# if this shell left first, SLURM would think that the rank has ended.
+trap : TERM
+
+next=0
+while kill -0 "$training" 2>/dev/null; do
+    if ((RANK == 0)); then
+        # Again after a while, because the first may come too early; no sooner, because Python no
+        # longer listens while it ends.
+        if [[ -e $STOP_FILE ]] && ((SECONDS >= next)); then
+            kill -TERM "$training" 2>/dev/null
+            next=$((SECONDS + 60))
+        fi
+        sleep 1
+    else
+        wait "$training"
+    fi
+done
+wait "$training"
+status=$?
+
+if ((status == 2)); then
+    touch "$USAGE_FILE"
+    # every rank finds the same mistake and rank 0 prints it; whoever ends first ends the job
+    ((RANK == 0)) || sleep 20
+fi
+exit "$status"

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Train on one node with torchrun.
+#
+#   DATA=data/corpus SAVE=runs/35b launch/train.sh PRESET [flags of pretrain_qwen35.py]
+#
+# PRESET is a folder that `qwen35 plan --emit DIR` wrote. Flags given here win over the preset's. Run
+# again, it continues from the last checkpoint. README.md beside this file says more.
+set -euo pipefail
+
+PRESET=${PRESET:-}                        # folder written by `qwen35 plan --emit`
+DATA=${DATA:-}                            # dataset prefix, a blend of them, or mock
+SAVE=${SAVE:-}                            # folder of this run's checkpoints
+LOAD=${LOAD:-$SAVE}                       # where to continue from
+PRETRAINED=${PRETRAINED:-}                # an imported checkpoint to start from
+TENSORBOARD=${TENSORBOARD:-$SAVE/tensorboard}
+SAVE_INTERVAL=${SAVE_INTERVAL:-500}       # iterations between checkpoints
+NPROC=${NPROC:-}                          # processes; one for each GPU where not set
+PYTHON=${PYTHON:-python}
+REPO=${REPO:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+
+# shellcheck source=launch/common.sh
+source "$REPO/launch/common.sh"
+# shellcheck source=launch/env.sh
+source "$REPO/launch/env.sh"
+
+if [[ $# -gt 0 && $1 != -* ]]; then
+    PRESET=$1
+    shift
+fi
+declare -a layout paths
+read_preset "$PRESET"
+run_flags
+if [[ -z $NPROC ]]; then
+    NPROC=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
+    [[ $NPROC -gt 0 ]] || die "this machine has no GPU" "fix: set NPROC to train on its CPU"
+fi
+
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" \
+    "$REPO/examples/pretrain_qwen35.py" "${layout[@]}" "${paths[@]}" "$@"

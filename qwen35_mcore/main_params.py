@@ -1,0 +1,62 @@
+"""Start a bf16 run from the float32 values of a checkpoint (``--float32-main-params``).
+
+Depends on megatron-core 0.19. Its own ``--load-main-params-from-ckpt`` copies the loaded state
+into the optimizer's main parameters, but that state was read into tensors of the model's dtype and
+is rounded by then; and it insists on ``--no-load-optim``, with which a requeued job would lose its
+moments. Here the state is read into float32 tensors first, and only where megatron does not read
+an optimizer's state: a job that resumes is left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.training import checkpointing
+
+
+def install() -> None:
+    """Patch ``megatron.training.checkpointing``; does nothing when called again."""
+    original = checkpointing._load_global_dist_base_checkpoint
+    if hasattr(original, "widens"):
+        return
+
+    def load(
+        load_dir: Any,
+        args: Any,
+        rank0: bool,
+        state: dict[str, Any] | None,
+        iteration: int,
+        release: bool,
+        **rest: Any,
+    ) -> Any:
+        weights_only = release or args.finetune or args.no_load_optim
+        if args.float32_main_params and state is not None and weights_only:
+            widen(state)
+            args.load_main_params_from_ckpt = True
+        return original(load_dir, args, rank0, state, iteration, release, **rest)
+
+    load.widens = True  # type: ignore[attr-defined]
+    checkpointing._load_global_dist_base_checkpoint = load
+
+
+def widen(state: dict[str, Any]) -> None:
+    """Give the model's bfloat16 tensors in a sharded state dict float32 tensors to be read into.
+
+    The model's own parameters are no longer part of it: megatron copies what was read into them
+    (rounded) and into the optimizer's main parameters (as it is), then drops it. Until then this
+    rank holds its share of the model once more, 4 bytes a parameter, before any activation or
+    moment exists.
+    """
+    models = [part for name, part in state.items() if name.startswith("model")]
+    for tensor in (value for model in models for value in nested_values(model)):
+        if not isinstance(tensor, ShardedTensor | ShardedTensorFactory) or tensor.data is None:
+            continue
+        if tensor.data.dtype == torch.bfloat16:
+            tensor.data = torch.empty(
+                tensor.data.shape, dtype=torch.float32, device=tensor.data.device
+            )
+            if isinstance(tensor, ShardedTensor):
+                tensor.dtype = torch.float32

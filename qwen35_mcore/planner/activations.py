@@ -61,16 +61,15 @@ def gdn(batch: Microbatch) -> Kept:
 
 
 def attention(batch: Microbatch) -> Kept:
-    """One gated attention: input, normed input, projection, q and k before their norms, q, k, v as
-    the kernel takes them, its output and log sum, the gate, the gated output."""
+    """One gated attention: input, normed input, projection (the gate, and q and k before their
+    norms, are views of it), q, k, v as the kernel takes them, its output and log sum, the gated
+    output."""
     config, tp, hidden = batch.config, batch.candidate.tp, batch.config.hidden_size
     query = config.num_attention_heads * config.head_dim
     key_value = max(config.num_key_value_heads, tp) * config.head_dim
     projection = 2 * (2 * query + 2 * key_value)
-    before_norms = 2 * (query + key_value)
     kernel = 2 * (query + 2 * key_value) + 2 * query + 4 * config.num_attention_heads
-    gate = 2 * query
-    inside = (projection + before_norms + kernel + gate + _linear_input(batch) * query) / tp
+    inside = (projection + kernel + _linear_input(batch) * query) / tp
     gradients = (projection + 2 * (2 * query + 2 * key_value) + 4 * query) / tp
     return Kept(
         batch.own_tokens * _layer_input(batch) + batch.tokens * inside,
@@ -154,14 +153,15 @@ def embedding(batch: Microbatch) -> Kept:
 def output(batch: Microbatch) -> Kept:
     """Final norm, and the logits of the loss and of every MTP layer's loss.
 
-    megatron-core's cross entropy turns bfloat16 logits into float32 ones, makes them the softmax in
-    place and keeps that; while it does so, and while the gradient is rounded back, both exist.
+    megatron-core's fused cross entropy turns bfloat16 logits into float32 ones, makes them the
+    softmax and keeps that. While one loss is made or its gradient rounded back, the bfloat16 logits
+    and, in what torch.compile makes of it, a second float32 copy exist besides (measured).
     """
     config, tp = batch.config, batch.candidate.tp
     logits = batch.tokens * config.vocab_size / tp
     losses = 1 + config.mtp_num_hidden_layers
     norm = batch.own_tokens * 4 * config.hidden_size
-    return Kept(norm + losses * 4 * logits, 2 * logits)
+    return Kept(norm + losses * 4 * logits, (2 + 4) * logits)
 
 
 def _linear_input(batch: Microbatch) -> int:

@@ -14,6 +14,8 @@ from math import ceil
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.hardware import Gpu
 
+_PEERS_AT_A_TIME = 8
+
 
 @dataclass(frozen=True)
 class Group:
@@ -76,7 +78,8 @@ def all_reduce(total_bytes: float, group: Group, gpu: Gpu) -> float:
 
 def all_to_all(own_bytes: float, group: Group, gpu: Gpu) -> float:
     """Every rank sends an equal share of its ``own_bytes`` to every other; what stays in the node
-    and what leaves it travel side by side."""
+    and what leaves it travel side by side. Beyond its node a rank talks to eight others at a time:
+    NCCL's sends and receives to hundreds of ranks queue up."""
     if group.size == 1:
         return 0.0
     members = group.per_node(gpu)
@@ -85,7 +88,8 @@ def all_to_all(own_bytes: float, group: Group, gpu: Gpu) -> float:
     if group.size == members:
         return inside
     outside = (group.size - members) * share / gpu.network.bytes_per_s
-    return max(inside, outside + gpu.network.alpha_s)
+    turns = ceil((group.size - members) / _PEERS_AT_A_TIME)
+    return max(inside, outside + turns * gpu.network.alpha_s)
 
 
 def send(total_bytes: float, group: Group, gpu: Gpu) -> float:

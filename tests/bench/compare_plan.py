@@ -2,8 +2,8 @@
 
     python -m tests.bench.compare_plan [CALIBRATION.json]
 
-Without a file: throughput that others published, beside the prediction for their layout from the
-built-in figures. With one: the same from its figures, and every measurement in it.
+Throughput that others published, beside the prediction for their layout; then every measurement in
+the file (the package's own without one), where it is one.
 
 Runs: peak and model memory, and the time of a step, of training runs on one GPU. Layers: the bytes
 that autograd keeps, and times predicted from the file's other rows (a row alone would predict
@@ -25,10 +25,10 @@ from qwen35_mcore.pipeline_layout import parse_pipeline_layout
 from qwen35_mcore.planner import activations, cost
 from qwen35_mcore.planner.activations import Kept
 from qwen35_mcore.planner.calibration import (
-    DEFAULT,
     Calibration,
     LayerRow,
     RunRow,
+    default_calibration,
     read_calibration,
 )
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
@@ -221,12 +221,12 @@ def main() -> None:
     )
     parser.add_argument("calibration", type=Path, nargs="?")
     file = parser.parse_args().calibration
-    calibration = read_calibration(file) if file else DEFAULT
+    calibration = read_calibration(file) if file else default_calibration("h100-80g")
     gpu = get_gpu(calibration.gpu)
     print(f"Predicted from {calibration.source}, beside what was published:\n")
     headers = ("recipe", "TFLOP/s per GPU", "tokens/s per GPU", "GiB")
     _print(headers, published_table(get_gpu("h100-80g"), calibration))
-    if file is None:
+    if not calibration.measured:
         return
     print("predicted / measured (error)\n")
     _print(("run", "peak GiB", "model GiB", "step ms"), run_table(calibration, gpu))

@@ -27,7 +27,7 @@ from qwen35_mcore.planner.memory import (
 
 ASSUMED_EFFICIENCY = 0.7
 """Of the ideal, for parts that nobody measured."""
-LAUNCH_S = {"gdn": 3.0e-3, "attention": 3.0e-3, "moe": 6.0e-3, "mlp": 1.5e-3, "mtp": 9.0e-3}
+LAUNCH_S = {"gdn": 3.0e-3, "attention": 3.0e-3, "moe": 6.0e-3, "mlp": 1.5e-3}
 """Forward and backward, if the host's launches are all that takes time; of a calibration without
 small sizes. The forward pass has a third of it."""
 FP8_OVER_BF16 = 1.16
@@ -103,6 +103,8 @@ def seconds(
     forward, backward = work(part, batch).ideal_s(gpu, precision)
     experts = batch.local_experts if part in ("moe", "mtp") else 0
     curves = _curves(part, precision, batch.config.hidden_size, experts, gpu, calibration)
+    if curves is None and part == "mtp":
+        return _mtp_from_its_parts(batch, gpu, calibration)
     if curves is None and precision != "bf16":
         slow = _at_bf16(part, batch, gpu, calibration)
         return slow[0] * FP8_OVER_BF16, slow[1] * FP8_OVER_BF16
@@ -188,6 +190,19 @@ def _row_parameters(part: str, batch: Microbatch) -> float:
     return element_parameters(batch.config, batch.candidate, kind).count
 
 
+def _mtp_from_its_parts(
+    batch: Microbatch, gpu: Gpu, calibration: Calibration
+) -> tuple[float, float]:
+    """An attention layer, and what joins it to the model at the assumed efficiency."""
+    parts = ("attention", "moe" if batch.config.is_moe else "mlp")
+    layer = [seconds(part, batch, gpu, calibration) for part in parts]
+    joining = _joining(batch).ideal_s(gpu, batch.candidate.precision)
+    forward, backward = (
+        sum(one[i] for one in layer) + joining[i] / ASSUMED_EFFICIENCY for i in (0, 1)
+    )
+    return forward, backward
+
+
 def _at_bf16(
     part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration
 ) -> tuple[float, float]:
@@ -219,12 +234,16 @@ def _moe(batch: Microbatch) -> Work:
 
 
 def _mtp(batch: Microbatch) -> Work:
-    config = batch.config
-    layer = work("attention", batch) + work("moe" if config.is_moe else "mlp", batch)
-    joining = 4 * batch.tokens * config.hidden_size**2 / batch.candidate.tp
-    own = 2 * config.hidden_size**2 / batch.candidate.tp
-    total = layer + _work(joining, activations.mtp_joining(batch).saved, own)
-    return total + _embedding(batch) if batch.candidate.pp > 1 else total
+    layer = work("attention", batch) + work("moe" if batch.config.is_moe else "mlp", batch)
+    return layer + _joining(batch)
+
+
+def _joining(batch: Microbatch) -> Work:
+    """MTP's projection and norms, and behind a pipeline its copy of the embedding."""
+    hidden, tp = batch.config.hidden_size, batch.candidate.tp
+    saved = activations.mtp_joining(batch).saved
+    own = _work(4 * batch.tokens * hidden**2 / tp, saved, 2 * hidden**2 / tp)
+    return own + _embedding(batch) if batch.candidate.pp > 1 else own
 
 
 def _output(batch: Microbatch) -> Work:

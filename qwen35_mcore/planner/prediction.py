@@ -99,7 +99,7 @@ class Prediction:
         """Share of the pipeline's time in which ranks wait, transfers included."""
         simulation = self.stages.simulation
         busy = sum(simulation.busy_s) / self.candidate.pp
-        return 1 - busy / simulation.step_s
+        return max(0.0, 1 - busy / simulation.step_s)
 
     def rank_parts(self, rank: int, split: StageSplit | None = None) -> list[Part]:
         """Everything that a pipeline rank holds."""

@@ -14,7 +14,7 @@ from qwen35_mcore.errors import Qwen35Error
 
 app = typer.Typer(
     name="qwen35",
-    help="Qwen3.5 for Megatron-Core: model sizes, training data, and a check of the machine.",
+    help="Qwen3.5 for Megatron-Core: sizes, training data, layouts, a check of the machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -92,6 +92,90 @@ def tokenize(
         overwrite=overwrite,
         quiet=quiet,
     )
+
+
+@app.command()
+def plan(
+    gpus: Annotated[int, typer.Option(help="GPUs in all.")],
+    global_batch_size: Annotated[int, typer.Option(help="Sequences per optimizer step.")],
+    flavor: Annotated[str | None, typer.Option(help="A size; see `qwen35 flavors`.")] = None,
+    hf_config: Annotated[
+        str | None, typer.Option(help="Instead: a Hugging Face config.json, or its folder.")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(help="Kind of GPU: h100-80g, h200-141g, b200-180g.")
+    ] = "h100-80g",
+    seq_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 4096,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="What tests/bench measured. Default: built-in figures of one H100."),
+    ] = None,
+    tp: Annotated[list[int] | None, typer.Option(help="Only this tensor parallel size.")] = None,
+    pp: Annotated[list[int] | None, typer.Option(help="Only this pipeline parallel size.")] = None,
+    vpp: Annotated[list[int] | None, typer.Option(help="Only so many stages per rank.")] = None,
+    cp: Annotated[list[int] | None, typer.Option(help="Only this context parallel size.")] = None,
+    ep: Annotated[list[int] | None, typer.Option(help="Only this expert parallel size.")] = None,
+    etp: Annotated[list[int] | None, typer.Option(help="Only this expert tensor size.")] = None,
+    micro_batch_size: Annotated[
+        list[int] | None, typer.Option(help="Only this number of sequences per microbatch.")
+    ] = None,
+    recompute: Annotated[
+        str | None, typer.Option(help="Only none, selective or full. Default: all three.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="bf16, fp8-blockwise, fp8-tensorwise, or all.")
+    ] = "bf16",
+    top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 5,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="Do not search: say why this layout cannot run, or what it would do. Like "
+            "tp=8,pp=4,vpp=1,ep=8,mbs=1,recompute=full,layout=Et*3|...; what is not named is 1.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    emit: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write layout.args, plan.json and run.sh there."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="DIR may exist.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the files of --emit instead.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the schedule and the memory: FILE.png or FILE.svg.")
+    ] = None,
+) -> None:
+    """Find the fastest parallel layout that fits, before paying for the GPUs."""
+    from qwen35_mcore.planner import command
+
+    job = command.make_job(
+        flavor=flavor,
+        hf_config=hf_config,
+        gpus=gpus,
+        gpu=gpu,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        calibration=calibration,
+    )
+    output = command.Output(
+        as_json=as_json, emit=emit, overwrite=overwrite, dry_run=dry_run, picture=picture
+    )
+    if explain is not None:
+        raise typer.Exit(command.run_explain(job, explain, output=output))
+    space = command.Space(
+        tp=tuple(tp or ()),
+        pp=tuple(pp or ()),
+        vpp=tuple(vpp or ()),
+        cp=tuple(cp or ()),
+        ep=tuple(ep or ()),
+        etp=tuple(etp or ()),
+        micro_batch_size=tuple(micro_batch_size or ()),
+        recompute=command.recomputations(recompute),
+        precision=command.precisions(precision),
+    )
+    command.run_search(job, space, top=top, output=output)
 
 
 @app.command()

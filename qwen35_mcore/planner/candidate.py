@@ -1,0 +1,143 @@
+"""What is asked of the planner, and one answer to try."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.parallel import ParallelLayout
+from qwen35_mcore.planner.hardware import Gpu
+
+if TYPE_CHECKING:
+    from qwen35_mcore.planner.calibration import Calibration
+
+PRECISIONS = ("bf16", "fp8-blockwise", "fp8-tensorwise")
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training run to be laid out."""
+
+    config: Qwen35Config
+    gpu: Gpu
+    gpus: int
+    seq_length: int
+    global_batch_size: int
+    """Sequences per optimizer step."""
+    calibration: Calibration
+    model_name: str = ""
+    """How the command line names the model, for reports."""
+    model_flags: tuple[str, ...] = ()
+    """The training script's flags that choose the model."""
+    computed: dict[tuple, tuple[float, float]] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+    """Compute times already worked out, see `elements`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Every size and switch that the planner chooses."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    micro_batch_size: int = 1
+    recompute: str = "none"
+    """none, selective (`recompute_modules`), or full (every layer from its input)."""
+    precision: str = "bf16"
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Always on under TP: MoE needs it, and it saves memory everywhere."""
+        return self.tp > 1
+
+    @property
+    def fp8(self) -> bool:
+        return self.precision != "bf16"
+
+    def dp(self, job: Job) -> int:
+        """Data parallel size, of the dense part."""
+        return job.gpus // (self.tp * self.pp * self.cp)
+
+    def expert_dp(self, job: Job) -> int:
+        """Ranks that hold the same experts."""
+        return job.gpus // (self.etp * self.ep * self.pp)
+
+    def microbatches(self, job: Job) -> int:
+        """Microbatches per optimizer step and rank."""
+        return job.global_batch_size // (self.micro_batch_size * self.dp(job))
+
+    def layout(self, pipeline_layout: str | None = None) -> ParallelLayout:
+        """The same as `parallel.check_layout` wants it."""
+        return ParallelLayout(
+            tp=self.tp,
+            pp=self.pp,
+            vpp=self.vpp,
+            cp=self.cp,
+            ep=self.ep,
+            etp=self.etp,
+            sequence_parallel=self.sequence_parallel,
+            pipeline_layout=pipeline_layout,
+        )
+
+    def __str__(self) -> str:
+        """As ``--explain`` reads it."""
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "cp": self.cp}
+        words = [f"{name}={size}" for name, size in sizes.items()]
+        if self.etp != 1:
+            words.append(f"etp={self.etp}")
+        words.append(f"mbs={self.micro_batch_size}")
+        return ",".join([*words, f"recompute={self.recompute}", f"precision={self.precision}"])
+
+
+def recompute_modules(config: Qwen35Config) -> tuple[str, ...]:
+    """What ``recompute=selective`` recomputes, as ``--recompute-modules`` names it: what is large
+    to keep and cheap to do again, activations and GDN's gated norm, or a dense layer's SwiGLU."""
+    own = ("gdn_norm_out",) if config.num_gdn_layers else ()
+    return (*own, "moe_act" if config.is_moe else "mlp")
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one rank works on in one microbatch, before any formula."""
+
+    config: Qwen35Config
+    candidate: Candidate
+    seq_length: int
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens inside tensor parallel regions: the rank's part of the sequence, all of TP."""
+        return self.candidate.micro_batch_size * self.seq_length // self.candidate.cp
+
+    @cached_property
+    def own_tokens(self) -> int:
+        """Tokens between them, where sequence parallelism splits the sequence over TP."""
+        return self.tokens // self.candidate.tp
+
+    @cached_property
+    def squared_lengths(self) -> int:
+        """Query-key pairs of the rank's sequences, the upper triangle included."""
+        return self.tokens * self.seq_length
+
+    @cached_property
+    def expert_rows(self) -> int:
+        """Rows that a rank's experts see when routing is balanced."""
+        return self.own_tokens * self.candidate.etp * self.config.num_experts_per_tok
+
+    @cached_property
+    def local_experts(self) -> int:
+        """Experts on a rank."""
+        return self.config.num_experts // self.candidate.ep
+
+    @cached_property
+    def expert_width(self) -> int:
+        """Width of an expert on a rank."""
+        return self.config.moe_intermediate_size // self.candidate.etp

@@ -1,0 +1,100 @@
+"""Seconds of collectives, by alpha-beta models over the links of a node and between nodes.
+
+Megatron numbers ranks with tensor parallelism innermost, then context, data and pipeline
+parallelism; of experts, expert tensor, expert, expert data and pipeline parallelism. A group is
+described by its size and the distance between neighbouring members, which says how many of them
+share a node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from qwen35_mcore.planner.candidate import Candidate, Job
+from qwen35_mcore.planner.hardware import Gpu
+
+_PEERS_AT_A_TIME = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group: ``size`` ranks, ``stride`` apart."""
+
+    size: int
+    stride: int = 1
+
+    def per_node(self, gpu: Gpu) -> int:
+        """Members that share a node."""
+        return max(1, min(self.size, gpu.gpus_per_node // self.stride))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one rank under a candidate."""
+
+    tp: Group
+    cp: Group
+    dp: Group
+    """Data and context parallel ranks together: they share gradients and optimizer state."""
+    ep: Group
+    etp: Group
+    expert_dp: Group
+    pp: Group
+
+    @classmethod
+    def of(cls, candidate: Candidate, job: Job) -> Groups:
+        return cls(
+            tp=Group(candidate.tp),
+            cp=Group(candidate.cp, candidate.tp),
+            dp=Group(candidate.dp(job) * candidate.cp, candidate.tp),
+            ep=Group(candidate.ep, candidate.etp),
+            etp=Group(candidate.etp),
+            expert_dp=Group(candidate.expert_dp(job), candidate.etp * candidate.ep),
+            pp=Group(candidate.pp, job.gpus // candidate.pp),
+        )
+
+
+def gather(total_bytes: float, group: Group, gpu: Gpu) -> float:
+    """All-gather to, or reduce-scatter of, ``total_bytes`` on every rank: (n - 1) / n of them pass
+    each link of a ring. Between nodes every member brings its own network card."""
+    if group.size == 1:
+        return 0.0
+    members = group.per_node(gpu)
+    rate = gpu.nvlink.bytes_per_s
+    alpha = (members - 1) * gpu.nvlink.alpha_s
+    nodes = ceil(group.size / members)
+    if nodes > 1:
+        rate = min(rate, members * gpu.network.bytes_per_s)
+        # rings above that many nodes give way to trees
+        alpha += min(nodes - 1, 16) * gpu.network.alpha_s
+    return alpha + total_bytes * (group.size - 1) / group.size / rate
+
+
+def all_reduce(total_bytes: float, group: Group, gpu: Gpu) -> float:
+    """A reduce-scatter and an all-gather."""
+    return 2 * gather(total_bytes, group, gpu)
+
+
+def all_to_all(own_bytes: float, group: Group, gpu: Gpu) -> float:
+    """Every rank sends an equal share of its ``own_bytes`` to every other; what stays in the node
+    and what leaves it travel side by side. Beyond its node a rank talks to eight others at a time:
+    NCCL's sends and receives to hundreds of ranks queue up."""
+    if group.size == 1:
+        return 0.0
+    members = group.per_node(gpu)
+    share = own_bytes / group.size
+    inside = (members - 1) * share / gpu.nvlink.bytes_per_s + gpu.nvlink.alpha_s
+    if group.size == members:
+        return inside
+    outside = (group.size - members) * share / gpu.network.bytes_per_s
+    turns = ceil((group.size - members) / _PEERS_AT_A_TIME)
+    return max(inside, outside + turns * gpu.network.alpha_s)
+
+
+def send(total_bytes: float, group: Group, gpu: Gpu) -> float:
+    """From one member to the next."""
+    if group.size == 1:
+        return 0.0
+    link = gpu.nvlink if group.stride < gpu.gpus_per_node else gpu.network
+    return link.alpha_s + total_bytes / link.bytes_per_s

@@ -1,0 +1,243 @@
+"""Files that run a plan: ``layout.args``, ``run.sh`` and ``plan.json`` in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen35_mcore.errors import PlanError
+from qwen35_mcore.planner.candidate import recompute_modules
+from qwen35_mcore.planner.hardware import GIB
+from qwen35_mcore.planner.prediction import Prediction
+from qwen35_mcore.planner.report import job_data, prediction_data
+
+_FP8_RECIPES = {"fp8-blockwise": "blockwise", "fp8-tensorwise": "tensorwise"}
+
+Group = tuple[str, list[tuple[str, ...]]]
+"""A comment, and flags with their values."""
+
+
+def flag_groups(prediction: Prediction) -> Iterator[Group]:
+    """Megatron's flags of a plan by what they are for, each with the reason.
+
+    Data, checkpoints, learning rate and length of the run are not among them.
+    """
+    job, candidate = prediction.job, prediction.candidate
+    yield "the model; it fills every architecture flag", [job.model_flags]
+    yield _why_sizes(prediction), list(_sizes(prediction))
+    if candidate.pp > 1:
+        yield (
+            _why_layout(prediction),
+            [("--pipeline-model-parallel-layout", prediction.stages.layout)],
+        )
+    yield (
+        f"{prediction.microbatches} microbatches per step on each of {candidate.dp(job)} data "
+        "parallel ranks",
+        [
+            ("--seq-length", str(job.seq_length)),
+            ("--micro-batch-size", str(candidate.micro_batch_size)),
+            ("--global-batch-size", str(job.global_batch_size)),
+        ],
+    )
+    yield from _recompute(prediction)
+    yield from _precision(prediction)
+    yield (
+        "optimizer state is shared by data parallel ranks; gradients are reduced under the last "
+        "backward pass and weights gathered under the first forward pass",
+        [
+            ("--use-distributed-optimizer",),
+            ("--overlap-grad-reduce",),
+            ("--overlap-param-gather",),
+        ],
+    )
+    if job.config.is_moe:
+        yield (
+            "tokens travel to their experts with one all-to-all",
+            [("--moe-token-dispatcher-type", "alltoall")],
+        )
+    yield (
+        "cuDNN's attention: the fast one at head size 256 on this GPU",
+        [("--attention-backend", "fused")],
+    )
+    if job.gpus > 1:
+        yield (
+            "Python collects garbage on all ranks at the same step instead of one after another",
+            [("--manual-gc",), ("--manual-gc-interval", "100")],
+        )
+
+
+def flags(prediction: Prediction) -> list[str]:
+    """The words of `flag_groups` without comments."""
+    return [word for _, lines in flag_groups(prediction) for line in lines for word in line]
+
+
+def _why_sizes(prediction: Prediction) -> str:
+    job, candidate = prediction.job, prediction.candidate
+    text = f"{job.gpus} GPUs, data parallel {candidate.dp(job)}"
+    if job.config.is_moe:
+        text += f", {job.config.num_experts // candidate.ep} experts of each layer on a GPU"
+    return text
+
+
+def _sizes(prediction: Prediction) -> Iterator[tuple[str, ...]]:
+    candidate = prediction.candidate
+    yield "--tensor-model-parallel-size", str(candidate.tp)
+    if candidate.sequence_parallel:
+        yield ("--sequence-parallel",)
+    yield "--pipeline-model-parallel-size", str(candidate.pp)
+    yield "--context-parallel-size", str(candidate.cp)
+    if prediction.job.config.is_moe:
+        yield "--expert-model-parallel-size", str(candidate.ep)
+        yield "--expert-tensor-parallel-size", str(candidate.etp)
+
+
+def _why_layout(prediction: Prediction) -> str:
+    candidate, even = prediction.candidate, prediction.even_step_s()
+    text = f"{candidate.pp} pipeline ranks"
+    if candidate.vpp > 1:
+        text += f" with {candidate.vpp} stages each, interleaved"
+    text += ": E embedding, t layer, m MTP, L loss, | next stage"
+    if even is not None:
+        text += f"; predicted step {prediction.step_s:.2f} s, {even:.2f} s when split evenly"
+    return text
+
+
+def _recompute(prediction: Prediction) -> Iterator[Group]:
+    recompute, config = prediction.candidate.recompute, prediction.job.config
+    if recompute == "selective":
+        yield (
+            "the experts' activations and the norm behind the delta rule are computed again"
+            if config.is_moe
+            else "feed-forward layers and the norm behind the delta rule are computed again",
+            [
+                ("--recompute-granularity", "selective"),
+                ("--recompute-modules", *recompute_modules(config)),
+            ],
+        )
+    elif recompute == "full":
+        yield (
+            "every layer is computed again from its input: the fastest way to fit in memory",
+            [
+                ("--recompute-granularity", "full"),
+                ("--recompute-method", "uniform"),
+                ("--recompute-num-layers", "1"),
+            ],
+        )
+
+
+def _precision(prediction: Prediction) -> Iterator[Group]:
+    lines: list[tuple[str, ...]] = [("--bf16",)]
+    precision = prediction.candidate.precision
+    if precision in _FP8_RECIPES:
+        lines += [("--fp8-format", "hybrid"), ("--fp8-recipe", _FP8_RECIPES[precision])]
+        yield "matrix products in FP8, everything else in bfloat16", lines
+    else:
+        yield "bfloat16 weights, float32 optimizer", lines
+
+
+def layout_args(prediction: Prediction) -> str:
+    """The text of ``layout.args``: one flag with its values a line, comments with reasons."""
+    job = prediction.job
+    fullest = max(memory.total for memory in prediction.memory())
+    lines = [
+        f"# {job.model_name} on {job.gpus} {job.gpu.name}, written by `qwen35 plan`.",
+        f"# Predicted: {prediction.step_s:.2f} s a step, {prediction.tokens_per_gpu_s:,.0f} "
+        f"tokens/s/GPU, {fullest / GIB:.1f} GiB on the fullest GPU.",
+    ]
+    for reason, group in flag_groups(prediction):
+        lines += ["", f"# {reason}", *(shlex.join(line) for line in group)]
+    return "\n".join(lines) + "\n"
+
+
+def run_sh(prediction: Prediction) -> str:
+    """The text of ``run.sh``: the complete command, from the repository's root."""
+    job = prediction.job
+    node = job.gpu.gpus_per_node
+    if job.gpus <= node:
+        command = f'NPROC={job.gpus} exec launch/train.sh "$preset" "$@"'
+    else:
+        nodes = -(-job.gpus // node)
+        command = (
+            f'exec sbatch --nodes={nodes} --gpus-per-node={node} launch/slurm.sbatch "$preset" "$@"'
+        )
+    return (
+        "#!/usr/bin/env bash\n"
+        f"# {job.model_name} on {job.gpus} {job.gpu.name}. Run it from the repository's root, with "
+        "the paths of\n# launch/README.md set; further flags are Megatron's and win over "
+        "layout.args.\n"
+        "set -euo pipefail\n"
+        'preset=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)\n'
+        f"{command}\n"
+    )
+
+
+def plan_json(prediction: Prediction) -> str:
+    """The text of ``plan.json``: what was asked, and everything predicted of the plan."""
+    asked = {**job_data(prediction.job), "layout": str(prediction.candidate)}
+    content = {**asked, "plan": prediction_data(prediction)}
+    return json.dumps(_rounded(content), indent=2) + "\n"
+
+
+def files(prediction: Prediction) -> dict[str, str]:
+    """Names and texts of the files of a plan."""
+    return {
+        "layout.args": layout_args(prediction),
+        "plan.json": plan_json(prediction),
+        "run.sh": run_sh(prediction),
+    }
+
+
+def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> None:
+    """Write the files of a plan into a new folder, which appears complete or not at all.
+
+    Args:
+        overwrite: replace these files in a folder that exists; others in it stay.
+
+    Raises:
+        PlanError: the folder exists, or cannot be written.
+    """
+    if folder.exists() and not overwrite:
+        raise PlanError(
+            "the folder for the plan exists already",
+            got=str(folder),
+            fix="choose another one, or pass --overwrite",
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _write(prediction, partial)
+            _move(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise PlanError("cannot write the plan", got=f"{folder}: {error}") from error
+
+
+def _write(prediction: Prediction, folder: Path) -> None:
+    folder.chmod(0o755)
+    for name, text in files(prediction).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "run.sh").chmod(0o755)
+
+
+def _move(partial: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(partial, folder)
+        return
+    for file in partial.iterdir():
+        os.replace(file, folder / file.name)
+
+
+def _rounded(value: object) -> object:
+    """Six significant digits: the same text on every machine."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,132 @@
+"""Why a layout cannot run, or what it would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from qwen35_mcore.errors import ConfigError, PlanError
+from qwen35_mcore.parallel import Violation, check_layout
+from qwen35_mcore.pipeline_layout import parse_pipeline_layout
+from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Candidate, Job
+from qwen35_mcore.planner.elements import Model
+from qwen35_mcore.planner.hardware import GIB
+from qwen35_mcore.planner.memory import overhead_bytes
+from qwen35_mcore.planner.prediction import (
+    Prediction,
+    StageMemory,
+    predict,
+    predict_split,
+)
+from qwen35_mcore.planner.search import EVEN_SPLIT_RULE
+
+_SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "mbs")
+_NAMES = {"mbs": "micro_batch_size"}
+_WORDS = {"recompute": RECOMPUTE, "precision": PRECISIONS}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The verdict on one layout."""
+
+    candidate: Candidate
+    violations: tuple[Violation, ...]
+    """Broken rules."""
+    memory: str
+    """What is missing where, empty if it fits or was not looked at."""
+    prediction: Prediction | None
+    """Of a layout that runs."""
+
+    @property
+    def runs(self) -> bool:
+        return self.prediction is not None
+
+
+def parse_layout(text: str) -> tuple[Candidate, str | None]:
+    """``tp=8,pp=4,recompute=full,layout=Et*3|...`` as a candidate and its layout string.
+
+    Sizes not named are 1 (etp too), nothing is recomputed, precision is bf16.
+
+    Raises:
+        PlanError: an unknown name or an impossible value.
+    """
+    sizes, _, layout = text.partition("layout=")
+    values: dict[str, object] = {}
+    for item in filter(None, (part.strip() for part in sizes.split(","))):
+        name, _, value = item.partition("=")
+        if name in _WORDS and value in _WORDS[name]:
+            values[name] = value
+        elif name in _SIZES and value.isdecimal() and int(value) > 0:
+            values[_NAMES.get(name, name)] = int(value)
+        else:
+            raise _cannot_read(item, name)
+    return Candidate(**values), layout or None  # type: ignore[arg-type]
+
+
+def _cannot_read(item: str, name: str) -> PlanError:
+    if name in _WORDS:
+        return PlanError("cannot read the layout", got=item, allowed=", ".join(_WORDS[name]))
+    if name in _SIZES:
+        return PlanError("cannot read the layout", got=item, allowed=f"{name}=N with N from 1 on")
+    near = get_close_matches(name, [*_SIZES, *_WORDS, "layout"], n=1)
+    return PlanError(
+        "cannot read the layout",
+        got=item,
+        allowed="NAME=VALUE with NAME one of " + ", ".join([*_SIZES, *_WORDS, "layout"]),
+        fix=f"did you mean {near[0]}?" if near else None,
+    )
+
+
+def explain(job: Job, candidate: Candidate, pipeline_layout: str | None = None) -> Explanation:
+    """Check a layout against every rule and against memory, and predict it where it runs.
+
+    Args:
+        pipeline_layout: Megatron's layout string, or None to balance the stages.
+    """
+    violations = tuple(
+        violation
+        for violation in check_layout(
+            job.config,
+            candidate.layout(pipeline_layout),
+            seq_length=job.seq_length,
+            world_size=job.gpus,
+            micro_batch_size=candidate.micro_batch_size,
+            global_batch_size=job.global_batch_size,
+            fp8=candidate.fp8,
+        )
+        if pipeline_layout or violation.rule != EVEN_SPLIT_RULE
+    )
+    if violations:
+        return Explanation(candidate, violations, "", None)
+    try:
+        if pipeline_layout is None:
+            return Explanation(candidate, (), "", predict(job, candidate))
+        prediction = predict_split(job, candidate, parse_pipeline_layout(pipeline_layout))
+    except (PlanError, ConfigError) as error:
+        return Explanation(candidate, (), f"{error}\n{_set_aside(job, candidate)}", None)
+    missing = _missing_memory(prediction)
+    return Explanation(candidate, (), missing, None if missing else prediction)
+
+
+def _set_aside(job: Job, candidate: Candidate) -> str:
+    return (
+        f"of {job.gpu.memory_bytes / GIB:.1f} GiB, "
+        f"{overhead_bytes(job.gpu, job.gpus) / GIB:.1f} are CUDA's, NCCL's and lost to "
+        f"fragmentation, and {Model(job, candidate).transient_bytes / GIB:.1f} are needed within a "
+        "layer's backward pass"
+    )
+
+
+def _missing_memory(prediction: Prediction) -> str:
+    """A sentence for every rank that holds too much."""
+    total = prediction.job.gpu.memory_bytes
+    return "\n".join(
+        f"memory over by {(memory.total - total) / GIB:.1f} GiB on stage {rank}: "
+        f"{_sum_of(memory)} of {total / GIB:.1f} GiB"
+        for rank, memory in enumerate(prediction.memory())
+        if memory.total > total
+    )
+
+
+def _sum_of(memory: StageMemory) -> str:
+    return " + ".join(f"{name} {size / GIB:.1f}" for name, size in vars(memory).items())

@@ -1,0 +1,106 @@
+"""GPUs and the nodes they come in, as data.
+
+Peaks and bandwidths are the vendors' figures for dense products; what is reached of them is the
+calibration's business. Links are alpha-beta models: a message of n bytes takes
+``alpha_s + n / bytes_per_s``. Bandwidths are what a large NCCL transfer reaches, about 80 % of the
+nominal NVLink rate and 90 % of the nominal network rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+from qwen35_mcore.errors import PlanError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Latency and bandwidth of one GPU's connection, in one direction."""
+
+    alpha_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU of a node, and how it reaches the others."""
+
+    name: str
+    card: str
+    """What ``torch.cuda.get_device_name`` prints."""
+    bf16_flops: float
+    """Dense tensor-core operations a second."""
+    fp8_flops: float
+    memory_bytes: int
+    """What the driver reports as total."""
+    bytes_per_s: float
+    """Memory bandwidth."""
+    nvlink: Link
+    """Between the GPUs of a node."""
+    network: Link
+    """Between nodes, for each GPU's own network card."""
+    gpus_per_node: int = 8
+
+    def peak_flops(self, precision: str) -> float:
+        """Peak of a precision name of `candidate.PRECISIONS`."""
+        return self.bf16_flops if precision == "bf16" else self.fp8_flops
+
+
+_NVLINK4 = Link(alpha_s=8e-6, bytes_per_s=360e9)
+_NVLINK5 = Link(alpha_s=8e-6, bytes_per_s=720e9)
+_NDR400 = Link(alpha_s=18e-6, bytes_per_s=45e9)
+
+_H100 = Gpu(
+    name="h100-80g",
+    card="NVIDIA H100 80GB HBM3",
+    bf16_flops=989e12,
+    fp8_flops=1979e12,
+    memory_bytes=81_559 * 2**20,
+    bytes_per_s=3.35e12,
+    nvlink=_NVLINK4,
+    network=_NDR400,
+)
+
+GPUS: dict[str, Gpu] = {
+    "h100-80g": _H100,
+    "h200-141g": replace(
+        _H100,
+        name="h200-141g",
+        card="NVIDIA H200",
+        memory_bytes=143_771 * 2**20,
+        bytes_per_s=4.8e12,
+    ),
+    "b200-180g": replace(
+        _H100,
+        name="b200-180g",
+        card="NVIDIA B200",
+        bf16_flops=2250e12,
+        fp8_flops=4500e12,
+        memory_bytes=183_359 * 2**20,
+        bytes_per_s=8.0e12,
+        nvlink=_NVLINK5,
+    ),
+}
+"""Nodes of eight GPUs with NVSwitch and one 400 Gbit/s InfiniBand card for each GPU."""
+
+
+def get_gpu(name: str) -> Gpu:
+    """The GPU of a name, upper or lower case, also without its memory size.
+
+    Raises:
+        PlanError: no such GPU; the message has the nearest names.
+    """
+    spelling = name.strip().lower().replace("_", "-")
+    matches = [gpu for key, gpu in GPUS.items() if spelling in (key, key.partition("-")[0])]
+    if matches:
+        return matches[0]
+    near = get_close_matches(spelling, GPUS, n=2, cutoff=0.3)
+    raise PlanError(
+        "there is no such GPU",
+        got=name,
+        allowed=", ".join(GPUS),
+        fix=f"did you mean {' or '.join(near)}?" if near else None,
+    )

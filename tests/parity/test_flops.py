@@ -1,0 +1,84 @@
+"""Operations of a step: megatron-core's own count, and the places where that is not right."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from qwen35_mcore import cpu
+
+cpu.enable_training()
+
+from megatron.training import training as megatron_training  # noqa: E402
+
+from qwen35_mcore.config import Qwen35Config  # noqa: E402
+from qwen35_mcore.flavors import FLAVORS, get_flavor  # noqa: E402
+from qwen35_mcore.layer_pattern import LayerKind  # noqa: E402
+from qwen35_mcore.planner.flops import (  # noqa: E402
+    BACKWARD_AND_FORWARD,
+    attention_layer_flops,
+    gdn_layer_flops,
+    training_flops,
+)
+from qwen35_mcore.transformer_config import architecture_arguments  # noqa: E402
+
+LENGTH, BATCH = 4096, 3
+TOKENS = LENGTH * BATCH
+OTHERS = {
+    "num_experts": None,
+    "moe_layer_freq": 1,
+    "moe_ffn_hidden_size": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_latent_size": None,
+    "multi_latent_attention": False,
+    "hybrid_layer_pattern": None,
+    "seq_length": LENGTH,
+}
+
+
+def megatron_flops(config: Qwen35Config) -> float:
+    arguments = SimpleNamespace(**OTHERS | architecture_arguments(config))
+    count = megatron_training.num_floating_point_operations
+    return count(Namespace(**vars(arguments)), BATCH)
+
+
+def router_flops(config: Qwen35Config) -> int:
+    """Of the routers and the shared experts' gates, which megatron leaves out."""
+    layers = config.num_hidden_layers + config.mtp_num_hidden_layers
+    each = 2 * TOKENS * config.hidden_size * (config.num_experts + 1)
+    return BACKWARD_AND_FORWARD * layers * each if config.is_moe else 0
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_without_mtp_the_counts_are_equal(flavor: str) -> None:
+    config = replace(get_flavor(flavor), mtp_num_hidden_layers=0)
+    ours = training_flops(config, TOKENS, seq_length=LENGTH) - router_flops(config)
+    assert ours == pytest.approx(megatron_flops(config), rel=1e-12)
+
+
+def test_a_pattern_without_interval_counts_the_same() -> None:
+    kinds = (LayerKind.ATTENTION, LayerKind.GDN, LayerKind.GDN, LayerKind.ATTENTION)
+    config = replace(get_flavor("tiny-moe"), layer_types=kinds, mtp_num_hidden_layers=0)
+    ours = training_flops(config, TOKENS, seq_length=LENGTH) - router_flops(config)
+    assert ours == pytest.approx(megatron_flops(config), rel=1e-12)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_megatron_takes_the_mtp_layer_for_a_gdn_layer(flavor: str) -> None:
+    """It is full attention; and megatron counts three norms of it, as no other norm."""
+    config = get_flavor(flavor)
+    attention = attention_layer_flops(config, TOKENS, TOKENS * LENGTH)
+    mistaken = attention - gdn_layer_flops(config, TOKENS)
+    norms = 2 * TOKENS * 3 * config.hidden_size
+    ours = training_flops(config, TOKENS, seq_length=LENGTH) - router_flops(config)
+    difference = BACKWARD_AND_FORWARD * (mistaken - norms)
+    assert ours - difference == pytest.approx(megatron_flops(config), rel=1e-12)
+
+
+def test_megatron_cannot_count_a_pattern_with_mtp() -> None:
+    kinds = (LayerKind.ATTENTION, LayerKind.GDN, LayerKind.GDN, LayerKind.ATTENTION)
+    with pytest.raises(AssertionError, match="Invalid length of linear_attention_pattern"):
+        megatron_flops(replace(get_flavor("tiny-moe"), layer_types=kinds))

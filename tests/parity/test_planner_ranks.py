@@ -1,0 +1,69 @@
+"""Parameters that the planner expects on a rank are those that megatron builds there."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.planner.calibration import DEFAULT
+from qwen35_mcore.planner.candidate import Candidate, Job
+from qwen35_mcore.planner.hardware import get_gpu
+from qwen35_mcore.planner.memory import Parameters
+from qwen35_mcore.planner.prediction import predict_split
+from tests.helpers.distributed import WorkerPool
+from tests.helpers.training import Layout, build_chunks, config_for, initialize
+
+CASES = {
+    "tp2 pp2 ep2": ("tiny-moe", Candidate(tp=2, pp=2, ep=2), "Ett|ttmL"),
+    "pp2 vpp2 ep2": ("tiny-moe", Candidate(pp=2, vpp=2, ep=2), "E|tt|tt|mL"),
+    "tp2 etp2 ep2": ("tiny-moe", Candidate(tp=2, etp=2, ep=2), "EttttmL"),
+    "tp4 dense": ("tiny-dense", Candidate(tp=4, etp=4), "EttttmL"),
+    "pp4 dense": ("tiny-dense", Candidate(pp=4), "Et|t|tt|mL"),
+}
+
+
+def built_parameters(flavor: str, layout: Layout) -> tuple[int, int]:
+    """Elements of dense and of expert parameters on this rank."""
+    initialize(layout)
+    hf = get_flavor(flavor)
+    chunks = build_chunks(hf, config_for(hf, layout), layout)
+    named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    expert = sum(p.numel() for name, p in named if ".experts." in name)
+    return sum(p.numel() for _, p in named) - expert, expert
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_holds_what_the_planner_says(case: str, pool: WorkerPool) -> None:
+    flavor, candidate, stages = CASES[case]
+    layout = Layout(
+        tp=candidate.tp,
+        pp=candidate.pp,
+        vpp=candidate.vpp if candidate.vpp > 1 else None,
+        stages=stages if candidate.pp > 1 else None,
+        ep=candidate.ep,
+        etp=candidate.etp,
+    )
+    built = pool.run(built_parameters, 4, flavor=flavor, layout=layout)
+    job = Job(
+        config=get_flavor(flavor),
+        gpu=get_gpu("h100-80g"),
+        gpus=4,
+        seq_length=64,
+        global_batch_size=16,
+        calibration=DEFAULT,
+    )
+    prediction = predict_split(job, candidate, tuple(stages.split("|")))
+    ranks_of_a_stage = 4 // candidate.pp
+    for rank, (dense, expert) in enumerate(built):
+        parts = prediction.rank_parts(rank // ranks_of_a_stage)
+        expected = sum((part.memory.parameters for part in parts), Parameters())
+        assert expected.expert == expert
+        # tensor parallel ranks each hold the few norms and gates that are not split
+        assert expected.dense == pytest.approx(dense, rel=1e-2)
+        if candidate.tp == 1:
+            # the final norm is where the last decoder layer is, the planner counts it with the loss
+            assert abs(expected.dense - dense) in (0, job.config.hidden_size)
+    if candidate.tp == 1:
+        ranks = [prediction.rank_parts(rank) for rank in range(candidate.pp)]
+        everything = sum((p.memory.parameters for parts in ranks for p in parts), Parameters())
+        assert everything.dense * ranks_of_a_stage == sum(dense for dense, _ in built)

@@ -1,0 +1,217 @@
+"""The memory model: parameters of a rank, what the distributed optimizer holds, activations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen35_mcore import cpu
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.flavors import FLAVORS, get_flavor
+from qwen35_mcore.layer_pattern import LayerKind
+from qwen35_mcore.planner import activations
+from qwen35_mcore.planner.calibration import DEFAULT, model_of
+from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
+from qwen35_mcore.planner.counts import count_parameters
+from qwen35_mcore.planner.hardware import GIB, get_gpu
+from qwen35_mcore.planner.memory import (
+    WEIGHT,
+    Parameters,
+    element_parameters,
+    layer_memory,
+    layer_parameters,
+    static_bytes,
+)
+from qwen35_mcore.planner.prediction import predict_split
+
+
+def job_of(config: Qwen35Config, gpus: int, **changes: object) -> Job:
+    return replace(
+        Job(
+            config=config,
+            gpu=get_gpu("h100-80g"),
+            gpus=gpus,
+            seq_length=4096,
+            global_batch_size=64,
+            calibration=DEFAULT,
+        ),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def all_parameters(config: Qwen35Config, candidate: Candidate) -> Parameters:
+    kinds = "E" + "m" * config.mtp_num_hidden_layers + "L"
+    layers = [layer_parameters(config, candidate, kind) for kind in config.layer_types]
+    others = [element_parameters(config, candidate, kind) for kind in kinds]
+    return sum([*layers, *others], Parameters())
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_one_rank_holds_the_whole_model(flavor: str) -> None:
+    config = FLAVORS[flavor]
+    held = all_parameters(config, Candidate())
+    assert held.count == count_parameters(config).total
+    assert held.expert == pytest.approx(
+        count_parameters(config).experts.total * (1 + 1 / config.num_hidden_layers)
+        if config.is_moe
+        else 0
+    )
+
+
+@pytest.mark.parametrize("flavor", ["2b", "27b", "35b-a3b"])
+def test_a_pipeline_holds_one_more_embedding(flavor: str) -> None:
+    """The last stage's copy: of MTP, or of the tied output layer."""
+    config = FLAVORS[flavor]
+    more = all_parameters(config, Candidate(pp=2)).count - count_parameters(config).total
+    assert more == config.vocab_size * config.hidden_size
+
+
+def megatron_bytes(config: Qwen35Config, candidate: Candidate, job: Job) -> float:
+    """megatron-core's own estimate of weights, gradients and optimizer state."""
+    cpu.enable_training()
+    from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+
+    moe = config.is_moe
+    arguments = SimpleNamespace(
+        kv_channels=config.head_dim,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        group_query_attention=True,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        ffn_hidden_size=config.intermediate_size,
+        num_experts=config.num_experts if moe else None,
+        moe_layer_freq=1,
+        moe_ffn_hidden_size=config.moe_intermediate_size,
+        moe_router_topk=config.num_experts_per_tok,
+        moe_shared_expert_intermediate_size=config.shared_expert_intermediate_size or None,
+        moe_shared_expert_gate=True,
+        moe_latent_size=None,
+        mtp_num_layers=None,
+        add_bias_linear=False,
+        swiglu=True,
+        normalization="RMSNorm",
+        multi_latent_attention=False,
+        padded_vocab_size=config.vocab_size,
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        tensor_model_parallel_size=candidate.tp,
+        pipeline_model_parallel_size=candidate.pp,
+        expert_tensor_parallel_size=candidate.etp,
+        expert_model_parallel_size=candidate.ep,
+        world_size=job.gpus,
+        data_parallel_size=candidate.dp(job),
+        use_distributed_optimizer=True,
+    )
+    return compute_weight_and_optimizer_memory(arguments)
+
+
+@pytest.mark.parametrize("flavor", ["9b", "35b-a3b"])
+@pytest.mark.parametrize("candidate", [Candidate(), Candidate(tp=2), Candidate(tp=2, ep=4)])
+def test_static_memory_is_megatrons_where_that_applies(flavor: str, candidate: Candidate) -> None:
+    """megatron knows neither GatedDeltaNet, nor the output gate, nor q and k norms, nor what joins
+    MTP to the model: full attention everywhere, no MTP, and the two known gaps added."""
+    config = get_flavor(flavor)
+    if not config.is_moe:
+        candidate = replace(candidate, ep=1, etp=candidate.tp)
+    layers = config.num_hidden_layers
+    config = replace(config, layer_types=(LayerKind.ATTENTION,) * layers, mtp_num_hidden_layers=0)
+    job = job_of(config, gpus=16)
+    ours = static_bytes(all_parameters(config, candidate), job, candidate).total
+    query = config.num_attention_heads * config.head_dim
+    missing = layers * (config.hidden_size * query + 2 * config.head_dim) / candidate.tp
+    gap = static_bytes(Parameters(dense=missing), job, candidate).total
+    megatron = megatron_bytes(config, candidate, job)
+    if candidate.tp > 1:
+        assert ours - gap == pytest.approx(megatron, rel=1e-5)
+    else:
+        assert ours - gap == pytest.approx(megatron, rel=1e-12)
+
+
+@pytest.mark.parametrize(("experts", "measured_gib"), [(32, 10.5), (256, 17.1)])
+def test_activations_of_the_measured_stack(experts: int, measured_gib: float) -> None:
+    """tests/bench/NOTES.md: three GDN and one attention layer of 35b-a3b widths, 4 x 4096 tokens,
+    no optimizer; the peak is at the begin of the backward pass."""
+    model = model_of(
+        "35b-a3b",
+        {"num_hidden_layers": 4, "num_experts": experts, "mtp_num_hidden_layers": 0},
+    )
+    job, alone = job_of(model, 1), Candidate(micro_batch_size=4)
+    layers = [layer_memory(job, alone, kind) for kind in model.layer_types]
+    weights = WEIGHT * sum(layer.parameters.count for layer in layers)
+    saved = sum(layer.saved for layer in layers)
+    peak = weights + saved + max(layer.transient for layer in layers)
+    assert peak / GIB == pytest.approx(measured_gib, rel=0.05)
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "tp": st.sampled_from([1, 2, 4]),
+        "ep": st.sampled_from([1, 2, 8]),
+        "micro_batch_size": st.sampled_from([1, 2, 4]),
+        "precision": st.sampled_from(["bf16", "fp8-blockwise"]),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=sizes, flavor=st.sampled_from(["9b", "35b-a3b", "397b-a17b"]))
+def test_recomputing_more_keeps_less(sizes: dict, flavor: str) -> None:
+    config = get_flavor(flavor)
+    if not config.is_moe:
+        sizes = {**sizes, "ep": 1, "etp": sizes["tp"]}
+    job = job_of(config, gpus=64)
+    for kind in LayerKind:
+        none, selective, full = (
+            layer_memory(job, Candidate(**sizes, recompute=recompute), kind)
+            for recompute in ("none", "selective", "full")
+        )
+        assert none.saved > selective.saved > full.saved > 0
+        assert none.static == selective.static == full.static
+        # what is dropped comes back for the layer whose backward pass runs
+        assert none.saved + none.transient <= full.saved + full.transient
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=sizes)
+def test_activations_grow_with_the_microbatch_and_shrink_with_tp(sizes: dict) -> None:
+    config = get_flavor("397b-a17b")
+
+    def saved(**changes: object) -> float:
+        batch = Microbatch(config, Candidate(**sizes | changes), 4096)
+        return (activations.gdn(batch) + activations.moe(batch)).saved
+
+    twice = saved(micro_batch_size=2 * sizes["micro_batch_size"])
+    assert twice == pytest.approx(2 * saved())
+    assert saved(tp=2 * sizes["tp"]) < saved()
+
+
+def test_logits_are_counted_for_every_loss() -> None:
+    """248,320 columns in float32 for the main loss and MTP's, and while one of them is made another
+    such copy and one in bf16."""
+    config = get_flavor("35b-a3b")
+    batch = Microbatch(config, Candidate(), 4096)
+    logits = 4096 * config.vocab_size
+    with_mtp, without = (
+        activations.output(Microbatch(one, Candidate(), 4096))
+        for one in (config, replace(config, mtp_num_hidden_layers=0))
+    )
+    assert with_mtp.saved - without.saved == 4 * logits
+    assert with_mtp.transient == 6 * logits
+    assert batch.tokens == 4096
+
+
+def test_memory_of_a_rank_adds_up() -> None:
+    job = job_of(get_flavor("35b-a3b"), gpus=16, global_batch_size=512)
+    prediction = predict_split(job, Candidate(pp=2, ep=8), ("E" + "t" * 20, "t" * 20 + "mL"))
+    first, last = prediction.memory()
+    assert first.total == sum(vars(first).values())
+    # the first rank has two microbatches in flight, the last one
+    layer = {kind: layer_memory(job, prediction.candidate, kind).saved for kind in LayerKind}
+    twenty = 15 * layer[LayerKind.GDN] + 5 * layer[LayerKind.ATTENTION]
+    ids = 16 * 4096
+    assert first.activations == pytest.approx(2 * (twenty + ids))
+    assert last.activations > twenty

@@ -1,0 +1,124 @@
+"""The picture of a plan: what is on it, and that it is written whole or not at all."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from qwen35_mcore.errors import PlanError
+from qwen35_mcore.planner.picture import draw, windows
+from qwen35_mcore.planner.stages import StagePlan, balance
+from tests.unit.test_planner_stages import GIB, hybrid
+
+
+def plan(pp: int, vpp: int, microbatches: int, **more: float) -> StagePlan:
+    return balance(hybrid(12), pp=pp, vpp=vpp, microbatches=microbatches, passes=10_000, **more)
+
+
+def texts(path: Path) -> list[str]:
+    root = ElementTree.parse(path).getroot()
+    return [
+        "".join(one.itertext()).strip() for one in root.iter("{http://www.w3.org/2000/svg}text")
+    ]
+
+
+def test_png_is_an_image_of_the_size_that_the_ranks_need(tmp_path: Path) -> None:
+    sizes = []
+    for pp in (2, 4):
+        draw(plan(pp, 1, 4), tmp_path / "plan.png")
+        header = (tmp_path / "plan.png").read_bytes()[:24]
+        assert header.startswith(b"\x89PNG")
+        sizes.append(struct.unpack(">II", header[16:]))
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[0][1] < sizes[1][1]
+
+
+def test_a_short_schedule_is_drawn_whole(tmp_path: Path) -> None:
+    drawn = plan(3, 2, 6, capacity_bytes=50 * GIB)
+    draw(drawn, tmp_path / "plan.svg", title="tiny")
+    words = texts(tmp_path / "plan.svg")
+    assert "tiny" in words
+    assert drawn.layout in words
+    assert "the whole step" in words
+    assert any("6 microbatches" in word and "interleaved" in word for word in words)
+    assert {f"forward, chunk {chunk}" for chunk in (0, 1)} <= set(words)
+    assert "limit, 50.0 GiB" in words
+    for rank, held in enumerate(drawn.stage_bytes):
+        busy = drawn.simulation.busy_s[rank] / drawn.simulation.step_s
+        assert f"rank {rank} · {busy:.0%} busy" in words
+        assert f"{held / GIB:.1f}" in words
+    # every stage runs every microbatch forward and backward, and the passes are long enough to say
+    assert all(words.count(str(micro)) >= 2 * 6 for micro in range(1, 6))
+
+
+def test_the_even_split_is_named_beside_the_choice(tmp_path: Path) -> None:
+    free = plan(4, 1, 16)
+    assert free.even is not None
+    gain = 1 - free.simulation.step_s / free.even.simulation.step_s
+    tight = replace(free, capacity_bytes=max(free.even.stage_bytes) - 1)
+    for drawn, words in (
+        (free, f"{gain:.1%} shorter than the even split"),
+        (tight, "the even split does not fit"),
+    ):
+        draw(drawn, tmp_path / "plan.svg")
+        assert any(words in text for text in texts(tmp_path / "plan.svg"))
+
+
+def test_a_long_schedule_says_what_is_cut(tmp_path: Path) -> None:
+    drawn = plan(4, 1, 64)
+    shown = windows(drawn.simulation)
+    assert [window.name for window in shown] == ["warm-up", "steady state", "cool-down"]
+    assert shown[0].begin_s == 0
+    assert shown[-1].end_s == drawn.simulation.step_s
+    hidden = [b.begin_s - a.end_s for a, b in pairwise(shown)]
+    assert min(hidden) > 0
+    # all of the warm-up, up to the first rank's first backward pass, and all of the cool-down
+    first_rank = [event for event in drawn.simulation.events if event.rank == 0]
+    assert shown[0].end_s > next(event.end_s for event in first_rank if event.kind == "B")
+    last_forward = max(event.start_s for event in first_rank if event.kind == "F")
+    assert shown[-1].begin_s < last_forward
+
+    draw(drawn, tmp_path / "plan.svg")
+    words = texts(tmp_path / "plan.svg")
+    assert [f"{seconds:.2f} s of steady state not drawn" in words for seconds in hidden] == [
+        True,
+        True,
+    ]
+
+
+def test_drawing_twice_gives_the_same_file(tmp_path: Path) -> None:
+    for name in ("one.svg", "two.svg"):
+        draw(plan(2, 1, 4), tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.svg", "two.svg"]
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no known format"):
+        draw(plan(2, 1, 4), tmp_path / "plan.jpg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(PlanError, match=r"qwen35-mcore\[demo\]"):
+        draw(plan(2, 1, 4), tmp_path / "plan.png")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot be written"):
+        draw(plan(2, 1, 4), tmp_path / "missing" / "plan.png")
+
+
+def test_matplotlib_is_imported_only_to_draw() -> None:
+    code = "import sys, qwen35_mcore.planner.picture; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

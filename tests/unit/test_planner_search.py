@@ -1,0 +1,184 @@
+"""The search: exact on small spaces, honest about bounds, one clear error for impossible jobs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qwen35_mcore.errors import PlanError
+from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.parallel import check_layout
+from qwen35_mcore.planner.bounds import bounds
+from qwen35_mcore.planner.calibration import DEFAULT
+from qwen35_mcore.planner.candidate import Candidate, Job
+from qwen35_mcore.planner.elements import Model
+from qwen35_mcore.planner.explain import explain, parse_layout
+from qwen35_mcore.planner.hardware import get_gpu
+from qwen35_mcore.planner.prediction import predict
+from qwen35_mcore.planner.search import Space, candidates, search
+
+
+def job_of(flavor: str, gpus: int, batch: int, gpu: str = "h100-80g") -> Job:
+    return Job(
+        config=get_flavor(flavor),
+        gpu=get_gpu(gpu),
+        gpus=gpus,
+        seq_length=4096,
+        global_batch_size=batch,
+        calibration=DEFAULT,
+        model_name=flavor,
+    )
+
+
+SMALL = [
+    (job_of("2b", 8, 64), Space(tp=(1, 2), micro_batch_size=(1, 2), vpp=(1, 2))),
+    (job_of("35b-a3b", 16, 64), Space(tp=(1,), pp=(2, 4), micro_batch_size=(2,), vpp=(1, 2))),
+    (job_of("35b-a3b", 32, 64), Space(pp=(4,), tp=(1, 2), etp=(1,), vpp=(1,))),
+]
+
+
+@pytest.mark.parametrize(("job", "space"), SMALL)
+def test_the_choice_is_the_best_of_all(job: Job, space: Space) -> None:
+    """Every allowed layout simulated: none is faster, and none is below its own bound."""
+    everything = []
+    for candidate in candidates(job, space):
+        limits = bounds(Model(job, candidate), vpp=candidate.vpp)
+        try:
+            prediction = predict(job, candidate)
+        except PlanError:
+            continue
+        assert not limits.excess_bytes
+        assert limits.step_s <= prediction.stages.simulation.step_s * (1 + 1e-9)
+        everything.append(prediction.step_s)
+    found = search(job, space, budget_s=60.0)
+    assert found.exact
+    assert found.best[0].step_s == pytest.approx(min(everything), rel=1e-9)
+    assert [p.step_s for p in found.best] == sorted(p.step_s for p in found.best)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "gpus", "batch"), [("35b-a3b", 16, 512), ("122b-a10b", 128, 1024)]
+)
+def test_plans_obey_every_rule_and_fit(flavor: str, gpus: int, batch: int) -> None:
+    job = job_of(flavor, gpus, batch)
+    for prediction in search(job, Space(), top=3, budget_s=3.0).best:
+        candidate = prediction.candidate
+        assert not check_layout(
+            job.config,
+            candidate.layout(prediction.stages.layout),
+            seq_length=4096,
+            world_size=gpus,
+            micro_batch_size=candidate.micro_batch_size,
+            global_batch_size=batch,
+        )
+        assert all(memory.total <= job.gpu.memory_bytes for memory in prediction.memory())
+        assert sum(prediction.breakdown().values()) == pytest.approx(prediction.step_s, rel=0.05)
+
+
+def test_the_stages_are_better_than_even_ones() -> None:
+    """MTP and the loss cost as much as many layers: an even split waits for the last stage, or
+    does not fit there."""
+    fits = predict(job_of("122b-a10b", 128, 1024), Candidate(tp=2, pp=8, ep=8, micro_batch_size=2))
+    even = fits.even_step_s()
+    assert even is not None
+    assert fits.step_s < 0.7 * even
+
+    too_large = search(job_of("35b-a3b", 16, 512), Space(pp=(4,)), top=1).best[0]
+    assert too_large.even_step_s() is None
+    assert too_large.stages.even is not None
+    assert max(too_large.stages.even.stage_bytes) > too_large.stages.capacity_bytes
+
+
+def test_pinned_sizes_are_kept() -> None:
+    found = search(job_of("35b-a3b", 16, 512), Space(pp=(2,), ep=(8,), recompute=("full",)))
+    assert {(p.candidate.pp, p.candidate.ep, p.candidate.recompute) for p in found.best} == {
+        (2, 8, "full")
+    }
+
+
+def test_more_memory_is_not_slower() -> None:
+    """What fits on an H100 fits on an H200 too."""
+    h100, h200 = (search(job_of("35b-a3b", 16, 512, gpu), Space()) for gpu in ("h100", "h200"))
+    assert h200.best[0].step_s < h100.best[0].step_s
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (job_of("397b-a17b", 8, 512), ["fits on 8 h100-80g in no layout", "pass --gpus 96"]),
+        (job_of("35b-a3b", 7, 512), ["fits on 7 h100-80g", "short on every GPU", "--gpus 16"]),
+    ],
+)
+def test_a_model_that_does_not_fit(job: Job, words: list[str]) -> None:
+    with pytest.raises(PlanError) as caught:
+        search(job, Space())
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_the_named_number_of_gpus_works_and_fewer_nodes_do_not() -> None:
+    job = job_of("397b-a17b", 96, 960)
+    assert search(job, Space(), top=1, budget_s=2.0).best
+    with pytest.raises(PlanError):
+        search(replace(job, gpus=88), Space(), top=1, budget_s=2.0)
+
+
+def test_a_batch_that_nothing_divides() -> None:
+    with pytest.raises(PlanError) as caught:
+        search(job_of("35b-a3b", 16, 509), Space(tp=(1,), pp=(2,)))
+    assert "504 or 512" in str(caught.value)
+    for batch in (504, 512):
+        assert search(job_of("35b-a3b", 16, batch), Space(tp=(1,), pp=(2,)), top=1).best
+
+
+def test_an_unknown_gpu_names_the_nearest() -> None:
+    with pytest.raises(PlanError, match="did you mean h200-141g"):
+        get_gpu("h220-141g")
+    assert get_gpu("H200") is get_gpu("h200_141g")
+
+
+@pytest.mark.parametrize(
+    ("layout", "reasons"),
+    [
+        ("tp=3", ["tp divides num_attention_heads", "tp fits num_key_value_heads"]),
+        ("tp=2,ep=16,pp=2", ["ep * etp * pp divides the world size"]),
+        ("pp=2,ep=3", ["ep divides num_experts"]),
+        ("pp=2,ep=8,layout=Et*20m|t*20L", ["m (MTP) must be in the last virtual stage"]),
+        ("pp=2,ep=8,mbs=3", ["micro batch * dp divides the global batch"]),
+        ("etp=64,precision=fp8-blockwise", ["fp8 width of the experts"]),
+    ],
+)
+def test_explaining_a_layout_names_the_rules(layout: str, reasons: list[str]) -> None:
+    gpus = 64 if "etp=64" in layout else 16
+    explanation = explain(job_of("35b-a3b", gpus, 512), *parse_layout(layout))
+    assert not explanation.runs
+    text = "\n".join(map(str, explanation.violations))
+    assert all(reason in text for reason in reasons), text
+
+
+def test_explaining_memory_names_the_stage_and_what_is_missing() -> None:
+    job = job_of("35b-a3b", 16, 512)
+    explanation = explain(job, *parse_layout("pp=2,ep=8,mbs=4,layout=Et*20|t*20mL"))
+    assert not explanation.runs
+    assert "GiB on stage 0" in explanation.memory
+    assert "activations" in explanation.memory
+    searched = explain(job, Candidate(pp=2, ep=8, micro_batch_size=4))
+    assert "GiB short on pipeline rank" in searched.memory
+
+
+def test_explaining_a_layout_that_runs_predicts_it() -> None:
+    job = job_of("35b-a3b", 16, 512)
+    searched = explain(job, *parse_layout("pp=2,ep=8,recompute=full"))
+    assert searched.prediction is not None
+    layout = searched.prediction.stages.layout
+    given = explain(job, *parse_layout(f"pp=2,ep=8,recompute=full,layout={layout}"))
+    assert given.prediction is not None
+    assert given.prediction.step_s == pytest.approx(searched.prediction.step_s)
+    for one, other in zip(given.prediction.memory(), searched.prediction.memory(), strict=True):
+        assert one.total == pytest.approx(other.total)
+
+
+@pytest.mark.parametrize("text", ["tp", "tp=0", "tpp=2", "recompute=some", "tp=two"])
+def test_a_layout_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(PlanError, match="cannot read the layout"):
+        parse_layout(text)

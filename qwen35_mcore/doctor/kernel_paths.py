@@ -18,6 +18,7 @@ from qwen35_mcore.backends import choose_experts
 from qwen35_mcore.doctor.snapshot import Finding, Level, Snapshot
 from qwen35_mcore.errors import KernelError
 from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.mcore_compat import has_apex_accumulation
 from qwen35_mcore.ops.dispatch import choose_backend
 from qwen35_mcore.ops.heads import Heads
 from qwen35_mcore.ops.support import KernelFacts, flash_qla_support
@@ -114,13 +115,12 @@ def _by_transformer_engine(capability: tuple[int, int]) -> Iterator[KernelPath]:
         path="Transformer Engine's fused kernels" if fused else "plain torch",
         why=f"defaults of this package: {' and '.join(fused) or 'neither'} fused",
     )
-    in_product = defaults["gradient_accumulation_fusion"]
     yield KernelPath(
         part="weight gradients",
-        path="added inside the matrix product" if in_product else "added by a kernel of their own",
-        why="NVIDIA's apex is there"
-        if in_product
-        else "the output layer needs NVIDIA's apex to fuse them, and one flag covers all layers",
+        path="added inside the matrix product; the output layer's by a kernel of its own"
+        if not has_apex_accumulation()
+        else "added inside the matrix product",
+        why="Transformer Engine brings it, megatron's output layer needs NVIDIA's apex for it",
     )
     yield KernelPath(
         part="optimizer",

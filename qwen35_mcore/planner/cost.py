@@ -1,9 +1,9 @@
 """Seconds of every part of the model on one rank, without communication.
 
 A part's ideal time is its matrix operations at the card's peak plus its bytes at the card's
-bandwidth. The calibration maps ideal to measured time: between measurements on the straight line,
-above the largest at its efficiency, below the smallest at its efficiency but never faster than the
-launches allow. Operations are those of `flops`; bytes are every kept tensor written and read once
+bandwidth. The calibration maps ideal to measured time: between measurements on the straight line;
+above the largest at its efficiency or, where launches had hidden that, at the assumed one as soon
+as this takes longer; below the smallest at its efficiency but never faster than the launches allow. Operations are those of `flops`; bytes are every kept tensor written and read once
 forward and twice backward, weights read, and weight gradients added to the float32 ones.
 """
 
@@ -26,7 +26,8 @@ from qwen35_mcore.planner.memory import (
 )
 
 ASSUMED_EFFICIENCY = 0.7
-"""Of the ideal, for parts that nobody measured."""
+"""Of the ideal, for parts that nobody measured, and for work beyond a measurement that was bound by
+launches."""
 LAUNCH_S = {"gdn": 3.0e-3, "attention": 3.0e-3, "moe": 6.0e-3, "mlp": 1.5e-3}
 """Forward and backward, if the host's launches are all that takes time; of a calibration without
 small sizes. The forward pass has a third of it."""
@@ -129,7 +130,7 @@ class Curve:
         """Expected seconds for an ideal time."""
         first, last = self.points[0], self.points[-1]
         if ideal_s >= last[0]:
-            return last[1] * ideal_s / last[0]
+            return max(last[1], ideal_s * min(last[1] / last[0], 1 / ASSUMED_EFFICIENCY))
         if ideal_s <= first[0]:
             return max(self._floor(), first[1] * ideal_s / first[0])
         above = next(i for i, point in enumerate(self.points) if point[0] >= ideal_s)

@@ -247,7 +247,7 @@ def test_paths_of_a_sound_gpu_machine() -> None:
     assert paths["GDN delta rule"].path == "FlashQLA through FLA"
     assert "tilelang 0.1.15" in paths["GDN delta rule"].why
     assert paths["experts, bf16"].path.startswith("grouped_mm")
-    assert paths["experts, FP8"].path == "TE grouped linear"
+    assert paths["experts, FP8"].path.startswith("grouped_mm")  # as measured: see choose_experts
     assert "fused Adam" in paths["optimizer"].path
 
 

@@ -17,7 +17,7 @@ from qwen35_mcore.planner import calibration
 from qwen35_mcore.planner.calibration import DEFAULT, PARTS, _run_row, read_calibration
 from qwen35_mcore.planner.candidate import Candidate, Microbatch
 from qwen35_mcore.planner.communication import Group, all_reduce, all_to_all, gather, send
-from qwen35_mcore.planner.cost import Curve, seconds, work
+from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY, Curve, seconds, work
 from qwen35_mcore.planner.flops import forward_flops
 from qwen35_mcore.planner.hardware import GPUS, Gpu, get_gpu
 from tests.bench.compare_plan import model_bytes, peak_bytes, predict_run
@@ -39,8 +39,16 @@ def test_a_curve_goes_through_its_measurements(
     for ideal, time in measured.items():
         assert curve.seconds(ideal) == pytest.approx(time)
     largest = max(measured)
-    assert curve.seconds(3 * largest) == pytest.approx(3 * measured[largest])
+    beyond = 3 * largest * min(measured[largest] / largest, 1 / ASSUMED_EFFICIENCY)
+    assert curve.seconds(3 * largest) == pytest.approx(max(measured[largest], beyond))
     assert 0 < curve.seconds(min(measured) / 1000) <= measured[min(measured)]
+
+
+def test_launches_of_a_small_case_do_not_scale() -> None:
+    """A lone measurement far below the card's abilities: more work first fills the gaps."""
+    curve = Curve(((1e-3, 4e-3),), launch_s=1e-3)
+    assert curve.seconds(2e-3) == 4e-3
+    assert curve.seconds(7e-3) == pytest.approx(10e-3)
 
 
 def test_launches_bound_small_work() -> None:

@@ -3,8 +3,9 @@
 A part's ideal time is its matrix operations at the card's peak plus its bytes at the card's
 bandwidth. The calibration maps ideal to measured time: between measurements on the straight line;
 above the largest at its efficiency or, where launches had hidden that, at the assumed one as soon
-as this takes longer; below the smallest at its efficiency but never faster than the launches allow. Operations are those of `flops`; bytes are every kept tensor written and read once
-forward and twice backward, weights read, and weight gradients added to the float32 ones.
+as this takes longer; below the smallest at its efficiency but never faster than the launches allow.
+Operations are those of `flops`; bytes are every kept tensor written and read once forward and twice
+backward, weights read, and weight gradients added to the float32 ones.
 """
 
 from __future__ import annotations

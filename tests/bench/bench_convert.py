@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--experts", choices=["packed", "per_expert"], default="packed")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="bench_convert_", dir=options.folder))
     try:
         config = cut_model(options.flavor, options.layers, options.vocabulary)

@@ -80,7 +80,8 @@ class Archive:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         buffer = io.BytesIO()
-        torch.save(torch.zeros(shape, dtype=dtype), buffer)
+        with torch.serialization.skip_data():  # the numbers' place, without making numbers
+            torch.save(torch.empty(shape, dtype=dtype), buffer)
         content = buffer.getbuffer()
         start, length = _data_position(zipfile.ZipFile(buffer), content)
         self.head = bytes(content[:start])

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# Settings of every rank, sourced by train.sh and rank.sh. A variable that is set already keeps its
-# value, also an empty one: `NCCL_NVLS_ENABLE=1 sbatch ...` overrides. CUDA_DEVICE_MAX_CONNECTIONS is
-# not here: training sets it to 1 where tensor or context parallelism needs it.
+# Settings of every rank, sourced by train.sh, slurm.sbatch and rank.sh. A variable that is set
+# already keeps its value, also an empty one: `NCCL_NVLS_ENABLE=1 sbatch ...` overrides.
+# CUDA_DEVICE_MAX_CONNECTIONS is not here: training sets it to 1 where tensor or context parallelism
+# needs it.
 
 default() {
     [[ -n ${!1+set} ]] || export "$1=$2"

@@ -31,7 +31,11 @@ declare -a layout paths
 read_preset "$PRESET"
 run_flags
 if [[ -z $NPROC ]]; then
-    NPROC=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        NPROC=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+    else
+        NPROC=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
+    fi
     [[ $NPROC -gt 0 ]] || die "this machine has no GPU" "fix: set NPROC to train on its CPU"
 fi
 

@@ -120,7 +120,7 @@ def check_gradients() -> GradientCheck:
     try:
         with untuned():
             return compare(kernels, exact, case, device, dtype)
-    except RuntimeError as error:
+    except Exception as error:  # Triton's OutOfResources is no RuntimeError
         if "out of resource" not in str(error):
             raise
     # the first configuration is too large for this GPU: let Triton find one that fits

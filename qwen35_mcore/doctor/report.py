@@ -21,7 +21,7 @@ def to_json(found: Examination) -> dict[str, Any]:
     machine = found.machine
     return {
         "ok": found.ok,
-        "device": "cuda" if found.on_gpu else "cpu",
+        "device": _device(found),
         "gpus": machine.get("gpus", []),
         "versions": versions(found),
         "findings": [asdict(finding) for finding in found.findings],
@@ -30,6 +30,12 @@ def to_json(found: Examination) -> dict[str, Any]:
         "gradient_check": _finite(found.gradient_check),
         "gradient_check_skipped": found.gradient_check_skipped,
     }
+
+
+def _device(found: Examination) -> str | None:
+    if not found.machine:
+        return None
+    return "cuda" if found.on_gpu else "cpu"
 
 
 def _finite(check: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -61,7 +67,7 @@ def print_report(found: Examination, console: Console) -> None:
     """Machine, versions, paths, gradients, and last what is wrong."""
     console.print(Text(_headline(found), "bold"))
     known = [f"{name} {value}" for name, value in versions(found).items() if value]
-    missing = [name for name in PACKAGES if versions(found)[name] is None]
+    missing = [name for name in PACKAGES if found.machine and versions(found)[name] is None]
     console.print(_indented(", ".join(known)))
     if missing:
         console.print(_indented(f"not installed: {', '.join(missing)}", "dim"))
@@ -74,6 +80,8 @@ def print_report(found: Examination, console: Console) -> None:
 
 
 def _headline(found: Examination) -> str:
+    if not found.machine:
+        return "this machine could not be examined"
     gpus = found.machine.get("gpus", [])
     if not gpus:
         return "no GPU: training runs on the CPU"

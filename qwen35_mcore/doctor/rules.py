@@ -17,10 +17,15 @@ SLOW_SWITCHES = {
     "TRITON_INTERPRET": ("1", "Triton's kernels run in Python"),
     "TORCHDYNAMO_DISABLE": ("1", "megatron-core's compiled fusions run as single operations"),
     "NCCL_P2P_DISABLE": ("1", "GPUs of one node talk through host memory, not NVLink"),
-    "NCCL_IB_DISABLE": ("1", "nodes talk through TCP, not InfiniBand"),
     "NVTE_FUSED_ATTN": ("0", "cuDNN's attention, the fast one at head dimension 256, is off"),
 }
-READ_VARIABLES = (*SLOW_SWITCHES, "LD_BIND_NOW", "CUDA_VISIBLE_DEVICES", "NCCL_NVLS_ENABLE")
+READ_VARIABLES = (
+    *SLOW_SWITCHES,
+    "NCCL_IB_DISABLE",
+    "LD_BIND_NOW",
+    "CUDA_VISIBLE_DEVICES",
+    "NCCL_NVLS_ENABLE",
+)
 
 
 def judge(machine: Snapshot) -> list[Finding]:
@@ -138,7 +143,8 @@ def transformer_engine(machine: Snapshot) -> Iterator[Finding]:
             rule="te-import",
             level=Level.ERROR,
             what=f"Transformer Engine {package.version} does not import: {package.error}",
-            fix=f"build it against this torch: {TE_EXTRA} --force-reinstall --no-build-isolation",
+            fix="build it against this torch: pip install -c constraints.txt --force-reinstall "
+            "--no-deps --no-build-isolation transformer-engine-torch",
         )
     elif release(package.version)[:2] != TRANSFORMER_ENGINE:
         tested = ".".join(map(str, TRANSFORMER_ENGINE))
@@ -187,6 +193,12 @@ def apex_is_the_right_one(machine: Snapshot) -> Iterator[Finding]:
     )
 
 
+_REINSTALL = {
+    "triton": "reinstall torch, which brings the release it was built with",
+    "flash-qla": "pip install --force-reinstall --no-deps flash-qla, or pip uninstall flash-qla",
+}
+
+
 def kernel_packages_import(machine: Snapshot) -> Iterator[Finding]:
     if not machine.on_gpu:
         return
@@ -197,14 +209,25 @@ def kernel_packages_import(machine: Snapshot) -> Iterator[Finding]:
                 rule="kernel-import",
                 level=Level.ERROR,
                 what=f"{name} {package.version} does not import: {package.error}",
-                fix=f"pip install --force-reinstall {name}, or pip uninstall {name}",
+                fix=_REINSTALL.get(
+                    name, f"pip install -c constraints.txt --force-reinstall --no-deps {name}"
+                ),
             )
 
 
 def switches(machine: Snapshot) -> Iterator[Finding]:
     if not machine.on_gpu:
         return
+    if machine.environment.get("NCCL_IB_DISABLE") == "1":
+        yield Finding(
+            rule="no-infiniband",
+            level=Level.WARNING,
+            what="NCCL_IB_DISABLE=1: several nodes would talk through TCP, not InfiniBand",
+            fix="unset NCCL_IB_DISABLE where the nodes have InfiniBand",
+        )
     for variable, (value, effect) in SLOW_SWITCHES.items():
+        if variable == "NCCL_P2P_DISABLE" and len(machine.gpus) < 2:
+            continue
         if machine.environment.get(variable) == value:
             yield Finding(
                 rule="slow-switch",

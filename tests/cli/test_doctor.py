@@ -171,7 +171,7 @@ ERRORS = {
     "a GPU that is too old": (kernels(capability=(7, 5)), "gdn-kernels", "8.0", "torch"),
 } | {
     f"{variable}={value}": (
-        but(environment={variable: value}),
+        but(environment={variable: value}, gpus=(H100, H100)),
         *("slow-switch", variable, f"unset {variable}"),
     )
     for variable, (value, _) in SLOW_SWITCHES.items()
@@ -198,6 +198,10 @@ MILD = {
         but(apex_is_nvidia=False),
         *("wrong-apex", Level.WARNING),
     ),
+    "no InfiniBand": (
+        but(environment={"NCCL_IB_DISABLE": "1"}),
+        *("no-infiniband", Level.WARNING),
+    ),
     "two kinds of GPU": (
         but(gpus=(H100, dataclasses.replace(H100, name="NVIDIA H200"))),
         *("mixed-gpus", Level.WARNING),
@@ -222,6 +226,10 @@ def test_what_training_survives_is_no_error(machine: Snapshot, rule: str, level:
     found = findings(machine)
     assert found[rule].level is level
     assert not [f for f in found.values() if f.level is Level.ERROR]
+
+
+def test_one_gpu_has_no_peers() -> None:
+    assert findings(but(environment={"NCCL_P2P_DISABLE": "1"})) == {}
 
 
 @pytest.mark.parametrize("triton", ["3.3.1", "3.7.1", "3.8.0"])

@@ -207,12 +207,34 @@ def test_bad_paths_are_one_error(
         assert "\n  fix: " in output
 
 
-def test_a_machine_without_gpu_needs_a_number_of_processes(tmp_path: Path, preset: Path) -> None:
-    if shutil.which("nvidia-smi"):
-        pytest.skip("this machine has nvidia-smi, so its GPUs are counted")
-    done = train_sh(preset, DATA="mock", SAVE=str(tmp_path))
+def test_without_visible_gpus_a_number_of_processes_is_needed(tmp_path: Path, preset: Path) -> None:
+    done = train_sh(preset, DATA="mock", SAVE=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert "set NPROC" in done.stderr
+
+
+def test_one_process_for_each_visible_gpu(tmp_path: Path, preset: Path) -> None:
+    env = {"DATA": "mock", "SAVE": str(tmp_path), "PYTHON": "echo", "CUDA_VISIBLE_DEVICES": "0,3"}
+    assert "--nproc-per-node 2 " in train_sh(preset, **env).stdout
+
+
+def test_later_starts_continue_from_what_the_first_one_saved(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    new.mkdir()
+    script = f"source {LAUNCH}/common.sh; run_flags; printf '%s\\n' \"${{paths[@]}}\""
+    env = {"DATA": "mock", "SAVE": str(new), "LOAD": str(old), "SAVE_INTERVAL": "5"}
+    env |= {"TENSORBOARD": str(new), "PRETRAINED": "", "PATH": os.environ["PATH"]}
+
+    def loaded() -> str:
+        done = subprocess.run(
+            ["bash", "-c", script], env=env, capture_output=True, text=True, check=True
+        )
+        flags = done.stdout.split("\n")
+        return flags[flags.index("--load") + 1]
+
+    assert loaded() == str(old)
+    (new / "latest_checkpointed_iteration.txt").write_text("5")
+    assert loaded() == str(new)
 
 
 PYTHON = f"""\

@@ -47,7 +47,7 @@ def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
 
     Raises:
         CheckpointError: nothing to load where something must be, a damaged checkpoint, one of
-            another architecture, or one with the other kind of optimizer state.
+            another architecture, or one without optimizer state or with the other kind of it.
     """
     folder, resumes = _starting_point(args)
     if folder is None:
@@ -62,7 +62,8 @@ def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
         )
     saved = _saved_arguments(folder)
     _check_model(Qwen35Config.from_hf(json.loads(saved.qwen35_hf_config)), folder, hf)
-    resumes = resumes and folder.name != "release" and not (args.finetune or args.no_load_optim)
+    weights_only = args.finetune or args.no_load_optim or args.skip_train
+    resumes = resumes and folder.name != "release" and not weights_only
     if resumes:
         _check_optimizer(saved, folder, args)
     return Start(folder, resumes, getattr(saved, "qwen35_origin", ""))
@@ -129,9 +130,15 @@ def _check_model(saved: Qwen35Config, folder: Path, hf: Qwen35Config) -> None:
 
 def _check_optimizer(saved: Any, folder: Path, args: Namespace) -> None:
     """The distributed optimizer and the plain one store their state in different ways."""
-    stored = not getattr(saved, "no_save_optim", False)
+    if getattr(saved, "no_save_optim", False):
+        raise CheckpointError(
+            f"the checkpoint in {folder} holds no optimizer state: it was saved with "
+            "--no-save-optim",
+            fix="pass --no-load-optim to go on with fresh moments, or --finetune to start anew "
+            "from its weights",
+        )
     distributed = bool(getattr(saved, "use_distributed_optimizer", False))
-    if stored and distributed != args.use_distributed_optimizer:
+    if distributed != args.use_distributed_optimizer:
         raise CheckpointError(
             f"the checkpoint in {folder} was saved {'with' if distributed else 'without'} "
             f"--use-distributed-optimizer, and this run is the other way round",

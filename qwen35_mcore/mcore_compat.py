@@ -268,6 +268,8 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
     from qwen35_mcore import (
         bucket_padding,
         float32_state,
+        load_unsaved,
+        log_means,
         main_params,
         megatron_refusals,
         nonfinite,
@@ -293,6 +295,8 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
         dataset_utils.compile_helpers = lambda: None
     bucket_padding.install()
     float32_state.install()
+    load_unsaved.install()
+    log_means.install()
     main_params.install()
     megatron_refusals.explain_schedule_changes()
     nonfinite.install()

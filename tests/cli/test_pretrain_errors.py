@@ -227,6 +227,16 @@ def test_a_checkpoint_of_the_other_optimizer(checkpoint: Path) -> None:
     assert "pass --use-distributed-optimizer, or pass --no-load-optim" in message
 
 
+def test_a_checkpoint_without_optimizer(checkpoint: Path, tmp_path: Path) -> None:
+    another_step = [*DENSE, "--global-batch-size", "1", "--exit-interval", "1"]
+    saved = ["--save", str(tmp_path), "--save-interval", "1", "--no-save-optim"]
+    more = ["--load", str(checkpoint), "--override-opt-param-scheduler"]
+    script_server().run(flags(*another_step, *saved, *more))
+    message = error_of(flags(*another_step, "--load", str(tmp_path)))
+    assert "pass --no-load-optim to go on with fresh moments" in message
+    script_server().run(flags(*another_step, "--load", str(tmp_path), "--no-load-optim"))
+
+
 def test_nothing_to_load(tmp_path: Path) -> None:
     message = error_of(flags("--load", str(tmp_path)))
     assert f"got: {tmp_path} (no tracker file latest_checkpointed_iteration.txt)" in message

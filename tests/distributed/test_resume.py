@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint_tools.mcore_io import MegatronCheckpoint
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
 from tests.helpers.run_results import (
     LOGGED,
@@ -15,6 +16,7 @@ from tests.helpers.run_results import (
     checkpoint_common,
     checkpoint_random_states,
     logged_scalars,
+    printed_losses,
 )
 
 STEPS, HALF = 20, 10
@@ -78,6 +80,25 @@ def test_resume_at_the_same_layout_is_exact(straight: Path, tmp_path: Path) -> N
 
     assert_same_tensors(iteration(straight, STEPS), iteration(tmp_path, STEPS))
     assert_same_run_state(iteration(straight, STEPS), iteration(tmp_path, STEPS))
+
+
+def test_a_run_that_saves_no_optimizer_still_loads_it(straight: Path, tmp_path: Path) -> None:
+    """Nor random states; and every line printed is of its own iteration, the second one too."""
+    source = ["--load", str(straight), "--ckpt-step", str(HALF), "--save", str(tmp_path)]
+    no_saving = ["--no-save-optim", "--no-save-rng", "--exit-interval", str(HALF + 3)]
+    log = ["--tensorboard-dir", str(tmp_path / "log")]
+    resumed = run(EP2, "--use-distributed-optimizer", *source, *no_saving, *log)
+
+    expected, after = logged_scalars(straight / "log"), logged_scalars(tmp_path / "log")
+    steps = [HALF + 1, HALF + 2, HALF + 3]
+    for name in ("lm loss", "mtp_1 loss", "grad-norm"):
+        assert after[name] == {step: expected[name][step] for step in steps}, name
+    losses = {step: f"{expected['lm loss'][step][0]:.6E}" for step in steps}
+    assert printed_losses(resumed.output()) == losses
+
+    tensors = MegatronCheckpoint(iteration(tmp_path, HALF + 3)).tensors
+    assert tensors
+    assert not [key for key in tensors if key.startswith("optimizer.")]
 
 
 def test_layers_in_any_order_train_save_and_resume(tmp_path: Path) -> None:

@@ -32,6 +32,12 @@ def logged_scalars(folder: Path) -> dict[str, dict[int, list[float]]]:
     return values
 
 
+def printed_losses(output: str) -> dict[int, str]:
+    """The language model's loss in each of megatron's log lines, as it is written there."""
+    lines = re.findall(r"iteration +(\d+)/ *\d+ \|.* lm loss: (\S+) \|", output)
+    return {int(step): loss for step, loss in lines}
+
+
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every global tensor of a checkpoint folder: parameters and optimizer state.
 

@@ -263,6 +263,11 @@ TRAINING_PATCHES: tuple[Patch, ...] = (
     ),
 )
 
+GPU_PACKAGES = ("fla", "transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+"""Kernels that megatron and transformers call as soon as they can be imported, for which a GPU
+machine whose devices are hidden is enough: the router's matrix product, the norm of the gradients.
+"""
+
 _applied: set[str] = set()
 
 
@@ -294,8 +299,8 @@ def enable() -> None:
         )
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # jit_fuser is torch.compile
     torch._dynamo.config.disable = True
-    # FLA's kernels cannot run here, and transformers calls them as soon as FLA can be imported
-    sys.modules.setdefault("fla", None)  # type: ignore[arg-type]
+    for package in GPU_PACKAGES:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
     _apply_once("torch", TORCH_PATCHES)
     _apply_once("megatron", MEGATRON_PATCHES)
     # It warns when the CPU generator moves inside a CUDA random context; here the two are one.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-from qwen35_mcore.cpu import MEGATRON_PATCHES, TORCH_PATCHES, TRAINING_PATCHES, Patch
+from qwen35_mcore.cpu import GPU_PACKAGES, MEGATRON_PATCHES, TORCH_PATCHES, TRAINING_PATCHES, Patch
 from tests.helpers.distributed import WorkerPool
 
 ALL = [*TORCH_PATCHES, *MEGATRON_PATCHES, *TRAINING_PATCHES]
@@ -36,6 +40,23 @@ def test_mended_attribute_exists(module: str, attribute: str, pool: WorkerPool) 
 
 def test_the_canary_can_fail(pool: WorkerPool) -> None:
     assert pool.run(attribute_exists, 1, owner="torch.cuda", attribute="no_such_name") == [False]
+
+
+def test_packages_for_gpus_stay_out(tmp_path: Path) -> None:
+    """Where GPUs are hidden they can be imported, and megatron would call them with CPU tensors."""
+    for package in GPU_PACKAGES:
+        (tmp_path / f"{package}.py").write_text("raise RuntimeError('imported in CPU mode')")
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(tmp_path), str(root)])
+    done = subprocess.run(
+        [sys.executable, root / "examples" / "pretrain_qwen35.py", "--help"],
+        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--flavor" in done.stdout
 
 
 def test_tested_versions() -> None:

@@ -39,10 +39,10 @@ run_flags() {
         "allowed: the prefix of a .bin/.idx pair, a blend ('0.3 first 0.7 second'), or mock" \
         "fix: tokenize text with \`qwen35 data tokenize\`, and set DATA to its --output-prefix"
     [[ -n $SAVE ]] || die "SAVE is not set" "fix: set it to the folder of this run's checkpoints"
-    local load=$LOAD
+    local from=$LOAD
     # LOAD is where the first start continues from; later ones must find what it saved
-    [[ ! -e $SAVE/latest_checkpointed_iteration.txt ]] || load=$SAVE
-    paths=(--save "$SAVE" --load "$load" --save-interval "$SAVE_INTERVAL"
+    [[ ! -e $SAVE/latest_checkpointed_iteration.txt ]] || from=$SAVE
+    paths=(--save "$SAVE" --load "$from" --save-interval "$SAVE_INTERVAL"
         --tensorboard-dir "$TENSORBOARD")
     [[ -z $PRETRAINED ]] || paths+=(--pretrained-checkpoint "$PRETRAINED")
     if [[ $DATA == mock ]]; then

@@ -149,7 +149,10 @@ ERRORS = {
         packages(but(apex_is_nvidia=False), transformer_engine=None),
         *("wrong-apex", "unrelated", "pip uninstall apex"),
     ),
-    "broken tilelang": (packages(tilelang=BROKEN), "kernel-import", "tilelang", "--no-deps tilelang"),
+    "broken tilelang": (
+        packages(tilelang=BROKEN),
+        *("kernel-import", "tilelang", "--no-deps tilelang"),
+    ),
     "torch without NCCL": (but(nccl=None), "nccl-missing", "without NCCL", "--index-url"),
     "FLA without grouped value heads": (
         kernels(fla="0.4.1"),

@@ -71,6 +71,7 @@ def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
             fix="pass --use-distributed-optimizer",
         )
     _check_main_params(args)
+    _check_graph(args)
     _check_warmup(args)
     _check_needed(args)
 
@@ -90,6 +91,24 @@ def _check_main_params(args: Namespace) -> None:
             got=f"--optimizer {args.optimizer}"
             + (" --use-distributed-optimizer" if args.use_distributed_optimizer else ""),
             allowed="--optimizer adam or sgd, with --use-distributed-optimizer",
+        )
+
+
+def _check_graph(args: Namespace) -> None:
+    """A step in one CUDA graph may nowhere wait for the host, as an all-to-all of tokens does."""
+    if args.cuda_graph_impl != "full_iteration" or not args.num_experts:
+        return
+    apart = args.expert_model_parallel_size * (
+        args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    )
+    if apart > 1 or args.moe_experts == "te":
+        raise ConfigError(
+            "one CUDA graph of the whole step needs every expert whole on its rank, in grouped_mm: "
+            "otherwise each MoE layer waits for the host to learn how many tokens an expert has",
+            got=f"--cuda-graph-impl full_iteration, experts over {apart} ranks, "
+            f"--moe-experts {args.moe_experts}",
+            allowed="expert and expert tensor parallelism of 1, --moe-experts auto or grouped_mm",
+            fix="drop --cuda-graph-impl, or spread the model over pipeline and data parallel ranks",
         )
 
 

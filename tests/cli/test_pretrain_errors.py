@@ -128,6 +128,10 @@ def test_model_choice(arguments: list[str], parts: list[str]) -> None:
         (["--bf16", "--save", "x", "--save-interval", "1"], ["pass --use-distributed-optimizer"]),
         (["--save", "x"], ["--save-interval"]),
         (["--load-main-params-from-ckpt"], ["is not supported", "--float32-main-params"]),
+        (
+            ["--cuda-graph-impl", "full_iteration", "--moe-experts", "te"],
+            ["waits for the host", "allowed: expert", "drop --cuda-graph-impl"],
+        ),
         (["--float32-main-params"], ["is for bf16 runs", "pass --bf16"]),
         (["--float32-main-params", "--bf16"], ["needs megatron's distributed optimizer"]),
     ],

@@ -96,8 +96,8 @@ def tokenize(
 
 @app.command()
 def plan(
-    gpus: Annotated[int, typer.Option(help="GPUs in all.")],
-    global_batch_size: Annotated[int, typer.Option(help="Sequences per optimizer step.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")],
+    global_batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimizer step.")],
     flavor: Annotated[str | None, typer.Option(help="A size; see `qwen35 flavors`.")] = None,
     hf_config: Annotated[
         str | None, typer.Option(help="Instead: a Hugging Face config.json, or its folder.")
@@ -105,19 +105,33 @@ def plan(
     gpu: Annotated[
         str, typer.Option(help="Kind of GPU: h100-80g, h200-141g, b200-180g.")
     ] = "h100-80g",
-    seq_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 4096,
+    seq_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="What tests/bench measured. Default: built-in figures of one H100."),
+        typer.Option(
+            help="What tests/bench measured. Default: the measurement this package brings."
+        ),
     ] = None,
-    tp: Annotated[list[int] | None, typer.Option(help="Only this tensor parallel size.")] = None,
-    pp: Annotated[list[int] | None, typer.Option(help="Only this pipeline parallel size.")] = None,
-    vpp: Annotated[list[int] | None, typer.Option(help="Only so many stages per rank.")] = None,
-    cp: Annotated[list[int] | None, typer.Option(help="Only this context parallel size.")] = None,
-    ep: Annotated[list[int] | None, typer.Option(help="Only this expert parallel size.")] = None,
-    etp: Annotated[list[int] | None, typer.Option(help="Only this expert tensor size.")] = None,
+    tp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this tensor parallel size.")
+    ] = None,
+    pp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this pipeline parallel size.")
+    ] = None,
+    vpp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only so many stages per rank.")
+    ] = None,
+    cp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this context parallel size.")
+    ] = None,
+    ep: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this expert parallel size.")
+    ] = None,
+    etp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this expert tensor size.")
+    ] = None,
     micro_batch_size: Annotated[
-        list[int] | None, typer.Option(help="Only this number of sequences per microbatch.")
+        list[int] | None, typer.Option(min=1, help="Only this number of sequences per microbatch.")
     ] = None,
     recompute: Annotated[
         str | None, typer.Option(help="Only none, selective or full. Default: all three.")

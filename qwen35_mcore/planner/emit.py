@@ -157,11 +157,13 @@ def layout_args(prediction: Prediction) -> str:
 def run_sh(prediction: Prediction) -> str:
     """The text of ``run.sh``: the complete command, from the repository's root."""
     job = prediction.job
-    node = job.gpu.gpus_per_node
-    if job.gpus <= node:
+    most = job.gpu.gpus_per_node
+    # every node starts the same number of ranks, and together they are all there are
+    node = max(size for size in range(1, most + 1) if job.gpus % size == 0)
+    if job.gpus <= most:
         command = f'NPROC={job.gpus} exec launch/train.sh "$preset" "$@"'
     else:
-        nodes = -(-job.gpus // node)
+        nodes = job.gpus // node
         command = (
             f'exec sbatch --nodes={nodes} --gpus-per-node={node} launch/slurm.sbatch "$preset" "$@"'
         )

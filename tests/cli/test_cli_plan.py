@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from qwen35_mcore.planner.calibration import default_calibration
+from qwen35_mcore.cli import app
+from qwen35_mcore.errors import PlanError
+from qwen35_mcore.planner.calibration import default_calibration, read_calibration
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow", "matplotlib")
@@ -84,7 +87,6 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
         (("--gpus", "16", "--global-batch-size", "512"), ["exactly one model"]),
         ((*SMALL, "--flavor", "35b"), ["no such flavor", "35b-a3b"]),
         (("--flavor", "35b-a3b", "--gpus", "7", "--global-batch-size", "7"), ["--gpus 16"]),
-        ((*SMALL, "--gpus", "0"), ["--gpus must be at least 1"]),
         ((*SMALL, "--precision", "fp4"), ["fp8-blockwise"]),
         ((*SMALL, "--recompute", "some"), ["selective"]),
         ((*SMALL, "--calibration", "missing.json"), ["cannot read the calibration file"]),
@@ -101,16 +103,68 @@ def test_bad_input_is_one_clear_error(arguments: tuple[str, ...], words: list[st
     assert all(word in done.stderr for word in words), done.stderr
 
 
+def test_sizes_below_one_are_refused() -> None:
+    """Where the command line is read: in one process, because there are ten."""
+    sizes = ("gpus", "global-batch-size", "seq-length", "tp", "pp", "vpp", "cp", "ep", "etp")
+    for name in (*sizes, "micro-batch-size"):
+        done = CliRunner().invoke(app, ["plan", *SMALL, f"--{name}", "0"])
+        assert done.exit_code == 2, name
+        assert f"--{name}" in done.output
+
+
+LAYER = {
+    "part": "gdn",
+    "flavor": "35b-a3b",
+    "seq_length": 4096,
+    "micro_batch_size": 1,
+    "precision": "bf16",
+    "forward_ms": 1.0,
+    "backward_ms": 2.0,
+}
+
+
 @pytest.mark.parametrize(
-    "content", ["{", '{"schema": 2}', '{"schema": 1, "layers": [{"part": "gdn"}]}']
+    "content",
+    [
+        "{",
+        {"schema": 2},
+        {"schema": 1},
+        {"schema": 1, "layers": []},
+        {"schema": 1, "layers": 5},
+        {"schema": 1, "layers": None},
+        {"schema": 1, "layers": [LAYER], "runs": {}},
+        {"schema": 1, "layers": [{"part": "gdn"}]},
+        *(
+            {"schema": 1, "layers": [LAYER | wrong]}
+            for wrong in (
+                {"forward_ms": float("nan")},
+                {"backward_ms": float("inf")},
+                {"forward_ms": 0},
+                {"backward_ms": -1.0},
+                {"seq_length": 0},
+                {"micro_batch_size": 0},
+                {"precision": "fp4"},
+                {"precision": None},
+            )
+        ),
+    ],
+    ids=str,
 )
-def test_a_calibration_that_cannot_be_read(content: str, tmp_path: Path) -> None:
+def test_a_calibration_that_cannot_be_read(content: object, tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
-    file.write_text(content)
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(PlanError) as caught:
+        read_calibration(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_broken_calibration_is_one_clear_error(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    file.write_text('{"schema": 1, "layers": null}')
     done = run(*SMALL, "--calibration", str(file))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
-    assert str(file) in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_calibration_changes_the_prediction(tmp_path: Path) -> None:

@@ -129,12 +129,23 @@ RUN = {
 }
 
 
+LAYER = {
+    "part": "embedding",
+    "flavor": "35b-a3b",
+    "seq_length": 4096,
+    "micro_batch_size": 1,
+    "precision": "bf16",
+    "forward_ms": 0.1,
+    "backward_ms": 1.0,
+}
+
+
 @pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.08, 0), (1.2, 1)])
 def test_a_file_is_compared_with_the_predictions(
     factor: float, status: int, tmp_path: Path
 ) -> None:
     file = tmp_path / "calibration.json"
-    content = {"schema": 1, "gpu": "h100-80g", "layers": [], "runs": [RUN]}
+    content = {"schema": 1, "gpu": "h100-80g", "layers": [LAYER], "runs": [RUN]}
     file.write_text(json.dumps(content))
     read = read_calibration(file)
     [row] = read.runs
@@ -162,7 +173,7 @@ def test_a_measurement_of_the_package_comes_before_the_built_in_figures(
 ) -> None:
     monkeypatch.setattr(calibration, "MEASURED", tmp_path)
     assert calibration.default_calibration("h200-141g") is DEFAULT
-    content = {"schema": 1, "gpu": "h100-80g", "layers": [], "runs": [RUN]}
+    content = {"schema": 1, "gpu": "h100-80g", "layers": [LAYER], "runs": [RUN]}
     (tmp_path / "h100-80g.json").write_text(json.dumps(content))
     for gpu in ("h100-80g", "h200-141g"):  # the nearest there is
         found = calibration.default_calibration(gpu)

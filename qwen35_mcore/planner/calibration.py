@@ -19,6 +19,7 @@ from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import PlanError, Qwen35Error
 from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE
+from qwen35_mcore.planner.hardware import get_gpu
 
 SCHEMA = 1
 MEASURED = Path(__file__).parent / "calibration"
@@ -76,11 +77,6 @@ class Calibration:
         """Rows of one part in one precision."""
         return tuple(r for r in self.layers if r.part == part and r.precision == precision)
 
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Parts without any measurement."""
-        return tuple(part for part in PARTS if not any(r.part == part for r in self.layers))
-
 
 def model_of(flavor: str, overrides: Mapping[str, Any]) -> Qwen35Config:
     """A flavor with some Hugging Face fields changed; fewer layers keep the first ones.
@@ -107,8 +103,8 @@ def read_calibration(path: Path) -> Calibration:
     """Read a calibration file.
 
     Raises:
-        PlanError: no such file, no JSON, another schema, no layer measured, or a row that cannot
-            be read.
+        PlanError: no such file, no JSON, another schema, no layer measured, or an entry that
+            cannot be used: a GPU, a word, a size or a time.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +130,7 @@ def read_calibration(path: Path) -> Calibration:
         )
     return Calibration(
         source=str(path),
-        gpu=str(content.get("gpu", "")),
+        gpu=_read(content.get("gpu", DEFAULT.gpu), path, _gpu_name),
         layers=tuple(_read(row, path, _layer_row) for row in layers),
         runs=tuple(_read(row, path, _run_row) for row in _rows(content, "runs", path)),
     )
@@ -165,10 +161,14 @@ def _read(row: Any, path: Path, reader: Any) -> Any:
         return reader(row)
     except (KeyError, TypeError, ValueError, AttributeError, Qwen35Error) as error:
         raise PlanError(
-            "a row of the calibration file cannot be read",
+            "the calibration file has an entry that cannot be used",
             got=f"{path}: {json.dumps(row)[:200]}: {type(error).__name__} {error}",
             fix=_MEASURE_AGAIN,
         ) from error
+
+
+def _gpu_name(name: Any) -> str:
+    return get_gpu(str(name)).name
 
 
 def _layer_row(row: Mapping[str, Any]) -> LayerRow:

@@ -180,7 +180,8 @@ def run_sh(prediction: Prediction) -> str:
 
 def plan_json(prediction: Prediction) -> str:
     """The text of ``plan.json``: what was asked, and everything predicted of the plan."""
-    asked = {**job_data(prediction.job), "layout": str(prediction.candidate)}
+    candidate = prediction.candidate
+    asked = {**job_data(prediction.job, candidate), "layout": str(candidate)}
     content = {**asked, "plan": prediction_data(prediction)}
     return json.dumps(_rounded(content), indent=2) + "\n"
 

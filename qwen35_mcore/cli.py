@@ -137,15 +137,17 @@ def plan(
         str | None, typer.Option(help="Only none, selective or full. Default: all three.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="bf16, fp8-blockwise, fp8-tensorwise, or all.")
-    ] = "bf16",
+        str | None,
+        typer.Option(help="bf16, fp8-blockwise, fp8-tensorwise, or all. Default: bf16."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 5,
     explain: Annotated[
         str | None,
         typer.Option(
             metavar="LAYOUT",
             help="Do not search: say why this layout cannot run, or what it would do. Like "
-            "tp=8,pp=4,vpp=1,ep=8,mbs=1,recompute=full,layout=Et*3|...; what is not named is 1.",
+            "tp=8,pp=4,vpp=1,ep=8,mbs=1,recompute=full,layout=Et*3|..., in any order; what is not "
+            "named is 1.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -164,6 +166,10 @@ def plan(
     """Find the fastest parallel layout that fits, before paying for the GPUs."""
     from qwen35_mcore.planner import command
 
+    output = command.Output(
+        as_json=as_json, emit=emit, overwrite=overwrite, dry_run=dry_run, picture=picture
+    )
+    output.check()
     job = command.make_job(
         flavor=flavor,
         hf_config=hf_config,
@@ -173,19 +179,20 @@ def plan(
         global_batch_size=global_batch_size,
         calibration=calibration,
     )
-    output = command.Output(
-        as_json=as_json, emit=emit, overwrite=overwrite, dry_run=dry_run, picture=picture
-    )
+    sizes = {
+        "tp": tp,
+        "pp": pp,
+        "vpp": vpp,
+        "cp": cp,
+        "ep": ep,
+        "etp": etp,
+        "micro_batch_size": micro_batch_size,
+    }
     if explain is not None:
+        command.refuse_pins({**sizes, "recompute": recompute, "precision": precision})
         raise typer.Exit(command.run_explain(job, explain, output=output))
     space = command.Space(
-        tp=tuple(tp or ()),
-        pp=tuple(pp or ()),
-        vpp=tuple(vpp or ()),
-        cp=tuple(cp or ()),
-        ep=tuple(ep or ()),
-        etp=tuple(etp or ()),
-        micro_batch_size=tuple(micro_batch_size or ()),
+        **{name: tuple(values or ()) for name, values in sizes.items()},
         recompute=command.recomputations(recompute),
         precision=command.precisions(precision),
     )

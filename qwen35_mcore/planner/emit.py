@@ -195,6 +195,22 @@ def files(prediction: Prediction) -> dict[str, str]:
     }
 
 
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Whether a plan may be written there, which costs nothing to know before a search.
+
+    Raises:
+        PlanError: the folder exists and must not be overwritten, or is a file.
+    """
+    if folder.exists() and not overwrite:
+        raise PlanError(
+            "the folder for the plan exists already",
+            got=str(folder),
+            fix="choose another one, or pass --overwrite",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise PlanError("the plan needs a folder", got=f"{folder} is a file")
+
+
 def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> None:
     """Write the files of a plan into a new folder, which appears complete or not at all.
 
@@ -204,12 +220,7 @@ def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> No
     Raises:
         PlanError: the folder exists, or cannot be written.
     """
-    if folder.exists() and not overwrite:
-        raise PlanError(
-            "the folder for the plan exists already",
-            got=str(folder),
-            fix="choose another one, or pass --overwrite",
-        )
+    check_folder(folder, overwrite=overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -208,7 +208,8 @@ def _sizes(job: Job, space: Space) -> Iterator[Candidate]:
 def _expert_sizes(job: Job, space: Space, one: Candidate) -> Iterator[Candidate]:
     experts = job.config.num_experts
     if not experts:
-        yield replace(one, etp=one.tp)
+        for etp, ep in product(space.etp or (one.tp,), space.ep or (1,)):
+            yield replace(one, ep=ep, etp=etp)
         return
     divisors = [n for n in range(1, experts + 1) if experts % n == 0]
     for etp in space.etp or sorted({1, one.tp}):
@@ -235,6 +236,15 @@ def _nothing_allowed(job: Job, space: Space) -> PlanError:
             allowed=f"{' or '.join(map(str, batch))}, for example",
             fix="change --global-batch-size",
         )
+    broken = broken_rules(job, _pinned(job, space))
+    if broken:
+        return PlanError(
+            f"no layout of {job.gpus} GPUs obeys the rules with these sizes: {broken[0].rule}: "
+            f"{broken[0].reason}",
+            got=broken[0].value,
+            allowed=broken[0].allowed,
+            fix=broken[0].fix,
+        )
     gpus = [
         n
         for n in range(1, 2 * job.gpus + job.gpu.gpus_per_node)
@@ -247,6 +257,14 @@ def _nothing_allowed(job: Job, space: Space) -> PlanError:
         allowed=f"{' or '.join(map(str, sorted(near)))} GPUs" if near else None,
         fix="ask with --explain why one layout is refused",
     )
+
+
+def _pinned(job: Job, space: Space) -> Candidate:
+    """The sizes that were asked for, the first of several; otherwise 1."""
+    chosen = {name: values[0] for name, values in vars(space).items() if values}
+    if not job.config.is_moe:
+        chosen.setdefault("etp", chosen.get("tp", 1))
+    return Candidate(**chosen)
 
 
 def _nearest_batches(job: Job, space: Space) -> list[int]:

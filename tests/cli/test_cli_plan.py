@@ -18,6 +18,7 @@ from qwen35_mcore.planner.calibration import default_calibration, read_calibrati
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow", "matplotlib")
 SMALL = ("--flavor", "35b-a3b", "--gpus", "16", "--global-batch-size", "512")
+LARGE = ("--flavor", "397b-a17b", "--gpus", "512", "--global-batch-size", "1024")
 PINNED = (*SMALL, "--tp", "1", "--pp", "2", "--ep", "8", "--vpp", "1")
 
 
@@ -74,7 +75,10 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["plans"]
     assert {file.name for file in folder.iterdir()} == {"layout.args", "plan.json", "run.sh"}
-    again = run(*PINNED, "--emit", str(folder))
+    begin = time.monotonic()
+    # said before the search of 512 GPUs, not after it
+    again = run(*LARGE, "--emit", str(folder))
+    assert time.monotonic() - begin < 5
     assert again.returncode == 2
     assert "exists already" in again.stderr
     assert run(*PINNED, "--emit", str(folder), "--overwrite").returncode == 0
@@ -92,7 +96,19 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
         ((*SMALL, "--calibration", "missing.json"), ["cannot read the calibration file"]),
         ((*SMALL, "--explain", "tpp=1"), ["did you mean tp"]),
         ((*SMALL, "--tp", "1", "--pp", "2", "--global-batch-size", "509"), ["504 or 512"]),
-        ((*SMALL, "--tp", "3"), ["obeys the rules"]),
+        (
+            (*SMALL, "--tp", "3"),
+            ["obeys the rules", "tp divides num_attention_heads", "allowed: ", "fix: "],
+        ),
+        (
+            ("--flavor", "9b", "--gpus", "8", "--global-batch-size", "64", "--ep", "2"),
+            ["obeys the rules", "ep"],
+        ),
+        ((*SMALL, "--explain", "pp=2,ep=8", "--tp", "2", "--ep", "8"), ["--tp --ep", "mbs=1"]),
+        ((*SMALL, "--explain", "pp=2", "--precision", "bf16"), ["--precision"]),
+        ((*SMALL, "--dry-run"), ["add --emit DIR"]),
+        ((*SMALL, "--picture", "plan.jpg"), ["no known format", "*.svg"]),
+        ((*SMALL, "--emit", "pyproject.toml", "--overwrite"), ["is a file"]),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments: tuple[str, ...], words: list[str]) -> None:

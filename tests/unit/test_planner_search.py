@@ -182,3 +182,13 @@ def test_explaining_a_layout_that_runs_predicts_it() -> None:
 def test_a_layout_that_cannot_be_read(text: str) -> None:
     with pytest.raises(PlanError, match="cannot read the layout"):
         parse_layout(text)
+
+
+def test_a_layout_is_read_in_any_order() -> None:
+    stages = "Et*12|t*28mL"
+    last = parse_layout(f"pp=2,ep=8,layout={stages}")
+    assert last == (Candidate(pp=2, ep=8), stages)
+    assert parse_layout(f"layout={stages},pp=2,ep=8") == last
+    assert parse_layout(f"pp=2, layout={stages}, ep=8") == last
+    with_comma = "E,t*12|t*28,mL"
+    assert parse_layout(f"layout={with_comma},pp=2") == (Candidate(pp=2), with_comma)

@@ -61,6 +61,7 @@ def found_data(job: Job, found: Found) -> dict[str, Any]:
         "layouts_allowed": found.allowed,
         "layouts_that_may_fit": found.fitting,
         "layouts_simulated": found.simulated,
+        "search_complete": found.complete,
         "proven_best": found.exact,
         "plans": [prediction_data(prediction) for prediction in found.best],
     }
@@ -86,11 +87,15 @@ def print_found(job: Job, found: Found) -> None:
     console = Console()
     console.print(_ranking(job, found))
     print_prediction(found.best[0])
-    note = (
-        "no other layout is faster by these figures"
-        if found.exact
-        else "not every layout that could be faster was simulated in the time given"
-    )
+    if found.exact:
+        note = "no other is faster than the first by these figures"
+    elif found.complete:
+        note = (
+            "of all whose lower bound allows it, none is faster than these; better balanced stages "
+            "of another one might be"
+        )
+    else:
+        note = "not every layout that could be faster was simulated in the time given"
     console.print(
         f"{found.allowed} layouts obey the rules, {found.fitting} may fit in memory, "
         f"{found.simulated} were simulated: {note}.",

@@ -21,7 +21,13 @@ from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY, Curve, measured, secon
 from qwen35_mcore.planner.coverage import Coverage, coverage
 from qwen35_mcore.planner.flops import forward_flops
 from qwen35_mcore.planner.hardware import GPUS, Gpu, get_gpu
-from tests.bench.compare_plan import model_bytes, peak_bytes, predict_run
+from tests.bench.compare_plan import (
+    TOLERANCE,
+    model_bytes,
+    peak_bytes,
+    predict_run,
+    worst_peak,
+)
 
 ROOT = Path(__file__).parents[2]
 H100 = get_gpu("h100-80g")
@@ -239,6 +245,13 @@ def test_a_file_is_compared_with_the_predictions(
     assert done.returncode == status, done.stderr
     assert "35b-a3b, num_hidden_layers 4, num_experts 64; 1 x 4096, none, bf16" in done.stdout
     assert "(+0%)" in done.stdout
+
+
+def test_the_measured_runs_of_the_package_are_predicted() -> None:
+    """Peak memory of every training step in the shipped file."""
+    shipped = calibration.default_calibration("h100-80g")
+    assert shipped.runs
+    assert worst_peak(shipped, H100) < TOLERANCE
 
 
 def test_a_measurement_of_the_package_comes_before_the_built_in_figures(

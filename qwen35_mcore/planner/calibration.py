@@ -25,6 +25,8 @@ SCHEMA = 1
 MEASURED = Path(__file__).parent / "calibration"
 """Files that the package brings, by name of the GPU."""
 _MEASURE_AGAIN = "measure again: python -m tests.bench.bench_calibration"
+_LARGEST = 2**40
+"""Of a sequence, a batch, or a peak in bytes."""
 _FROM_ROOT = "qwen35_mcore/planner/calibration"
 PARTS = ("gdn", "attention", "moe", "mlp", "mtp", "output", "embedding")
 
@@ -159,7 +161,14 @@ def default_calibration(gpu: str) -> Calibration:
 def _read(row: Any, path: Path, reader: Any) -> Any:
     try:
         return reader(row)
-    except (KeyError, TypeError, ValueError, AttributeError, Qwen35Error) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        Qwen35Error,
+    ) as error:
         raise PlanError(
             "the calibration file has an entry that cannot be used",
             got=f"{path}: {json.dumps(row)[:200]}: {type(error).__name__} {error}",
@@ -209,8 +218,8 @@ def _run_row(row: Mapping[str, Any]) -> RunRow:
 
 def _size(row: Mapping[str, Any], name: str) -> int:
     value = int(row[name])
-    if value < 1:
-        raise ValueError(f"{name} is below 1")
+    if not 1 <= value <= _LARGEST:
+        raise ValueError(f"{name} is not between 1 and {_LARGEST}")
     return value
 
 

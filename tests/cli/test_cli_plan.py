@@ -160,13 +160,15 @@ LAYER = {
                 {"forward_ms": 0},
                 {"backward_ms": -1.0},
                 {"seq_length": 0},
+                {"seq_length": float("inf")},
+                {"seq_length": 10**400},
                 {"micro_batch_size": 0},
                 {"precision": "fp4"},
                 {"precision": None},
             )
         ),
     ],
-    ids=str,
+    ids=lambda content: str(content)[:60],
 )
 def test_a_calibration_that_cannot_be_read(content: object, tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"

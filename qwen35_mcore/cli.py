@@ -96,8 +96,8 @@ def tokenize(
 
 @app.command()
 def plan(
-    gpus: Annotated[int, typer.Option(help="GPUs in all.")],
-    global_batch_size: Annotated[int, typer.Option(help="Sequences per optimizer step.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")],
+    global_batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimizer step.")],
     flavor: Annotated[str | None, typer.Option(help="A size; see `qwen35 flavors`.")] = None,
     hf_config: Annotated[
         str | None, typer.Option(help="Instead: a Hugging Face config.json, or its folder.")
@@ -105,33 +105,49 @@ def plan(
     gpu: Annotated[
         str, typer.Option(help="Kind of GPU: h100-80g, h200-141g, b200-180g.")
     ] = "h100-80g",
-    seq_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 4096,
+    seq_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="What tests/bench measured. Default: built-in figures of one H100."),
+        typer.Option(
+            help="What tests/bench measured. Default: the measurement this package brings."
+        ),
     ] = None,
-    tp: Annotated[list[int] | None, typer.Option(help="Only this tensor parallel size.")] = None,
-    pp: Annotated[list[int] | None, typer.Option(help="Only this pipeline parallel size.")] = None,
-    vpp: Annotated[list[int] | None, typer.Option(help="Only so many stages per rank.")] = None,
-    cp: Annotated[list[int] | None, typer.Option(help="Only this context parallel size.")] = None,
-    ep: Annotated[list[int] | None, typer.Option(help="Only this expert parallel size.")] = None,
-    etp: Annotated[list[int] | None, typer.Option(help="Only this expert tensor size.")] = None,
+    tp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this tensor parallel size.")
+    ] = None,
+    pp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this pipeline parallel size.")
+    ] = None,
+    vpp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only so many stages per rank.")
+    ] = None,
+    cp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this context parallel size.")
+    ] = None,
+    ep: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this expert parallel size.")
+    ] = None,
+    etp: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this expert tensor size.")
+    ] = None,
     micro_batch_size: Annotated[
-        list[int] | None, typer.Option(help="Only this number of sequences per microbatch.")
+        list[int] | None, typer.Option(min=1, help="Only this number of sequences per microbatch.")
     ] = None,
     recompute: Annotated[
         str | None, typer.Option(help="Only none, selective or full. Default: all three.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="bf16, fp8-blockwise, fp8-tensorwise, or all.")
-    ] = "bf16",
+        str | None,
+        typer.Option(help="bf16, fp8-blockwise, fp8-tensorwise, or all. Default: bf16."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 5,
     explain: Annotated[
         str | None,
         typer.Option(
             metavar="LAYOUT",
             help="Do not search: say why this layout cannot run, or what it would do. Like "
-            "tp=8,pp=4,vpp=1,ep=8,mbs=1,recompute=full,layout=Et*3|...; what is not named is 1.",
+            "tp=8,pp=4,vpp=1,ep=8,mbs=1,recompute=full,layout=Et*3|..., in any order; what is not "
+            "named is 1.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -150,6 +166,10 @@ def plan(
     """Find the fastest parallel layout that fits, before paying for the GPUs."""
     from qwen35_mcore.planner import command
 
+    output = command.Output(
+        as_json=as_json, emit=emit, overwrite=overwrite, dry_run=dry_run, picture=picture
+    )
+    output.check()
     job = command.make_job(
         flavor=flavor,
         hf_config=hf_config,
@@ -159,19 +179,20 @@ def plan(
         global_batch_size=global_batch_size,
         calibration=calibration,
     )
-    output = command.Output(
-        as_json=as_json, emit=emit, overwrite=overwrite, dry_run=dry_run, picture=picture
-    )
+    sizes = {
+        "tp": tp,
+        "pp": pp,
+        "vpp": vpp,
+        "cp": cp,
+        "ep": ep,
+        "etp": etp,
+        "micro_batch_size": micro_batch_size,
+    }
     if explain is not None:
+        command.refuse_pins({**sizes, "recompute": recompute, "precision": precision})
         raise typer.Exit(command.run_explain(job, explain, output=output))
     space = command.Space(
-        tp=tuple(tp or ()),
-        pp=tuple(pp or ()),
-        vpp=tuple(vpp or ()),
-        cp=tuple(cp or ()),
-        ep=tuple(ep or ()),
-        etp=tuple(etp or ()),
-        micro_batch_size=tuple(micro_batch_size or ()),
+        **{name: tuple(values or ()) for name, values in sizes.items()},
         recompute=command.recomputations(recompute),
         precision=command.precisions(precision),
     )

@@ -67,14 +67,28 @@ def attention(batch: Microbatch) -> Kept:
     config, tp, hidden = batch.config, batch.candidate.tp, batch.config.hidden_size
     query = config.num_attention_heads * config.head_dim
     key_value = max(config.num_key_value_heads, tp) * config.head_dim
-    projection = 2 * (2 * query + 2 * key_value)
+    projection = qkv_projection(batch) / (1 if gathers_qkv(batch) else tp)
     kernel = 2 * (query + 2 * key_value) + 2 * query + 4 * config.num_attention_heads
-    inside = (projection + kernel + _linear_input(batch) * query) / tp
-    gradients = (projection + 2 * (2 * query + 2 * key_value) + 4 * query) / tp
+    inside = projection + (kernel + _linear_input(batch) * query) / tp
+    gradients = projection + (2 * (2 * query + 2 * key_value) + 4 * query) / tp
     return Kept(
         batch.own_tokens * _layer_input(batch) + batch.tokens * inside,
         batch.tokens * gradients + batch.own_tokens * 4 * hidden,
     )
+
+
+def qkv_projection(batch: Microbatch) -> int:
+    """Of all tensor parallel ranks, what attention's first linear layer gives: query, gate, key and
+    value."""
+    config = batch.config
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    return 2 * heads * config.head_dim
+
+
+def gathers_qkv(batch: Microbatch) -> bool:
+    """Whether every rank holds all of it: with fewer key heads than ranks, megatron gathers the
+    projection and takes each rank's heads as views (`Attention.get_query_key_value_tensors`)."""
+    return batch.candidate.tp > batch.config.num_key_value_heads
 
 
 def mlp(batch: Microbatch) -> Kept:

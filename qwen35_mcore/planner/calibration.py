@@ -11,16 +11,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import PlanError, Qwen35Error
 from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE
+from qwen35_mcore.planner.hardware import get_gpu
 
 SCHEMA = 1
 MEASURED = Path(__file__).parent / "calibration"
 """Files that the package brings, by name of the GPU."""
+_MEASURE_AGAIN = "measure again: python -m tests.bench.bench_calibration"
+_LARGEST = 2**40
+"""Of a sequence, a batch, or a peak in bytes."""
 _FROM_ROOT = "qwen35_mcore/planner/calibration"
 PARTS = ("gdn", "attention", "moe", "mlp", "mtp", "output", "embedding")
 
@@ -73,11 +79,6 @@ class Calibration:
         """Rows of one part in one precision."""
         return tuple(r for r in self.layers if r.part == part and r.precision == precision)
 
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Parts without any measurement."""
-        return tuple(part for part in PARTS if not any(r.part == part for r in self.layers))
-
 
 def model_of(flavor: str, overrides: Mapping[str, Any]) -> Qwen35Config:
     """A flavor with some Hugging Face fields changed; fewer layers keep the first ones.
@@ -104,7 +105,8 @@ def read_calibration(path: Path) -> Calibration:
     """Read a calibration file.
 
     Raises:
-        PlanError: no such file, no JSON, another schema, or a row that cannot be read.
+        PlanError: no such file, no JSON, another schema, no layer measured, or an entry that
+            cannot be used: a GPU, a word, a size or a time.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -118,14 +120,33 @@ def read_calibration(path: Path) -> Calibration:
             "the calibration file has another schema",
             got=f"{path}: schema {schema!r}",
             allowed=str(SCHEMA),
-            fix="measure again: python -m tests.bench.bench_calibration",
+            fix=_MEASURE_AGAIN,
+        )
+    layers = _rows(content, "layers", path)
+    if not layers:
+        raise PlanError(
+            "the calibration file has no layer measurement",
+            got=str(path),
+            allowed='at least one row in "layers"',
+            fix=_MEASURE_AGAIN,
         )
     return Calibration(
         source=str(path),
-        gpu=str(content.get("gpu", "")),
-        layers=tuple(_read(row, path, _layer_row) for row in content.get("layers", [])),
-        runs=tuple(_read(row, path, _run_row) for row in content.get("runs", [])),
+        gpu=_read(content.get("gpu", DEFAULT.gpu), path, _gpu_name),
+        layers=tuple(_read(row, path, _layer_row) for row in layers),
+        runs=tuple(_read(row, path, _run_row) for row in _rows(content, "runs", path)),
     )
+
+
+def _rows(content: Mapping[str, Any], name: str, path: Path) -> list[Any]:
+    rows = content.get(name, [])
+    if not isinstance(rows, list):
+        raise PlanError(
+            f'"{name}" of the calibration file is no list',
+            got=f"{path}: {json.dumps(rows)[:200]}",
+            fix=_MEASURE_AGAIN,
+        )
+    return rows
 
 
 def default_calibration(gpu: str) -> Calibration:
@@ -140,12 +161,23 @@ def default_calibration(gpu: str) -> Calibration:
 def _read(row: Any, path: Path, reader: Any) -> Any:
     try:
         return reader(row)
-    except (KeyError, TypeError, ValueError, AttributeError, Qwen35Error) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        Qwen35Error,
+    ) as error:
         raise PlanError(
-            "a row of the calibration file cannot be read",
+            "the calibration file has an entry that cannot be used",
             got=f"{path}: {json.dumps(row)[:200]}: {type(error).__name__} {error}",
-            fix="measure again: python -m tests.bench.bench_calibration",
+            fix=_MEASURE_AGAIN,
         ) from error
+
+
+def _gpu_name(name: Any) -> str:
+    return get_gpu(str(name)).name
 
 
 def _layer_row(row: Mapping[str, Any]) -> LayerRow:
@@ -159,30 +191,50 @@ def _layer_row(row: Mapping[str, Any]) -> LayerRow:
     return LayerRow(
         part=row["part"],
         model=model_of(row["flavor"], overrides),
-        seq_length=int(row["seq_length"]),
-        micro_batch_size=int(row["micro_batch_size"]),
-        precision=row["precision"],
-        forward_s=float(row["forward_ms"]) / 1e3,
-        backward_s=float(row["backward_ms"]) / 1e3,
+        seq_length=_size(row, "seq_length"),
+        micro_batch_size=_size(row, "micro_batch_size"),
+        precision=_word(row, "precision", PRECISIONS),
+        forward_s=_milliseconds(row, "forward_ms"),
+        backward_s=_milliseconds(row, "backward_ms"),
         saved_bytes=row.get("saved_bytes"),
     )
 
 
 def _run_row(row: Mapping[str, Any]) -> RunRow:
     changed = ", ".join(f"{key} {value}" for key, value in (row.get("overrides") or {}).items())
-    step = row.get("step_ms")
     return RunRow(
         name=f"{row['flavor']}, {changed}" if changed else row["flavor"],
         model=model_of(row["flavor"], row.get("overrides") or {}),
-        seq_length=int(row["seq_length"]),
-        micro_batch_size=int(row["micro_batch_size"]),
-        global_batch_size=int(row["global_batch_size"]),
-        recompute=row["recompute"],
-        precision=row["precision"],
-        peak_bytes=int(row["peak_bytes"]),
+        seq_length=_size(row, "seq_length"),
+        micro_batch_size=_size(row, "micro_batch_size"),
+        global_batch_size=_size(row, "global_batch_size"),
+        recompute=_word(row, "recompute", RECOMPUTE),
+        precision=_word(row, "precision", PRECISIONS),
+        peak_bytes=_size(row, "peak_bytes"),
         model_bytes=row.get("model_bytes"),
-        step_s=None if step is None else float(step) / 1e3,
+        step_s=None if row.get("step_ms") is None else _milliseconds(row, "step_ms"),
     )
+
+
+def _size(row: Mapping[str, Any], name: str) -> int:
+    value = int(row[name])
+    if not 1 <= value <= _LARGEST:
+        raise ValueError(f"{name} is not between 1 and {_LARGEST}")
+    return value
+
+
+def _word(row: Mapping[str, Any], name: str, allowed: tuple[str, ...]) -> str:
+    if row[name] not in allowed:
+        raise ValueError(f"{name} is none of {', '.join(allowed)}")
+    return str(row[name])
+
+
+def _milliseconds(row: Mapping[str, Any], name: str) -> float:
+    """A time that somebody can have measured, in seconds."""
+    value = float(row[name])
+    if not isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is no positive time")
+    return value / 1e3
 
 
 def _row(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -13,9 +14,10 @@ from qwen35_mcore.errors import PlanError
 from qwen35_mcore.flavors import flavor_name, get_flavor
 from qwen35_mcore.planner.calibration import default_calibration, read_calibration
 from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Job
-from qwen35_mcore.planner.emit import emit, files
+from qwen35_mcore.planner.emit import check_folder, emit, files
 from qwen35_mcore.planner.explain import explain, parse_layout
 from qwen35_mcore.planner.hardware import get_gpu
+from qwen35_mcore.planner.picture import check_suffix, draw
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.report import (
     explanation_data,
@@ -35,6 +37,38 @@ class Output:
     overwrite: bool = False
     dry_run: bool = False
     picture: Path | None = None
+
+    def check(self) -> None:
+        """Refuse now what could not be written after a search.
+
+        Raises:
+            PlanError: a folder that exists, a picture of an unknown format, or --dry-run without
+                anything to write.
+        """
+        if self.dry_run and self.emit is None:
+            raise PlanError(
+                "--dry-run prints the files of --emit, which is missing",
+                fix="add --emit DIR, or leave out --dry-run: without --emit nothing is written",
+            )
+        if self.emit is not None and not self.dry_run:
+            check_folder(self.emit, overwrite=self.overwrite)
+        if self.picture is not None:
+            check_suffix(self.picture)
+
+
+def refuse_pins(pins: Mapping[str, object]) -> None:
+    """With --explain the layout has every size itself.
+
+    Raises:
+        PlanError: an option that chooses what a search tries.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in pins.items() if value]
+    if given:
+        raise PlanError(
+            "--explain searches nothing, so that sizes to try mean nothing",
+            got=" ".join(given),
+            fix="name them in the layout: --explain tp=8,pp=4,mbs=1,recompute=full",
+        )
 
 
 def make_job(
@@ -85,13 +119,15 @@ def make_job(
     )
 
 
-def precisions(text: str) -> tuple[str, ...]:
-    """``all``, or one precision.
+def precisions(text: str | None) -> tuple[str, ...]:
+    """``all``, or one precision, bfloat16 for None.
 
     Raises:
         PlanError: another word.
     """
-    return PRECISIONS if text == "all" else (_one_of("precision", text, PRECISIONS),)
+    if text == "all":
+        return PRECISIONS
+    return (_one_of("precision", text or PRECISIONS[0], PRECISIONS),)
 
 
 def recomputations(text: str | None) -> tuple[str, ...]:
@@ -145,8 +181,6 @@ def _write(prediction: Prediction, output: Output) -> None:
         emit(prediction, output.emit, overwrite=output.overwrite)
         print(f"wrote {output.emit}; run it with {output.emit}/run.sh", file=_messages(output))
     if output.picture is not None and not output.dry_run:
-        from qwen35_mcore.planner.picture import draw
-
         title = f"{prediction.job.model_name} on {prediction.job.gpus} {prediction.job.gpu.name}"
         draw(prediction.stages, output.picture, title=title)
         print(f"wrote {output.picture}", file=_messages(output))

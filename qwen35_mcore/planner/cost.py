@@ -1,9 +1,11 @@
 """Seconds of every part of the model on one rank, without communication.
 
 A part's ideal time is its matrix operations at the card's peak plus its bytes at the card's
-bandwidth. The calibration maps ideal to measured time: between measurements on the straight line;
-above the largest at its efficiency or, where launches had hidden that, at the assumed one as soon
-as this takes longer; below the smallest at its efficiency but never faster than the launches allow.
+bandwidth. The calibration maps ideal to measured time on the card that it was made on: between
+measurements on the straight line; above the largest at its efficiency or, where launches had hidden
+that, at the best one measured of this part as soon as this takes longer; below the smallest at its
+efficiency but never faster than the launches allow. On another card the time above the launches
+changes as the ideal does; launches stay.
 Operations are those of `flops`; bytes are every kept tensor written and read once forward and twice
 backward, weights read, and weight gradients added to the float32 ones.
 """
@@ -19,7 +21,7 @@ from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.calibration import DEFAULT, Calibration, LayerRow
 from qwen35_mcore.planner.candidate import Candidate, Microbatch
 from qwen35_mcore.planner.flops import attention_layer_flops, gdn_layer_flops
-from qwen35_mcore.planner.hardware import Gpu
+from qwen35_mcore.planner.hardware import Gpu, get_gpu
 from qwen35_mcore.planner.memory import (
     element_parameters,
     feed_forward_parameters,
@@ -27,8 +29,8 @@ from qwen35_mcore.planner.memory import (
 )
 
 ASSUMED_EFFICIENCY = 0.7
-"""Of the ideal, for parts that nobody measured, and for work beyond a measurement that was bound by
-launches."""
+"""Of the ideal, for parts that nobody measured, and at most for work beyond a measurement that was
+bound by launches."""
 LAUNCH_S = {"gdn": 3.0e-3, "attention": 3.0e-3, "moe": 6.0e-3, "mlp": 1.5e-3}
 """Forward and backward, if the host's launches are all that takes time; of a calibration without
 small sizes. The forward pass has a third of it."""
@@ -96,27 +98,32 @@ def work(part: str, batch: Microbatch) -> Work:
     return _embedding(batch)
 
 
+def precision_of(part: str, batch: Microbatch) -> str:
+    """What a part's products run in: megatron keeps embedding and output layer out of FP8."""
+    return "bf16" if part in ("output", "embedding") else batch.candidate.precision
+
+
 def seconds(
     part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration
 ) -> tuple[float, float]:
     """Forward and backward seconds of one part on one rank."""
-    # megatron keeps embedding and output layer out of FP8
-    precision = "bf16" if part in ("output", "embedding") else batch.candidate.precision
+    precision = precision_of(part, batch)
     forward, backward = work(part, batch).ideal_s(gpu, precision)
-    experts = batch.local_experts if part in ("moe", "mtp") else 0
-    curves = _curves(part, precision, batch.config.hidden_size, experts, gpu, calibration)
-    if curves is None and part == "mtp":
+    found = measured(part, batch, calibration)
+    if found is not None:
+        there = work(part, batch).ideal_s(found.gpu, precision)
+        of_forward, of_backward = found.curves
+        return of_forward.on(forward, there[0]), of_backward.on(backward, there[1])
+    if part == "mtp":
         return _mtp_from_its_parts(batch, gpu, calibration)
-    if curves is None and precision != "bf16":
+    if precision != "bf16":
         slow = _at_bf16(part, batch, gpu, calibration)
         return slow[0] * FP8_OVER_BF16, slow[1] * FP8_OVER_BF16
-    if curves is None:
-        launch = LAUNCH_S.get(part, 0.0)
-        return (
-            max(launch / 3, forward / ASSUMED_EFFICIENCY),
-            max(2 * launch / 3, backward / ASSUMED_EFFICIENCY),
-        )
-    return curves[0].seconds(forward), curves[1].seconds(backward)
+    launch = LAUNCH_S.get(part, 0.0)
+    return (
+        max(launch / 3, forward / ASSUMED_EFFICIENCY),
+        max(2 * launch / 3, backward / ASSUMED_EFFICIENCY),
+    )
 
 
 @dataclass(frozen=True)
@@ -126,12 +133,21 @@ class Curve:
     points: tuple[tuple[float, float], ...]
     """(ideal, measured), ascending."""
     launch_s: float
+    efficiency: float = ASSUMED_EFFICIENCY
+    """Of the ideal, for work beyond a measurement that launches may have bound."""
+
+    def on(self, ideal_s: float, measured_ideal_s: float) -> float:
+        """Expected seconds on a card whose ideal is ``ideal_s`` where that of the measured card is
+        ``measured_ideal_s``."""
+        time = self.seconds(measured_ideal_s)
+        launches = min(time, self._floor())
+        return launches + (time - launches) * ideal_s / measured_ideal_s
 
     def seconds(self, ideal_s: float) -> float:
         """Expected seconds for an ideal time."""
         first, last = self.points[0], self.points[-1]
         if ideal_s >= last[0]:
-            return max(last[1], ideal_s * min(last[1] / last[0], 1 / ASSUMED_EFFICIENCY))
+            return max(last[1], ideal_s * min(last[1] / last[0], 1 / self.efficiency))
         if ideal_s <= first[0]:
             return max(self._floor(), first[1] * ideal_s / first[0])
         above = next(i for i, point in enumerate(self.points) if point[0] >= ideal_s)
@@ -146,12 +162,33 @@ class Curve:
         return first[1] if bound_by_launches else min(first[1], self.launch_s)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a calibration says of one part."""
+
+    curves: tuple[Curve, Curve]
+    """Forward and backward pass."""
+    rows: tuple[LayerRow, ...]
+    """The measurements that they go through."""
+    gpu: Gpu
+    """The card of these."""
+
+
+def measured(part: str, batch: Microbatch, calibration: Calibration) -> Measured | None:
+    """The measurements at the nearest widths, built-in ones where the calibration has none; None
+    without any."""
+    experts = batch.local_experts if part in ("moe", "mtp") else 0
+    return _measured(
+        part, precision_of(part, batch), batch.config.hidden_size, experts, calibration
+    )
+
+
 @lru_cache(maxsize=1024)
-def _curves(
-    part: str, precision: str, hidden: int, experts: int, gpu: Gpu, calibration: Calibration
-) -> tuple[Curve, Curve] | None:
-    """Forward and backward curve from the measurements at the nearest widths; None without any."""
-    rows = calibration.rows(part, precision) or DEFAULT.rows(part, precision)
+def _measured(
+    part: str, precision: str, hidden: int, experts: int, calibration: Calibration
+) -> Measured | None:
+    source = calibration if calibration.rows(part, precision) else DEFAULT
+    rows = source.rows(part, precision)
     if not rows:
         return None
 
@@ -161,17 +198,28 @@ def _curves(
             apart += 0.25 * abs(log(row.model.num_experts / experts))
         return apart
 
+    gpu = get_gpu(source.gpu)
+    ideals = [_row_ideal(row, gpu) for row in rows]
     nearest = min(map(distance, rows))
-    chosen = [row for row in rows if distance(row) == nearest]
-    ideals = [_row_ideal(row, gpu) for row in chosen]
+    chosen = [i for i, row in enumerate(rows) if distance(row) == nearest]
     launch = LAUNCH_S.get(part, 0.0)
-    forward = sorted((i[0], r.forward_s) for i, r in zip(ideals, chosen, strict=True))
-    backward = sorted((i[1], r.backward_s) for i, r in zip(ideals, chosen, strict=True))
-    return Curve(tuple(forward), launch / 3), Curve(tuple(backward), launch * 2 / 3)
+
+    def curve(index: int, launch_s: float) -> Curve:
+        points = [(ideals[i][index], _seconds_of(rows[i])[index]) for i in range(len(rows))]
+        best = max(ideal / time for ideal, time in points)
+        own = sorted(points[i] for i in chosen)
+        return Curve(tuple(own), launch_s, min(ASSUMED_EFFICIENCY, best))
+
+    curves = curve(0, launch / 3), curve(1, launch * 2 / 3)
+    return Measured(curves, tuple(rows[i] for i in chosen), gpu)
+
+
+def _seconds_of(row: LayerRow) -> tuple[float, float]:
+    return row.forward_s, row.backward_s
 
 
 def _row_ideal(row: LayerRow, gpu: Gpu) -> tuple[float, float]:
-    """Ideal times of a measured case. Its gradients were written, not added to others."""
+    """Ideal times of a measured case, whose gradients were written, not added to others."""
     alone = Candidate(micro_batch_size=row.micro_batch_size, precision=row.precision)
     batch = Microbatch(row.model, alone, row.seq_length)
     forward, backward = work(row.part, batch).ideal_s(gpu, row.precision)

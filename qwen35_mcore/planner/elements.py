@@ -4,7 +4,8 @@ What overlaps and what does not, as the emitted flags make Megatron run it:
 
 - Tensor parallel (with sequence parallelism): every mixer, dense MLP and shared expert gathers its
   input and scatters its output forward, and gathers the output's gradient backward. The second
-  gather of the input and the scatter of its gradient run under the weight gradients.
+  gather of the input and the scatter of its gradient run under the weight gradients. Attention with
+  fewer key heads than ranks gathers its projection too, and scatters the gradient of that.
 - Expert parallel: dispatch and combine, forward and backward, exposed. Expert tensor parallelism
   gathers and scatters the same rows.
 - Context parallel: GatedDeltaNet trades sequence for heads before and after the delta rule,
@@ -234,7 +235,14 @@ class Model:
         tp, cp = self._tp_gather(), 0.0
         if self.candidate.cp > 1:
             cp = self._gdn_exchange() if kind is LayerKind.GDN else self._keys_and_values()
-        return Times(tp=2 * tp, cp=cp), Times(tp=tp, cp=cp)
+        heads = 0.0 if kind is LayerKind.GDN else self._qkv_gather()
+        return Times(tp=2 * tp + heads, cp=cp), Times(tp=tp + heads, cp=cp)
+
+    def _qkv_gather(self) -> float:
+        if not activations.gathers_qkv(self.batch):
+            return 0.0
+        size = self.batch.tokens * activations.qkv_projection(self.batch)
+        return gather(size, self.groups.tp, self.job.gpu)
 
     def _gdn_exchange(self) -> float:
         config, tp = self.job.config, self.candidate.tp

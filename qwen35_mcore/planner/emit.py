@@ -157,11 +157,13 @@ def layout_args(prediction: Prediction) -> str:
 def run_sh(prediction: Prediction) -> str:
     """The text of ``run.sh``: the complete command, from the repository's root."""
     job = prediction.job
-    node = job.gpu.gpus_per_node
-    if job.gpus <= node:
+    most = job.gpu.gpus_per_node
+    # every node starts the same number of ranks, and together they are all there are
+    node = max(size for size in range(1, most + 1) if job.gpus % size == 0)
+    if job.gpus <= most:
         command = f'NPROC={job.gpus} exec launch/train.sh "$preset" "$@"'
     else:
-        nodes = -(-job.gpus // node)
+        nodes = job.gpus // node
         command = (
             f'exec sbatch --nodes={nodes} --gpus-per-node={node} launch/slurm.sbatch "$preset" "$@"'
         )
@@ -178,7 +180,8 @@ def run_sh(prediction: Prediction) -> str:
 
 def plan_json(prediction: Prediction) -> str:
     """The text of ``plan.json``: what was asked, and everything predicted of the plan."""
-    asked = {**job_data(prediction.job), "layout": str(prediction.candidate)}
+    candidate = prediction.candidate
+    asked = {**job_data(prediction.job, candidate), "layout": str(candidate)}
     content = {**asked, "plan": prediction_data(prediction)}
     return json.dumps(_rounded(content), indent=2) + "\n"
 
@@ -192,6 +195,22 @@ def files(prediction: Prediction) -> dict[str, str]:
     }
 
 
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Whether a plan may be written there, which costs nothing to know before a search.
+
+    Raises:
+        PlanError: the folder exists and must not be overwritten, or is a file.
+    """
+    if folder.exists() and not overwrite:
+        raise PlanError(
+            "the folder for the plan exists already",
+            got=str(folder),
+            fix="choose another one, or pass --overwrite",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise PlanError("the plan needs a folder", got=f"{folder} is a file")
+
+
 def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> None:
     """Write the files of a plan into a new folder, which appears complete or not at all.
 
@@ -201,12 +220,7 @@ def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> No
     Raises:
         PlanError: the folder exists, or cannot be written.
     """
-    if folder.exists() and not overwrite:
-        raise PlanError(
-            "the folder for the plan exists already",
-            got=str(folder),
-            fix="choose another one, or pass --overwrite",
-        )
+    check_folder(folder, overwrite=overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

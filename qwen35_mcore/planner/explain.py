@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -45,22 +46,25 @@ class Explanation:
 def parse_layout(text: str) -> tuple[Candidate, str | None]:
     """``tp=8,pp=4,recompute=full,layout=Et*3|...`` as a candidate and its layout string.
 
-    Sizes not named are 1 (etp too), nothing is recomputed, precision is bf16.
+    In any order. Sizes not named are 1 (etp too), nothing is recomputed, precision is bf16.
 
     Raises:
         PlanError: an unknown name or an impossible value.
     """
-    sizes, _, layout = text.partition("layout=")
     values: dict[str, object] = {}
-    for item in filter(None, (part.strip() for part in sizes.split(","))):
+    layout = None
+    # a layout string may hold commas, but no "="
+    for item in filter(None, (part.strip(" ,") for part in re.split(r",(?=\s*\w+=)", text))):
         name, _, value = item.partition("=")
-        if name in _WORDS and value in _WORDS[name]:
+        if name == "layout":
+            layout = value or None
+        elif name in _WORDS and value in _WORDS[name]:
             values[name] = value
         elif name in _SIZES and value.isdecimal() and int(value) > 0:
             values[_NAMES.get(name, name)] = int(value)
         else:
             raise _cannot_read(item, name)
-    return Candidate(**values), layout or None  # type: ignore[arg-type]
+    return Candidate(**values), layout  # type: ignore[arg-type]
 
 
 def _cannot_read(item: str, name: str) -> PlanError:

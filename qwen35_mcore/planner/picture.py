@@ -59,9 +59,7 @@ def draw(plan: StagePlan, path: str | os.PathLike[str], *, title: str = "Pipelin
         PlanError: another suffix, the file cannot be written, or matplotlib is not installed.
     """
     target = Path(path)
-    suffix = target.suffix.lower()
-    if suffix not in FORMATS:
-        raise PlanError("the picture has no known format", got=target.name, allowed="*.png, *.svg")
+    suffix = check_suffix(target)
     figure_class, rc_context = _matplotlib()
     # text stays text in an SVG, and nothing in it depends on the day or the run
     settings = {"svg.fonttype": "none", "svg.hashsalt": "plan", "font.family": "DejaVu Sans"}
@@ -76,6 +74,18 @@ def draw(plan: StagePlan, path: str | os.PathLike[str], *, title: str = "Pipelin
             raise PlanError(
                 "the picture cannot be written", got=str(target), fix=f"{error.strerror}"
             ) from error
+
+
+def check_suffix(target: Path) -> str:
+    """The suffix of a picture, in lower case.
+
+    Raises:
+        PlanError: it is none of `FORMATS`.
+    """
+    suffix = target.suffix.lower()
+    if suffix not in FORMATS:
+        raise PlanError("the picture has no known format", got=target.name, allowed="*.png, *.svg")
+    return suffix
 
 
 def _matplotlib() -> tuple[Any, Any]:

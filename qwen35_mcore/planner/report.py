@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen35_mcore.planner.candidate import Job
+from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
+from qwen35_mcore.planner.coverage import coverage
 from qwen35_mcore.planner.explain import Explanation
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.memory import overhead_bytes
@@ -13,9 +14,9 @@ from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.search import Found
 
 
-def job_data(job: Job) -> dict[str, Any]:
-    """What was asked, and on what figures the answer rests."""
-    calibration = job.calibration
+def job_data(job: Job, candidate: Candidate) -> dict[str, Any]:
+    """What was asked, and on what figures the answer, this layout, rests."""
+    calibration, covered = job.calibration, coverage(job, candidate)
     return {
         "model": job.model_name,
         "gpus": job.gpus,
@@ -25,7 +26,8 @@ def job_data(job: Job) -> dict[str, Any]:
         "calibration": calibration.source,
         "calibration_gpu": calibration.gpu,
         "measured": calibration.measured,
-        "not_measured": list(calibration.missing),
+        "not_measured": list(covered.not_measured),
+        "extrapolated": {case: list(parts) for case, parts in covered.extrapolated.items()},
         "overhead_bytes": overhead_bytes(job.gpu, job.gpus),
     }
 
@@ -55,10 +57,11 @@ def prediction_data(prediction: Prediction) -> dict[str, Any]:
 def found_data(job: Job, found: Found) -> dict[str, Any]:
     """The result of a search."""
     return {
-        **job_data(job),
+        **job_data(job, found.best[0].candidate),
         "layouts_allowed": found.allowed,
         "layouts_that_may_fit": found.fitting,
         "layouts_simulated": found.simulated,
+        "search_complete": found.complete,
         "proven_best": found.exact,
         "plans": [prediction_data(prediction) for prediction in found.best],
     }
@@ -68,7 +71,7 @@ def explanation_data(job: Job, explanation: Explanation) -> dict[str, Any]:
     """The verdict on one layout."""
     prediction = explanation.prediction
     return {
-        **job_data(job),
+        **job_data(job, explanation.candidate),
         "layout": str(explanation.candidate),
         "runs": explanation.runs,
         "violations": [vars(violation) for violation in explanation.violations],
@@ -84,34 +87,44 @@ def print_found(job: Job, found: Found) -> None:
     console = Console()
     console.print(_ranking(job, found))
     print_prediction(found.best[0])
-    note = (
-        "no other layout is faster by these figures"
-        if found.exact
-        else "not every layout that could be faster was simulated in the time given"
-    )
+    if found.exact:
+        note = "no other is faster than the first by these figures"
+    elif found.complete:
+        note = (
+            "of all whose lower bound allows it, none is faster than these; better balanced stages "
+            "of another one might be"
+        )
+    else:
+        note = "not every layout that could be faster was simulated in the time given"
     console.print(
         f"{found.allowed} layouts obey the rules, {found.fitting} may fit in memory, "
         f"{found.simulated} were simulated: {note}.",
         soft_wrap=True,
     )
-    print_sources(job)
+    print_sources(job, found.best[0].candidate)
 
 
-def print_sources(job: Job) -> None:
-    """What the figures rest on."""
+def print_sources(job: Job, candidate: Candidate) -> None:
+    """What the figures of a layout rest on."""
     from rich.console import Console
 
     calibration, lines = job.calibration, []
     if not calibration.measured:
         lines.append("NOT CALIBRATED on this machine: pass --calibration FILE.")
     lines.append(f"Times: {calibration.source}.")
-    if calibration.missing:
+    covered = coverage(job, candidate)
+    if covered.not_measured:
         lines.append(
-            f"Not measured, taken at {ASSUMED_EFFICIENCY:.0%} of what the card could do or from "
-            f"built-in figures: {', '.join(calibration.missing)}."
+            f"Not measured in {candidate.precision}, taken at {ASSUMED_EFFICIENCY:.0%} of what the "
+            f"card could do or from built-in figures: {', '.join(covered.not_measured)}."
         )
-    if calibration.gpu and calibration.gpu != job.gpu.name:
-        lines.append(f"Measured on {calibration.gpu}, carried over to {job.gpu.name} by its peaks.")
+    for case, parts in covered.extrapolated.items():
+        lines.append(f"Extrapolated: {', '.join(parts)} (measured up to {case}).")
+    if calibration.gpu != job.gpu.name:
+        lines.append(
+            f"Measured on {calibration.gpu}, carried over to {job.gpu.name}: what is above the "
+            "launches by peak and bandwidth."
+        )
     lines.append(
         f"Memory of each GPU includes {overhead_bytes(job.gpu, job.gpus) / GIB:.1f} GiB for "
         "CUDA, NCCL and fragmentation."
@@ -141,7 +154,7 @@ def print_explanation(job: Job, explanation: Explanation) -> None:
     console = Console()
     if explanation.prediction is not None:
         print_prediction(explanation.prediction)
-        print_sources(job)
+        print_sources(job, explanation.candidate)
         return
     console.print(f"[bold]{explanation.candidate}[/bold] cannot run:", soft_wrap=True)
     for violation in explanation.violations:

@@ -2,8 +2,9 @@
 
 Every layout that the rules of `parallel` allow gets a lower bound of its step time from its layers
 alone. Stages are balanced and simulated from the lowest bound up, until no bound is below the
-results already found; then the ranking is exact within the model, otherwise the report says that
-the time was up.
+results already found, or the time is up. The first is proven the best where no other layout's bound
+is below its step: neither that of one which the time left over, nor that of one whose stages, in
+the effort that a search has for each, were balanced to a slower step or found to fit nowhere.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ MICRO_BATCHES = (1, 2, 4, 8)
 LARGEST_VPP = 4
 """More chunks per rank cost memory, messages and launches, and hardly shorten the bubble."""
 AT_LEAST = 50
-"""Layouts to simulate, the most promising first, even if the time is up."""
+"""Layouts to simulate, the most promising first, before the time may end a search that found fewer
+than asked for."""
 SEARCH_PASSES = 200_000
 """Effort of balancing one interleaved candidate's stages, see `stages.balance`."""
 LEAST_LOCAL_SEQUENCE = 4096
@@ -61,8 +63,10 @@ class Found:
     """Of these, layouts whose memory may suffice."""
     simulated: int
     """Of these, layouts with balanced and simulated stages."""
+    complete: bool
+    """Whether the time sufficed to simulate every layout that could be among `best`."""
     exact: bool
-    """Whether every other layout is proven slower than `best`."""
+    """Whether every other layout is proven no faster than the first of `best`."""
 
 
 def search(job: Job, space: Space, *, top: int = 5, budget_s: float = 6.0) -> Found:
@@ -84,13 +88,21 @@ def search(job: Job, space: Space, *, top: int = 5, budget_s: float = 6.0) -> Fo
     ranking = _Ranking(job, top, deadline)
     # plain schedules are balanced in milliseconds, and what they reach rules out most others
     ranking.go_through([(limits.plain(c).step_s, c) for c in fitting if c.vpp == 1])
-    interleaved = (c for c in fitting if c.vpp > 1 and ranking.can_use(limits.least_s(c)))
+    least = ((limits.least_s(c), c) for c in fitting if c.vpp > 1)
+    interleaved = (pair for pair in least if ranking.can_use(pair[0]))
     ranking.go_through([(limits.of(c).step_s, c) for c in ranking.in_time(interleaved)])
     if not ranking.best:
         raise _nothing_fits(job, space, allowed)
     first = predict(job, ranking.best[0].candidate)  # its stages with all effort
     best = (first, *ranking.best[1:])
-    return Found(best, len(allowed), len(fitting), ranking.simulated, ranking.exact)
+    return Found(
+        best,
+        len(allowed),
+        len(fitting),
+        ranking.simulated,
+        complete=ranking.complete,
+        exact=ranking.proves(first),
+    )
 
 
 class _Limits:
@@ -129,33 +141,56 @@ class _Ranking:
     def __init__(self, job: Job, top: int, deadline: float) -> None:
         self.job, self.top, self.deadline = job, top, deadline
         self.best: list[Prediction] = []
-        self.simulated, self.exact = 0, True
+        self.simulated, self.complete = 0, True
+        self._open: dict[Candidate, float] = {}
+        """Lower bounds of what was simulated, or left over when the time was up."""
 
     def can_use(self, bound_s: float) -> bool:
         """Whether a candidate with this lower bound can still be among the best."""
         return len(self.best) < self.top or bound_s < self.best[-1].step_s
 
-    def in_time(self, some: Iterator[Candidate]) -> Iterator[Candidate]:
-        """Candidates until the time is up."""
-        for candidate in some:
-            if self.best and time.monotonic() > self.deadline:
-                self.exact = False
-                return
-            yield candidate
+    def in_time(self, some: Iterator[tuple[float, Candidate]]) -> Iterator[Candidate]:
+        """Candidates until the time is up; the others stay open at these bounds."""
+        for bound, candidate in some:
+            if self._is_over():
+                self._leave(bound, candidate)
+            else:
+                yield candidate
 
     def go_through(self, bounded: list[tuple[float, Candidate]]) -> None:
         """Simulate candidates in the order of their bounds, while one can be among the best."""
         for bound, candidate in sorted(bounded, key=_first):
             if not self.can_use(bound):
                 return
-            if self.simulated >= AT_LEAST and self.best and time.monotonic() > self.deadline:
-                self.exact = False
-                return
-            self.simulated += 1
-            with contextlib.suppress(PlanError):  # fits in no split
-                prediction = predict(self.job, candidate, passes=SEARCH_PASSES)
-                ranked = sorted([*self.best, prediction], key=lambda p: p.step_s)
-                self.best = ranked[: self.top]
+            if not self._is_over():
+                self._simulate(bound, candidate)
+            else:
+                self._leave(bound, candidate)
+
+    def proves(self, first: Prediction) -> bool:
+        """Whether no other candidate can be faster."""
+        others = (bound for one, bound in self._open.items() if one != first.candidate)
+        return min(others, default=float("inf")) >= first.step_s * (1 - 1e-9)
+
+    def _simulate(self, bound: float, candidate: Candidate) -> None:
+        self.simulated += 1
+        try:
+            prediction = predict(self.job, candidate, passes=SEARCH_PASSES)
+        except PlanError:  # fits in no split, or interleaved in none that was tried
+            if candidate.vpp > 1:
+                self._open[candidate] = bound
+            return
+        self._open[candidate] = max(bound, prediction.stages.lower_bound_s) + prediction.after_s
+        ranked = sorted([*self.best, prediction], key=lambda p: p.step_s)
+        self.best = ranked[: self.top]
+
+    def _leave(self, bound: float, candidate: Candidate) -> None:
+        self._open[candidate] = bound
+        self.complete = False
+
+    def _is_over(self) -> bool:
+        enough = len(self.best) >= self.top or (self.best and self.simulated >= AT_LEAST)
+        return bool(enough) and time.monotonic() > self.deadline
 
 
 def candidates(job: Job, space: Space) -> Iterator[Candidate]:
@@ -208,7 +243,8 @@ def _sizes(job: Job, space: Space) -> Iterator[Candidate]:
 def _expert_sizes(job: Job, space: Space, one: Candidate) -> Iterator[Candidate]:
     experts = job.config.num_experts
     if not experts:
-        yield replace(one, etp=one.tp)
+        for etp, ep in product(space.etp or (one.tp,), space.ep or (1,)):
+            yield replace(one, ep=ep, etp=etp)
         return
     divisors = [n for n in range(1, experts + 1) if experts % n == 0]
     for etp in space.etp or sorted({1, one.tp}):
@@ -235,6 +271,15 @@ def _nothing_allowed(job: Job, space: Space) -> PlanError:
             allowed=f"{' or '.join(map(str, batch))}, for example",
             fix="change --global-batch-size",
         )
+    broken = broken_rules(job, _pinned(job, space))
+    if broken:
+        return PlanError(
+            f"no layout of {job.gpus} GPUs obeys the rules with these sizes: {broken[0].rule}: "
+            f"{broken[0].reason}",
+            got=broken[0].value,
+            allowed=broken[0].allowed,
+            fix=broken[0].fix,
+        )
     gpus = [
         n
         for n in range(1, 2 * job.gpus + job.gpu.gpus_per_node)
@@ -247,6 +292,14 @@ def _nothing_allowed(job: Job, space: Space) -> PlanError:
         allowed=f"{' or '.join(map(str, sorted(near)))} GPUs" if near else None,
         fix="ask with --explain why one layout is refused",
     )
+
+
+def _pinned(job: Job, space: Space) -> Candidate:
+    """The sizes that were asked for, the first of several; otherwise 1."""
+    chosen = {name: values[0] for name, values in vars(space).items() if values}
+    if not job.config.is_moe:
+        chosen.setdefault("etp", chosen.get("tp", 1))
+    return Candidate(**chosen)
 
 
 def _nearest_batches(job: Job, space: Space) -> list[int]:

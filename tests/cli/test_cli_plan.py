@@ -7,14 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 
 import pytest
+from typer.testing import CliRunner
 
-from qwen35_mcore.planner.calibration import default_calibration
+from qwen35_mcore.cli import app
+from qwen35_mcore.errors import PlanError
+from qwen35_mcore.planner.calibration import default_calibration, read_calibration
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow", "matplotlib")
 SMALL = ("--flavor", "35b-a3b", "--gpus", "16", "--global-batch-size", "512")
+LARGE = ("--flavor", "397b-a17b", "--gpus", "512", "--global-batch-size", "1024")
 PINNED = (*SMALL, "--tp", "1", "--pp", "2", "--ep", "8", "--vpp", "1")
 
 
@@ -31,9 +36,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_512_gpus_in_under_ten_seconds() -> None:
     """Of processor time, because tests run beside each other."""
-    begin = time.monotonic()
-    done = run("--flavor", "397b-a17b", "--gpus", "512", "--global-batch-size", "1024", "--json")
-    assert time.monotonic() - begin < 20
+    before = getrusage(RUSAGE_CHILDREN).ru_utime
+    done = run(*LARGE, "--json")
+    assert getrusage(RUSAGE_CHILDREN).ru_utime - before < 10
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["plans"]) == 5
@@ -71,7 +76,10 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["plans"]
     assert {file.name for file in folder.iterdir()} == {"layout.args", "plan.json", "run.sh"}
-    again = run(*PINNED, "--emit", str(folder))
+    begin = time.monotonic()
+    # said before the search of 512 GPUs, not after it
+    again = run(*LARGE, "--emit", str(folder))
+    assert time.monotonic() - begin < 5
     assert again.returncode == 2
     assert "exists already" in again.stderr
     assert run(*PINNED, "--emit", str(folder), "--overwrite").returncode == 0
@@ -84,13 +92,24 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
         (("--gpus", "16", "--global-batch-size", "512"), ["exactly one model"]),
         ((*SMALL, "--flavor", "35b"), ["no such flavor", "35b-a3b"]),
         (("--flavor", "35b-a3b", "--gpus", "7", "--global-batch-size", "7"), ["--gpus 16"]),
-        ((*SMALL, "--gpus", "0"), ["--gpus must be at least 1"]),
         ((*SMALL, "--precision", "fp4"), ["fp8-blockwise"]),
         ((*SMALL, "--recompute", "some"), ["selective"]),
         ((*SMALL, "--calibration", "missing.json"), ["cannot read the calibration file"]),
         ((*SMALL, "--explain", "tpp=1"), ["did you mean tp"]),
         ((*SMALL, "--tp", "1", "--pp", "2", "--global-batch-size", "509"), ["504 or 512"]),
-        ((*SMALL, "--tp", "3"), ["obeys the rules"]),
+        (
+            (*SMALL, "--tp", "3"),
+            ["obeys the rules", "tp divides num_attention_heads", "allowed: ", "fix: "],
+        ),
+        (
+            ("--flavor", "9b", "--gpus", "8", "--global-batch-size", "64", "--ep", "2"),
+            ["obeys the rules", "ep"],
+        ),
+        ((*SMALL, "--explain", "pp=2,ep=8", "--tp", "2", "--ep", "8"), ["--tp --ep", "mbs=1"]),
+        ((*SMALL, "--explain", "pp=2", "--precision", "bf16"), ["--precision"]),
+        ((*SMALL, "--dry-run"), ["add --emit DIR"]),
+        ((*SMALL, "--picture", "plan.jpg"), ["no known format", "*.svg"]),
+        ((*SMALL, "--emit", "pyproject.toml", "--overwrite"), ["is a file"]),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments: tuple[str, ...], words: list[str]) -> None:
@@ -101,16 +120,71 @@ def test_bad_input_is_one_clear_error(arguments: tuple[str, ...], words: list[st
     assert all(word in done.stderr for word in words), done.stderr
 
 
+def test_sizes_below_one_are_refused() -> None:
+    """Where the command line is read: in one process, because there are ten."""
+    sizes = ("gpus", "global-batch-size", "seq-length", "tp", "pp", "vpp", "cp", "ep", "etp")
+    for name in (*sizes, "micro-batch-size"):
+        done = CliRunner().invoke(app, ["plan", *SMALL, f"--{name}", "0"])
+        assert done.exit_code == 2, name
+        assert f"--{name}" in done.output
+
+
+LAYER = {
+    "part": "gdn",
+    "flavor": "35b-a3b",
+    "seq_length": 4096,
+    "micro_batch_size": 1,
+    "precision": "bf16",
+    "forward_ms": 1.0,
+    "backward_ms": 2.0,
+}
+
+
 @pytest.mark.parametrize(
-    "content", ["{", '{"schema": 2}', '{"schema": 1, "layers": [{"part": "gdn"}]}']
+    "content",
+    [
+        "{",
+        {"schema": 2},
+        {"schema": 1},
+        {"schema": 1, "layers": []},
+        {"schema": 1, "layers": 5},
+        {"schema": 1, "layers": None},
+        {"schema": 1, "layers": [LAYER], "runs": {}},
+        {"schema": 1, "layers": [LAYER], "gpu": "a100"},
+        {"schema": 1, "layers": [{"part": "gdn"}]},
+        *(
+            {"schema": 1, "layers": [LAYER | wrong]}
+            for wrong in (
+                {"forward_ms": float("nan")},
+                {"backward_ms": float("inf")},
+                {"forward_ms": 0},
+                {"backward_ms": -1.0},
+                {"seq_length": 0},
+                {"seq_length": float("inf")},
+                {"seq_length": 10**400},
+                {"micro_batch_size": 0},
+                {"precision": "fp4"},
+                {"precision": None},
+            )
+        ),
+    ],
+    ids=lambda content: str(content)[:60],
 )
-def test_a_calibration_that_cannot_be_read(content: str, tmp_path: Path) -> None:
+def test_a_calibration_that_cannot_be_read(content: object, tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
-    file.write_text(content)
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(PlanError) as caught:
+        read_calibration(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_broken_calibration_is_one_clear_error(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    file.write_text('{"schema": 1, "layers": null}')
     done = run(*SMALL, "--calibration", str(file))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
-    assert str(file) in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_calibration_changes_the_prediction(tmp_path: Path) -> None:
@@ -128,7 +202,7 @@ def test_a_calibration_changes_the_prediction(tmp_path: Path) -> None:
     slow = json.loads(run(*SMALL, *layout).stdout)
     fast = json.loads(run(*SMALL, *layout, "--calibration", str(file)).stdout)
     assert fast["calibration"] == str(file)
-    assert fast["not_measured"] == ["mlp", "mtp", "output", "embedding"]
+    assert fast["not_measured"] == ["mtp", "output", "embedding"]
     assert fast["plan"]["step_s"] < 0.75 * slow["plan"]["step_s"]
 
 

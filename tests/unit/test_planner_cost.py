@@ -14,13 +14,20 @@ from hypothesis import strategies as st
 
 from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.planner import calibration
-from qwen35_mcore.planner.calibration import DEFAULT, PARTS, _run_row, read_calibration
-from qwen35_mcore.planner.candidate import Candidate, Microbatch
+from qwen35_mcore.planner.calibration import DEFAULT, PARTS, _layer_row, _run_row, read_calibration
+from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import Group, all_reduce, all_to_all, gather, send
-from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY, Curve, seconds, work
+from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY, Curve, measured, seconds, work
+from qwen35_mcore.planner.coverage import Coverage, coverage
 from qwen35_mcore.planner.flops import forward_flops
 from qwen35_mcore.planner.hardware import GPUS, Gpu, get_gpu
-from tests.bench.compare_plan import model_bytes, peak_bytes, predict_run
+from tests.bench.compare_plan import (
+    TOLERANCE,
+    model_bytes,
+    peak_bytes,
+    predict_run,
+    worst_peak,
+)
 
 ROOT = Path(__file__).parents[2]
 H100 = get_gpu("h100-80g")
@@ -78,6 +85,78 @@ def test_operations_are_those_of_the_model(flavor: str) -> None:
     assert total == pytest.approx(forward_flops(config, 4096, seq_length=4096).total)
 
 
+def test_another_card_takes_its_own_time_where_launches_do_not_decide() -> None:
+    """The same measurement, on a card with 2.3 times the peak and 2.4 times the bandwidth."""
+    b200, shipped = get_gpu("b200-180g"), calibration.default_calibration("h100-80g")
+    for stand_in in (DEFAULT, shipped):
+        heavy = Microbatch(get_flavor("35b-a3b"), Candidate(micro_batch_size=64), 4096)
+        for part in ("gdn", "attention"):
+            ratio = sum(seconds(part, heavy, H100, stand_in)) / sum(
+                seconds(part, heavy, b200, stand_in)
+            )
+            assert 1.8 < ratio < 2.4, part
+        light = Microbatch(get_flavor("35b-a3b"), Candidate(tp=4, ep=8), 512)
+        for part in ("gdn", "attention", "moe"):
+            # both on the floor of their curve
+            assert seconds(part, light, b200, stand_in) == seconds(part, light, H100, stand_in)
+
+
+def test_a_measurement_belongs_to_its_card() -> None:
+    """A row says the same of the card that it was measured on, whichever else is asked for."""
+    shipped = calibration.default_calibration("h100-80g")
+    elsewhere = replace(shipped, gpu="b200-180g")
+    batch = Microbatch(get_flavor("35b-a3b"), Candidate(micro_batch_size=4), 4096)
+    # the same seconds measured on a B200 mean that an H100 needs more
+    assert sum(seconds("gdn", batch, H100, elsewhere)) > sum(seconds("gdn", batch, H100, shipped))
+
+
+def test_work_beyond_launches_is_not_faster_than_any_measurement() -> None:
+    """The best efficiency measured of a part, not the assumed one, where that is lower."""
+    row = {"part": "gdn", "flavor": "35b-a3b", "seq_length": 4096, "precision": "bf16"}
+    slow = {"micro_batch_size": 4, "forward_ms": 8.0, "backward_ms": 16.0}
+    bound = {"flavor": "122b-a10b", "micro_batch_size": 1, "forward_ms": 8.0, "backward_ms": 16.0}
+    rows = tuple(_layer_row(row | one) for one in (slow, bound))
+    shipped = replace(DEFAULT, layers=rows)
+    batch = Microbatch(get_flavor("122b-a10b"), Candidate(micro_batch_size=16), 4096)
+    wide = measured("gdn", batch, shipped)
+    assert wide is not None
+    assert [one.model.hidden_size for one in wide.rows] == [3072]
+    narrow = measured("gdn", Microbatch(rows[0].model, Candidate(), 4096), shipped)
+    assert narrow is not None
+    for curve, best in zip(wide.curves, narrow.curves, strict=True):
+        [(ideal, time)] = best.points
+        assert curve.efficiency == pytest.approx(ideal / time)
+        assert curve.efficiency < ASSUMED_EFFICIENCY
+    ideal = work("gdn", batch).ideal_s(H100, "bf16")[0]
+    expected = ideal / wide.curves[0].efficiency
+    assert seconds("gdn", batch, H100, shipped)[0] == pytest.approx(expected)
+
+
+def test_a_report_says_what_lies_outside_the_measurements() -> None:
+    shipped = calibration.default_calibration("h100-80g")
+
+    def covered(flavor: str, candidate: Candidate) -> Coverage:
+        job = Job(
+            config=get_flavor(flavor),
+            gpu=H100,
+            gpus=64,
+            seq_length=4096,
+            global_batch_size=64,
+            calibration=shipped,
+        )
+        return coverage(job, candidate)
+
+    inside = covered("35b-a3b", Candidate(ep=8))
+    assert inside.not_measured == ("mtp", "embedding")
+    # one loss was measured, MTP has a second one
+    assert inside.extrapolated == {"hidden 2048, mbs 1, sequence 4096": ("output",)}
+    wide = covered("397b-a17b", Candidate(ep=8, micro_batch_size=2))
+    case = "hidden 3072, mbs 1, sequence 4096"
+    assert {"gdn", "attention", "moe"} <= set(wide.extrapolated[case])
+    in_fp8 = covered("35b-a3b", Candidate(ep=8, precision="fp8-blockwise"))
+    assert {"gdn", "attention", "moe"} <= set(in_fp8.not_measured)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     tp=st.sampled_from([1, 2, 4, 8]),
@@ -129,12 +208,23 @@ RUN = {
 }
 
 
+LAYER = {
+    "part": "embedding",
+    "flavor": "35b-a3b",
+    "seq_length": 4096,
+    "micro_batch_size": 1,
+    "precision": "bf16",
+    "forward_ms": 0.1,
+    "backward_ms": 1.0,
+}
+
+
 @pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.08, 0), (1.2, 1)])
 def test_a_file_is_compared_with_the_predictions(
     factor: float, status: int, tmp_path: Path
 ) -> None:
     file = tmp_path / "calibration.json"
-    content = {"schema": 1, "gpu": "h100-80g", "layers": [], "runs": [RUN]}
+    content = {"schema": 1, "gpu": "h100-80g", "layers": [LAYER], "runs": [RUN]}
     file.write_text(json.dumps(content))
     read = read_calibration(file)
     [row] = read.runs
@@ -157,12 +247,19 @@ def test_a_file_is_compared_with_the_predictions(
     assert "(+0%)" in done.stdout
 
 
+def test_the_measured_runs_of_the_package_are_predicted() -> None:
+    """Peak memory of every training step in the shipped file."""
+    shipped = calibration.default_calibration("h100-80g")
+    assert shipped.runs
+    assert worst_peak(shipped, H100) < TOLERANCE
+
+
 def test_a_measurement_of_the_package_comes_before_the_built_in_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "MEASURED", tmp_path)
     assert calibration.default_calibration("h200-141g") is DEFAULT
-    content = {"schema": 1, "gpu": "h100-80g", "layers": [], "runs": [RUN]}
+    content = {"schema": 1, "gpu": "h100-80g", "layers": [LAYER], "runs": [RUN]}
     (tmp_path / "h100-80g.json").write_text(json.dumps(content))
     for gpu in ("h100-80g", "h200-141g"):  # the nearest there is
         found = calibration.default_calibration(gpu)

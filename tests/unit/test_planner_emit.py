@@ -158,14 +158,18 @@ def test_files_can_be_read_by_a_shell(tmp_path: Path) -> None:
     assert shlex.join(flags(prediction)).count("*") > 0
 
 
-@pytest.mark.parametrize("gpus", [4, 8, 16])
-def test_the_command_depends_on_the_number_of_nodes(gpus: int) -> None:
-    job = job_of("2b", gpus, 64)
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "each"), [(4, 0, 4), (8, 0, 8), (16, 2, 8), (12, 2, 6), (20, 4, 5)]
+)
+def test_the_command_starts_as_many_ranks_as_there_are_gpus(
+    gpus: int, nodes: int, each: int
+) -> None:
+    job = job_of("2b", gpus, 240)
     text = files(predict(job, Candidate()))["run.sh"]
-    if gpus <= 8:
-        assert f'NPROC={gpus} exec launch/train.sh "$preset" "$@"' in text
+    if nodes:
+        assert f"exec sbatch --nodes={nodes} --gpus-per-node={each} launch/slurm.sbatch" in text
     else:
-        assert "exec sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sbatch" in text
+        assert f'NPROC={each} exec launch/train.sh "$preset" "$@"' in text
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

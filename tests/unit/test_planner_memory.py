@@ -16,7 +16,9 @@ from qwen35_mcore.layer_pattern import LayerKind
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.calibration import DEFAULT, model_of
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
+from qwen35_mcore.planner.communication import Group, gather
 from qwen35_mcore.planner.counts import count_parameters
+from qwen35_mcore.planner.elements import Model
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.memory import (
     WEIGHT,
@@ -27,6 +29,8 @@ from qwen35_mcore.planner.memory import (
     static_bytes,
 )
 from qwen35_mcore.planner.prediction import predict_split
+
+H100 = get_gpu("h100-80g")
 
 
 def job_of(config: Qwen35Config, gpus: int, **changes: object) -> Job:
@@ -215,3 +219,22 @@ def test_memory_of_a_rank_adds_up() -> None:
     ids = 16 * 4096
     assert first.activations == pytest.approx(2 * (twenty + ids))
     assert last.activations > twenty
+
+
+def test_fewer_key_heads_than_ranks_gather_the_projection() -> None:
+    """Queries, gates, keys and values of all heads on every rank, forward and backward; TP 2
+    still divides two key heads."""
+    config = get_flavor("35b-a3b")
+    assert config.num_key_value_heads == 2
+    whole = Microbatch(config, Candidate(tp=4), 4096)
+    each = activations.qkv_projection(whole)
+    assert each == 2 * config.head_dim * (2 * config.num_attention_heads + 2 * 2)
+    divided = Microbatch(replace(config, num_key_value_heads=4), Candidate(tp=4), 4096)
+    assert activations.attention(divided).saved < 4096 * each
+    assert activations.attention(whole).saved > 4096 * each
+    assert activations.attention(whole).transient > 4096 * each
+    narrow, wide = (Model(job_of(config, 8), Candidate(tp=tp)) for tp in (2, 4))
+    for model, gathered in ((narrow, 0.0), (wide, gather(4096 * each, Group(4), H100))):
+        gdn, own = model.layers[LayerKind.GDN], model.layers[LayerKind.ATTENTION]
+        assert own.forward.tp - gdn.forward.tp == pytest.approx(gathered)
+        assert own.backward.tp - gdn.backward.tp == pytest.approx(gathered)

@@ -15,7 +15,7 @@ from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.elements import Model
 from qwen35_mcore.planner.explain import explain, parse_layout
 from qwen35_mcore.planner.hardware import get_gpu
-from qwen35_mcore.planner.prediction import predict
+from qwen35_mcore.planner.prediction import Prediction, predict
 from qwen35_mcore.planner.search import Space, candidates, search
 
 
@@ -52,7 +52,7 @@ def test_the_choice_is_the_best_of_all(job: Job, space: Space) -> None:
         assert limits.step_s <= prediction.stages.simulation.step_s * (1 + 1e-9)
         everything.append(prediction.step_s)
     found = search(job, space, budget_s=60.0)
-    assert found.exact
+    assert found.complete
     assert found.best[0].step_s == pytest.approx(min(everything), rel=1e-9)
     assert [p.step_s for p in found.best] == sorted(p.step_s for p in found.best)
 
@@ -88,6 +88,36 @@ def test_the_stages_are_better_than_even_ones() -> None:
     assert too_large.even_step_s() is None
     assert too_large.stages.even is not None
     assert max(too_large.stages.even.stage_bytes) > too_large.stages.capacity_bytes
+
+
+def test_time_that_is_up_ends_the_search_and_its_proof() -> None:
+    """As soon as there are as many layouts as were asked for."""
+    job = job_of("35b-a3b", 16, 512)
+    hurried = search(job, Space(), top=3, budget_s=0.0)
+    assert len(hurried.best) == 3
+    assert not hurried.complete
+    assert not hurried.exact
+    assert hurried.simulated < search(job, Space(), top=3, budget_s=60.0).simulated
+
+
+def test_a_dropped_layout_whose_bound_is_lower_is_no_proof(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Interleaved stages that a poor balance makes slow may still be the fastest."""
+    job, space = SMALL[0]
+    only = replace(space, tp=(1,), pp=(2, 4), micro_batch_size=(1,), recompute=("none",))
+
+    def poor(job: Job, candidate: Candidate, **effort: int) -> Prediction:
+        if candidate.vpp > 1:
+            raise PlanError("no split was found")
+        return predict(job, candidate, **effort)
+
+    monkeypatch.setattr("qwen35_mcore.planner.search.predict", poor)
+    found = search(job, only, budget_s=60.0)
+    assert found.complete
+    assert not found.exact
+    plain = search(job, replace(only, vpp=(1,)), top=1, budget_s=60.0)
+    assert plain.exact
 
 
 def test_pinned_sizes_are_kept() -> None:
@@ -182,3 +212,13 @@ def test_explaining_a_layout_that_runs_predicts_it() -> None:
 def test_a_layout_that_cannot_be_read(text: str) -> None:
     with pytest.raises(PlanError, match="cannot read the layout"):
         parse_layout(text)
+
+
+def test_a_layout_is_read_in_any_order() -> None:
+    stages = "Et*12|t*28mL"
+    last = parse_layout(f"pp=2,ep=8,layout={stages}")
+    assert last == (Candidate(pp=2, ep=8), stages)
+    assert parse_layout(f"layout={stages},pp=2,ep=8") == last
+    assert parse_layout(f"pp=2, layout={stages}, ep=8") == last
+    with_comma = "E,t*12|t*28,mL"
+    assert parse_layout(f"layout={with_comma},pp=2") == (Candidate(pp=2), with_comma)

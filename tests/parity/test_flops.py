@@ -7,23 +7,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from megatron.training import training as megatron_training
 
-from qwen35_mcore import cpu
-
-cpu.enable_training()
-
-from megatron.training import training as megatron_training  # noqa: E402
-
-from qwen35_mcore.config import Qwen35Config  # noqa: E402
-from qwen35_mcore.flavors import FLAVORS, get_flavor  # noqa: E402
-from qwen35_mcore.layer_pattern import LayerKind  # noqa: E402
-from qwen35_mcore.planner.flops import (  # noqa: E402
+from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.flavors import FLAVORS, get_flavor
+from qwen35_mcore.layer_pattern import LayerKind
+from qwen35_mcore.planner.flops import (
     BACKWARD_AND_FORWARD,
     attention_layer_flops,
     gdn_layer_flops,
     training_flops,
 )
-from qwen35_mcore.transformer_config import architecture_arguments  # noqa: E402
+from qwen35_mcore.transformer_config import architecture_arguments
 
 LENGTH, BATCH = 4096, 3
 TOKENS = LENGTH * BATCH

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35_mcore import cpu
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.flavors import FLAVORS, get_flavor
 from qwen35_mcore.layer_pattern import LayerKind
@@ -76,7 +75,6 @@ def test_a_pipeline_holds_one_more_embedding(flavor: str) -> None:
 
 def megatron_bytes(config: Qwen35Config, candidate: Candidate, job: Job) -> float:
     """megatron-core's own estimate of weights, gradients and optimizer state."""
-    cpu.enable_training()
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
     moe = config.is_moe

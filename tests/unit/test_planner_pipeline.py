@@ -121,7 +121,7 @@ def uneven(draw: st.DrawFn) -> tuple[Shape, list[float], list[float], float]:
     return of, draw(seconds), draw(seconds), draw(st.sampled_from([0.0, 0.05, 1.0]))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(uneven())
 def test_every_pass_begins_and_ends_as_when_megatrons_functions_are_played(
     case: tuple[Shape, list[float], list[float], float],
@@ -136,7 +136,7 @@ def test_every_pass_begins_and_ends_as_when_megatrons_functions_are_played(
     assert result.step_s == pytest.approx(played.step_s)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(uneven())
 def test_properties_of_any_step(case: tuple[Shape, list[float], list[float], float]) -> None:
     of, forward, backward, p2p = case
@@ -156,7 +156,7 @@ def test_properties_of_any_step(case: tuple[Shape, list[float], list[float], flo
         assert sum(e.end_s - e.start_s for e in events) == pytest.approx(result.busy_s[rank])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(of=SHAPES, data=st.data())
 def test_what_is_alive_at_once(of: Shape, data: st.DataObject) -> None:
     saved = data.draw(st.lists(st.floats(0, 9), min_size=of.stages, max_size=of.stages))

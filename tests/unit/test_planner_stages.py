@@ -106,7 +106,7 @@ def small_case(draw: st.DrawFn) -> dict:
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(small_case())
 def test_small_models_get_the_best_of_all_splits(case: dict) -> None:
     best = exhaustive(**case)
@@ -120,7 +120,7 @@ def test_small_models_get_the_best_of_all_splits(case: dict) -> None:
     check(plan, case)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(small_case())
 def test_the_search_for_large_models_on_small_ones(case: dict) -> None:
     """It finds a split that fits if there is one, without interleaving the best, else one near it,

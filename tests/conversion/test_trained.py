@@ -23,7 +23,6 @@ from tests.helpers.pretrain_runs import script_server
 LENGTH, SAMPLES, STEPS = 64, 8, 5
 PARALLEL = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
 PARALLEL += "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
-INTERLEAVED = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 
 
 @dataclass(frozen=True)

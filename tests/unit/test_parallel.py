@@ -115,12 +115,6 @@ def test_layouts_that_run(
             {"world_size": 4, "micro_batch_size": 1, "global_batch_size": 6},
             "pp divides the microbatches",
         ),
-        (
-            MOE,
-            {"tp": 8, "etp": 1, "sequence_parallel": True},
-            {"fp8": True},
-            "fp8 width of the GDN input projection",
-        ),
         (replace(MOE, moe_intermediate_size=40), {}, {"fp8": True}, "fp8 width of the experts"),
         (replace(DENSE, hidden_size=5128), {}, {"fp8": True}, "fp8 width of hidden_size"),
     ],

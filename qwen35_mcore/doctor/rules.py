@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from qwen35_mcore.doctor.snapshot import Finding, Level, Snapshot
 from qwen35_mcore.tested_versions import MEGATRON_CORE, PYTHON, TRANSFORMER_ENGINE, release
 
-CUDA_INDEX = "INDEX"
+CUDA_TORCH = "install the CUDA 13 build of the same torch release, from PyTorch's own index"
 TE_EXTRA = "pip install -c constraints.txt -e '.[te]'"
 TRAINING_SHM_GIB = 1.0
 
@@ -72,7 +72,7 @@ def gpus_are_reached(machine: Snapshot) -> Iterator[Finding]:
             level=Level.ERROR,
             what=f"torch {machine.packages['torch'].version} is built without CUDA on a machine "
             f"with NVIDIA driver {machine.driver}: {slow}",
-            fix=f"pip install --force-reinstall torch --index-url {CUDA_INDEX}",
+            fix=CUDA_TORCH,
         )
     elif machine.environment.get("CUDA_VISIBLE_DEVICES", None) in ("", "-1"):
         yield Finding(
@@ -245,7 +245,7 @@ def nccl(machine: Snapshot) -> Iterator[Finding]:
             rule="nccl-missing",
             level=Level.ERROR,
             what="torch is built without NCCL, so GPUs cannot talk to each other",
-            fix=f"pip install --force-reinstall torch --index-url {CUDA_INDEX}",
+            fix=CUDA_TORCH,
         )
     elif len(machine.gpus) > 1 and machine.environment.get("NCCL_NVLS_ENABLE") != "0":
         yield Finding(

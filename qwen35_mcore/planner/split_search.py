@@ -8,6 +8,7 @@ as long as the simulator says that the step gets shorter.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -186,7 +187,7 @@ def _interleaved_bound_s(splits: Splits) -> float:
     return max(shared, ramps[-1] + microbatches * last)
 
 
-class _Climb:
+class _Climb(ABC):
     """A split that is improved by moving layers: one at a time, and two at a time where that leads
     nowhere, as long as its cost falls and the effort, counted in passes, lasts."""
 
@@ -196,9 +197,9 @@ class _Climb:
         self.seen = {cuts}
         self.moves = _moves(splits.shape.stages)
 
+    @abstractmethod
     def cost_of(self, cuts: Cuts) -> float:
         """The cost of a split, or infinity where it is not worth knowing."""
-        raise NotImplementedError
 
     def climb(self) -> Cuts:
         """The best split reached."""

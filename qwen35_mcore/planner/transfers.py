@@ -8,6 +8,7 @@ overlap still for what it sends forward, because Megatron frees an output once i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
@@ -51,7 +52,7 @@ def rank_actions(shape: Shape, rank: int) -> list[Action]:
     return (_Interleaved if shape.vpp > 1 else _Plain)(shape, rank).actions
 
 
-class _Rank:
+class _Rank(ABC):
     """Notes what a rank does."""
 
     def __init__(self, shape: Shape, rank: int) -> None:
@@ -63,8 +64,9 @@ class _Rank:
         self._asked = [0] * len(Transfer)
         self._note()
 
+    @abstractmethod
     def _note(self) -> None:
-        raise NotImplementedError
+        """Note every action of the step."""
 
     def run(self, operation: Operation) -> None:
         self.actions.append(operation)

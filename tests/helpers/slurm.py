@@ -19,6 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+LAYOUT = """\
+# tiny-moe on two ranks; experts: 4 each
+--flavor tiny-moe
+--expert-model-parallel-size 2   # of 8 experts
+  --use-distributed-optimizer
+
+--seq-length 64
+"""
+"""A preset for tests."""
 JOB_ID = "4242"
 SRUN = '''
 """Tasks of a step as local processes: their environment, their files, the highest exit status."""
@@ -197,3 +206,18 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return int(s.getsockname()[1])
+
+
+def train_sh(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run launch/train.sh, with no GPU to be seen."""
+    without = {k: v for k, v in os.environ.items() if k not in ("DATA", "SAVE", "NPROC")}
+    return subprocess.run(
+        ["bash", ROOT / "launch" / "train.sh", *map(str, arguments)],
+        cwd=ROOT.parent,  # from anywhere
+        env=without
+        | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

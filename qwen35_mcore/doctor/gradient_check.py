@@ -13,12 +13,13 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen35_mcore.doctor.gradient_result import GradientCheck, Quantity
 from qwen35_mcore.ops import reference
 from qwen35_mcore.ops.dispatch import KernelBackend, select_backend
 from qwen35_mcore.ops.heads import Heads
@@ -41,45 +42,6 @@ class Case:
 GPU_CASE = Case(Heads(16, 32, 128, 128), 320)
 """Head counts of 35b-a3b: some kernels are compiled for a number of heads, and the result kept."""
 CPU_CASE = Case(Heads(2, 4, 16, 16), 160)
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """Relative error of an output or gradient; NaN where it is not finite."""
-
-    name: str
-    error: float
-    allowed: float
-
-    @property
-    def ok(self) -> bool:
-        """A NaN is not."""
-        return self.error <= self.allowed
-
-
-@dataclass(frozen=True)
-class GradientCheck:
-    """What was checked, and how far every quantity was off."""
-
-    kernels: str
-    dtype: str
-    seconds: float
-    quantities: tuple[Quantity, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every quantity is within what is allowed."""
-        return all(quantity.ok for quantity in self.quantities)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; `from_json` undoes it."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> GradientCheck:
-        """Undo `to_json`."""
-        quantities = tuple(Quantity(**quantity) for quantity in data["quantities"])
-        return cls(**data | {"quantities": quantities})
 
 
 class Definition(TorchKernels):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen35_mcore.doctor.gradient_result import GradientCheck
 from qwen35_mcore.doctor.snapshot import PACKAGES, Finding, Level
 
 WORKER = "qwen35_mcore.doctor.worker"
@@ -104,7 +105,7 @@ def _collect(
         findings.append(_died(at, death))
     check = found.get("gradient_check")
     if check is not None:
-        findings += _wrong_gradients(check)
+        findings += _wrong_gradients(GradientCheck.from_json(check))
     skipped = found.get("gradient_check_skipped")
     if check is None and skipped is None:
         skipped = "it could not be made" if gradient_check else "--no-gradient-check"
@@ -128,16 +129,16 @@ def _died(at: str, death: str) -> Finding:
     )
 
 
-def _wrong_gradients(check: dict[str, Any]) -> list[Finding]:
-    wrong = [q for q in check["quantities"] if not q["error"] <= q["allowed"]]
+def _wrong_gradients(check: GradientCheck) -> list[Finding]:
+    wrong = [quantity for quantity in check.quantities if not quantity.ok]
     if not wrong:
         return []
-    listing = ", ".join(f"{q['name']} {q['error']:.1e}" for q in wrong)
+    listing = ", ".join(f"{q.name} {q.error:.1e}" for q in wrong)
     finding = Finding(
         rule="wrong-gradients",
         level=Level.ERROR,
-        what=f"the {check['kernels']} kernels are wrong on this machine: {listing} off float64, "
-        f"at most {wrong[0]['allowed']:.0e} is rounding",
+        what=f"the {check.kernels} kernels are wrong on this machine: {listing} off float64, "
+        f"at most {wrong[0].allowed:.0e} is rounding",
         fix="install the releases of constraints.txt; --gdn-kernel torch is right, and slow",
     )
     return [finding]

@@ -72,7 +72,7 @@ def test_wrong_kernels_fail_the_gradient_check(kernels: TorchKernels, wrong: set
     assert {q.name for q in check.quantities if not q.ok} >= wrong
     if "output" not in wrong:
         assert {q.name for q in check.quantities if not q.ok} <= wrong | {"d A_log", "d dt_bias"}
-    (finding,) = supervise._wrong_gradients(check.to_json())
+    (finding,) = supervise._wrong_gradients(check)
     assert finding.level is Level.ERROR
     assert all(name in finding.what for name in wrong)
 

@@ -25,6 +25,9 @@ def one_rank() -> Any:
     start()
     yield
     if not was_running:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 

@@ -136,6 +136,12 @@ def verify(
     first: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
     second: Annotated[Path, typer.Argument(help="The other one, of either kind.")],
     reference: Reference = None,
+    weights_only: Annotated[
+        bool,
+        typer.Option(
+            "--weights-only", help="Leave out the optimizer state of two Megatron checkpoints."
+        ),
+    ] = False,
     workers: Workers = 4,
     as_json: Json = False,
 ) -> None:
@@ -147,6 +153,7 @@ def verify(
         first,
         second,
         reference=local_folder(reference) if reference else None,
+        weights_only=weights_only,
         workers=workers,
         quiet=as_json,
     )

@@ -18,7 +18,7 @@ from checkpoint_tools.names import Naming
 from checkpoint_tools.progress import Progress
 from checkpoint_tools.storage import split_rows
 from checkpoint_tools.transforms import Box, common_dtype
-from checkpoint_tools.views import aligned
+from checkpoint_tools.views import aligned, model_keys
 from checkpoint_tools.workers import run_parallel
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
@@ -66,18 +66,20 @@ def compare(
     second: Path,
     *,
     reference: Path | None = None,
+    weights_only: bool = False,
     workers: int = 2,
     quiet: bool = False,
 ) -> Comparison:
     """Compare all tensors: names, shapes, dtypes, bits.
 
     A Megatron checkpoint is compared as the Hugging Face tensors that it exports to, with what it
-    carries; two Megatron checkpoints are compared by their own keys, optimizer state included.
+    carries; two Megatron checkpoints are compared by their own keys, optimizer state included
+    unless ``weights_only``.
 
     Raises:
         CheckpointError: one of the two is no usable checkpoint.
     """
-    a, b = _sides(first, second, reference)
+    a, b = _sides(first, second, reference, weights_only)
     common = [name for name in a if name in b]
     result = Comparison(
         tensors=len(common),
@@ -103,10 +105,10 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def _sides(
-    first: Path, second: Path, reference: Path | None
+    first: Path, second: Path, reference: Path | None, weights_only: bool
 ) -> tuple[dict[str, Output], dict[str, Output]]:
     if not is_hf_folder(first) and not is_hf_folder(second):
-        return _by_key(first), _by_key(second)
+        return _by_key(first, weights_only), _by_key(second, weights_only)
     sides = []
     for path, other in ((first, second), (second, first)):
         if is_hf_folder(path):
@@ -133,8 +135,9 @@ def _exported(path: Path, hf_folder: Path, reference: Path | None) -> dict[str, 
     return {output.name: output for output in plan.outputs()}
 
 
-def _by_key(path: Path) -> dict[str, Output]:
+def _by_key(path: Path, weights_only: bool) -> dict[str, Output]:
     checkpoint = MegatronCheckpoint(path)
+    keys = model_keys(checkpoint) if weights_only else list(checkpoint.tensors)
 
     def pieces(key: str) -> Iterator[torch.Tensor]:
         tensor = checkpoint.tensors[key]
@@ -142,9 +145,10 @@ def _by_key(path: Path) -> dict[str, Output]:
         for box in split_rows(whole, tensor.dtype.itemsize):
             yield checkpoint.read(key, box)
 
+    tensors = {key: checkpoint.tensors[key] for key in keys}
     return {
         key: Output(key, tensor.dtype, tensor.shape, partial(pieces, key))
-        for key, tensor in checkpoint.tensors.items()
+        for key, tensor in tensors.items()
     }
 
 

@@ -17,6 +17,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
     get_transformer_block_with_experimental_attention_variant_spec,
 )
+from megatron.core.tensor_parallel.random import get_all_rng_states
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from qwen35_mcore.backends import get_backend
@@ -72,6 +73,8 @@ def captured(step: Any) -> Any:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    for state in get_all_rng_states().values():  # routing forced to balance is drawn from them
+        graph.register_generator_state(state)
     with torch.cuda.graph(graph):
         step()
     return graph.replay
@@ -125,7 +128,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--graph", action="store_true", help="Replay each step as a CUDA graph.")
     args = parser.parse_args()
-    start()
+    start(graphs=args.graph)
     for case in args.case:
         for fp8 in [None, *args.fp8]:
             times = {which: bench(case, which, fp8, args) for which in args.which}

@@ -25,8 +25,12 @@ FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
 RATE_TFLOPS, BANDWIDTH = 790.0, 3.0e12  # what a large matrix product and a large copy reach
 
 
-def start() -> None:
-    """Parallel state of a single rank, once. Ends the process with a message where no GPU is."""
+def start(*, graphs: bool = False) -> None:
+    """Parallel state of a single rank, once. Ends the process with a message where no GPU is.
+
+    Args:
+        graphs: draw random numbers so that a CUDA graph may be captured.
+    """
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
     if torch.distributed.is_initialized():
@@ -39,7 +43,7 @@ def start() -> None:
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=graphs)
 
 
 def _fix_l2norm_configuration() -> None:

@@ -123,6 +123,12 @@ def test_two_megatron_checkpoints_by_key_with_optimizer_state(tmp_path: Path) ->
     assert [one["name"] for one in verify(tmp_path / "a", tmp_path / "c")[1]["differences"]] == [
         key
     ]
+    write_training_checkpoint(tmp_path / "d", tensors, config)
+    assert verify(tmp_path / "a", tmp_path / "d")[1]["missing"] == [key]
+    for other in "cd":
+        code, report = verify(tmp_path / "a", tmp_path / other, "--weights-only")
+        assert code == 0
+        assert report["tensors"] == len(tensors)
 
 
 def test_a_vision_tensor_counts(copy_of: Callable[[str], Path], tmp_path: Path) -> None:

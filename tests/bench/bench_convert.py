@@ -94,7 +94,7 @@ def measure(command: list[object], source: Path) -> Phase:
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
-        time.sleep(0.01)
+        time.sleep(0.03)
     if process.returncode:
         raise SystemExit(f"{command} failed")
     subprocess.run(["sync"], check=True)

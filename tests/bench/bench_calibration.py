@@ -179,7 +179,7 @@ def measure_run(
         calculate_per_token_loss=True,
         **RECOMPUTE[recompute],
     )
-    torch.cuda.reset_peak_memory_stats()
+    left_over = torch.cuda.memory_allocated()  # what autograd still holds of the run before
     layout = Layout(dtype=torch.bfloat16)
     wrapped, optimizer = wrap([build_model(hf, config).cuda()], config, layout, 1e-4)
     tokens = random_tokens(hf, batch * microbatches, LENGTH, seed=1).cuda()
@@ -194,11 +194,11 @@ def measure_run(
 
     step()
     torch.cuda.synchronize()
-    model_bytes = torch.cuda.memory_allocated()
+    model_bytes = torch.cuda.memory_allocated() - left_over
     step()
     torch.cuda.reset_peak_memory_stats()
     timing = median_ms(step, repeats=3, warmup=0)
-    peak_bytes = torch.cuda.max_memory_allocated()
+    peak_bytes = torch.cuda.max_memory_allocated() - left_over
     _release(wrapped[0], optimizer)
     overrides = {"num_hidden_layers": layers}
     return {

@@ -107,6 +107,40 @@ def test_gdn_is_no_further_from_float64_than_the_native_module() -> None:
     assert not worse
 
 
+def test_packed_sequences_equal_separate_ones() -> None:
+    """Outputs and gradients of a GatedDeltaNet whose sequences follow one another in one batch."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from tests.bench.bench_gdn import build_ours
+    from tests.bench.common import cut_config, gpu_config
+
+    lengths = [200, 56, 256]
+    module = build_ours(gpu_config(cut_config("35b-a3b", 1)))
+    x = torch.randn(sum(lengths), 1, module.config.hidden_size, device="cuda").bfloat16()
+    gradient = torch.randn_like(x)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+    def both(pieces: list[torch.Tensor], **call: Any) -> dict[str, torch.Tensor]:
+        module.zero_grad()
+        leaves = [piece.detach().requires_grad_() for piece in pieces]
+        outputs = [module(leaf, attention_mask=None, **call)[0] for leaf in leaves]
+        torch.cat(outputs).backward(gradient)
+        found = {"output": torch.cat(outputs), "x": torch.cat([leaf.grad for leaf in leaves])}
+        weights = {name: weight.grad for name, weight in module.named_parameters()}
+        return {name: value.detach().clone() for name, value in (found | weights).items()}
+
+    together = both([x], packed_seq_params=packed)
+    for name, separate in both(list(x.split(lengths))).items():
+        assert relative(together[name], separate) < 1e-2, name
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 def test_the_gates_of_an_fp8_run_are_as_good_as_bfloat16(recipe: str) -> None:
     """Logits and gradients of the gate projection under FP8: at most twice bf16's error.

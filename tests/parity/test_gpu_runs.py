@@ -1,0 +1,146 @@
+"""Whole runs of the training script on one GPU: resuming, CUDA graphs, recomputation, and
+checkpoints that GPU and CPU write for each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwen35_mcore.flavors import get_flavor
+from tests.helpers.ckpt_cli import ckpt, ok
+from tests.helpers.pretrain_runs import small_dataset
+from tests.helpers.run_results import logged_scalars
+from tests.helpers.slurm import free_port
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+STEPS, HALF = 6, 3
+STILL = ("--lr", "0", "--min-lr", "0", "--weight-decay", "0", "--finetune", "--no-load-optim")
+GRAPHS = {
+    "full_iteration": ("--no-check-for-nan-in-loss-and-grad",),
+    "transformer_engine": ("--cuda-graph-modules", "attn", "moe_router", "moe_preprocess"),
+}
+RECOMPUTE = {
+    "full": ("full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+    "selective": ("selective", "--recompute-modules", "moe_act", "gdn_norm_out"),
+}
+Log = dict[str, dict[int, list[float]]]
+Train = Callable[..., Log]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Runs the script in bf16 on a narrow model with the published head sizes, which the fused
+    kernels want; returns what it logged."""
+    folder = tmp_path_factory.mktemp("gpu_runs")
+    hf = dataclasses.replace(
+        get_flavor("tiny-moe"),
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        head_dim=256,
+        rope_parameters=get_flavor("35b-a3b").rope_parameters,
+    )
+    (folder / "config.json").write_text(json.dumps(hf.to_hf()))
+    data = small_dataset()
+
+    def run(*flags: object, gpu: bool = True) -> Log:
+        log = tmp_path_factory.mktemp("log")
+        command = [
+            *(sys.executable, "examples/pretrain_qwen35.py", "--hf-config", folder, "--bf16"),
+            *("--data-path", data, "--split", "80,10,10", "--seq-length", "256"),
+            *("--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "1e-3"),
+            *("--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-decay-iters", "10"),
+            *("--lr-warmup-iters", "2", "--train-iters", STEPS, "--save-interval", HALF),
+            *("--eval-iters", "1", "--eval-interval", "1000", "--log-interval", "1"),
+            *("--use-distributed-optimizer", "--num-workers", "0", "--tensorboard-dir", log),
+            *flags,
+        ]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=os.environ | place | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return logged_scalars(log)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Log]:
+    """A run without a stop: its checkpoints of steps 3 and 6, and its log."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, train("--save", folder)
+
+
+def after(log: Log, step: int) -> Log:
+    return {
+        name: {at: values for at, values in one.items() if at > step} for name, one in log.items()
+    }
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-save-optim",)], ids=["", "no_save_optim"])
+def test_a_resumed_run_goes_on_exactly(
+    train: Train, saved: tuple[Path, Log], flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder, straight = saved
+    resumed = train("--load", folder, "--ckpt-step", HALF, "--save", tmp_path, *flags)
+    assert resumed == after(straight, HALF)
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_graphed_and_eager_losses_agree(train: Train, saved: tuple[Path, Log], kind: str) -> None:
+    """Equal before the first update, and then apart by roundings of other kernels."""
+    eager = saved[1]["lm loss"]
+    graphed = train("--cuda-graph-impl", kind, *GRAPHS[kind])["lm loss"]
+    assert graphed[1] == pytest.approx(eager[1], rel=1e-5)
+    for step in range(1, STEPS + 1):
+        assert graphed[step] == pytest.approx(eager[step], rel=1e-2), step
+
+
+def test_recomputation_changes_no_more_than_another_run_does(
+    train: Train, saved: tuple[Path, Log]
+) -> None:
+    straight, again = saved[1], train()
+    noise = distance(straight, again)
+    for kind, flags in RECOMPUTE.items():
+        assert distance(straight, train("--recompute-granularity", *flags)) <= noise, kind
+
+
+def distance(a: Log, b: Log) -> float:
+    """The largest difference of two runs' losses and gradient norms."""
+    return max(
+        abs(x - y)
+        for name in ("lm loss", "mtp_1 loss", "grad-norm")
+        for step in a[name]
+        for x, y in zip(a[name][step], b[name][step], strict=True)
+    )
+
+
+@pytest.mark.parametrize("writer", ["gpu", "cpu"])
+def test_gpu_and_cpu_read_each_other(train: Train, writer: str, tmp_path: Path) -> None:
+    """Every tensor is there again after the other machine loaded and saved it, and both see the
+    same model: their losses differ by roundings of bf16."""
+    first, same, other = (tmp_path / name for name in ("first", "same", "other"))
+    train("--train-iters", 1, "--save", first, gpu=writer == "gpu")
+    load = ("--load", first, "--train-iters", 1, *STILL, "--no-save-optim", "--save")
+    here = train(*load, same, gpu=writer == "gpu")
+    there = train(*load, other, gpu=writer != "gpu")
+    ok(ckpt("verify", first, other, "--weights-only"))
+    for name in ("lm loss", "lm loss validation"):
+        for step, values in here[name].items():
+            assert there[name][step] == pytest.approx(values, rel=1e-3), name

@@ -4,6 +4,7 @@
 VENV ?= .venv
 PYTHON ?=
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 export PYTHON
@@ -20,8 +21,8 @@ demo: $(VENV)/.installed-demo  ## train a tiny Qwen3.5 MoE on this CPU, resume i
 	$(BIN)/python examples/demo.py $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.installed-test  ## run the tests; ARGS="-k rope" passes flags to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test  ## run the tests; ARGS="-k rope" passes flags to pytest, WORKERS=0 runs one at a time
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.installed-dev  ## formatting, lint, types and import contracts

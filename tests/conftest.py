@@ -1,8 +1,9 @@
-"""Shared fixtures, and the rule for tests that need a GPU."""
+"""Shared fixtures, the rule for tests that need a GPU, and who runs beside whom."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,10 +13,20 @@ import torch
 
 from tests.helpers.distributed import WorkerPool, worker_pool
 
+RANKS = Path(__file__).parent / "distributed"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    """With `-n`: tests of several ranks first and one after another, beside them file by file."""
+    items.sort(key=lambda item: not item.path.is_relative_to(RANKS))
+    for item in items:
+        group = "ranks" if item.path.is_relative_to(RANKS) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    if not torch.cuda.is_available():
+        _skip_what_needs_a_gpu(items)
+
+
+def _skip_what_needs_a_gpu(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -175,6 +175,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="Kernels of the GatedDeltaNet. auto says what it chose and why.",
     )
     group.add_argument(
+        "--gdn-context-parallel",
+        choices=("all_to_all", "state_passing"),
+        default="all_to_all",
+        help="How context-parallel ranks share a GatedDeltaNet: by heads of the whole sequence, or "
+        "by tokens, passing states, which the number of heads does not bound.",
+    )
+    group.add_argument(
         "--moe-experts",
         choices=("auto", "grouped_mm", "te"),
         default="auto",

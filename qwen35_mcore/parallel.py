@@ -31,6 +31,8 @@ class ParallelLayout:
     """Virtual stages per pipeline rank (interleaved schedule); 1 is none."""
     cp: int = 1
     """Context parallel size: ranks that share one sequence."""
+    gdn_cp: str = "all_to_all"
+    """How CP ranks share a GDN: "all_to_all" of heads, or "state_passing"."""
     ep: int = 1
     """Expert parallel size: ranks that share one layer's experts."""
     etp: int | None = None

@@ -117,8 +117,10 @@ def kv_heads(case: Case) -> Iterator[Violation]:
 
 
 def gdn_context_parallel(case: Case) -> Iterator[Violation]:
-    """GDN under CP trades sequence for heads in an all-to-all."""
+    """GDN under CP trades sequence for heads in an all-to-all, unless states are passed."""
     config, layout = case.config, case.layout
+    if layout.gdn_cp == "state_passing":
+        return
     both = layout.tp * layout.cp
     if layout.cp > 1 and config.num_gdn_layers and config.linear_num_key_heads % both:
         yield Violation(
@@ -127,7 +129,7 @@ def gdn_context_parallel(case: Case) -> Iterator[Violation]:
             value=f"tp {layout.tp} * cp {layout.cp} = {both}, "
             f"linear_num_key_heads {config.linear_num_key_heads}",
             allowed=f"tp * cp {_list(_divisors(config.linear_num_key_heads))}",
-            fix="lower cp or tp",
+            fix="lower cp or tp, or pass states (--gdn-context-parallel state_passing)",
         )
 
 

@@ -183,6 +183,7 @@ def _layout(args: Namespace, hf: Qwen35Config) -> ParallelLayout:
         pp=args.pipeline_model_parallel_size,
         vpp=_virtual_stages(args, hf),
         cp=args.context_parallel_size,
+        gdn_cp=args.gdn_context_parallel,
         ep=args.expert_model_parallel_size,
         etp=args.expert_tensor_parallel_size,
         sequence_parallel=args.sequence_parallel,

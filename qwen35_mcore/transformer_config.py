@@ -30,6 +30,11 @@ class Qwen35TransformerConfig(TransformerConfig):
     """Kernels of the GatedDeltaNet: auto, fla or torch. auto says what it chose and why, and never
     falls back to torch on a GPU."""
 
+    gdn_context_parallel: str = "all_to_all"
+    """How context-parallel ranks share a GatedDeltaNet: all_to_all (each takes some heads of the
+    whole sequence) or state_passing (each keeps its tokens, and states travel; not bounded by the
+    number of heads, and not for packed sequences)."""
+
     gdn_gates_apart: bool | None = None
     """A projection of their own, never in FP8, for the decay and write-strength logits of the
     GatedDeltaNet. None: in FP8 runs. The checkpoint is the same either way."""
@@ -42,7 +47,7 @@ class Qwen35TransformerConfig(TransformerConfig):
     """Layers differ, so each has its own checkpoint keys (megatron's spelling)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self._check_base()
         if self.gdn_gates_apart is None:
             self.gdn_gates_apart = bool(self.fp8)
         if self.virtual_pipeline_model_parallel_size is None or self.batch_p2p_comm is False:
@@ -54,6 +59,24 @@ class Qwen35TransformerConfig(TransformerConfig):
                 got="pipeline_model_parallel_size=2, batch_p2p_comm=True",
                 allowed="batch_p2p_comm=False with overlap_p2p_comm=True",
                 fix="pass overlap_p2p_comm=True, batch_p2p_comm=False, or drop the interleaving",
+            )
+
+    def _check_base(self) -> None:
+        """Megatron's checks. It knows the all-to-all alone, and refuses more ranks than key heads:
+        with states passed only the tensor-parallel ranks share heads."""
+        hidden = {}
+        if self.gdn_context_parallel == "state_passing":
+            hidden["experimental_attention_variant"] = self.__dict__.pop(
+                "experimental_attention_variant"
+            )
+        super().__post_init__()  # sees the class's default in place of what is hidden
+        self.__dict__ |= hidden
+        heads, tp = self.linear_num_key_heads or 0, self.tensor_model_parallel_size
+        if heads % tp:
+            raise ConfigError(
+                "tensor-parallel ranks hold whole key heads of the GatedDeltaNet",
+                got=f"{heads} heads over {tp} ranks",
+                allowed="a tensor parallel size that divides linear_num_key_heads",
             )
 
 

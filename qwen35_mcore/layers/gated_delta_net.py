@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.layers.fp32 import KeepFloat32
 from qwen35_mcore.layers.gate_projection import GateProjection
 from qwen35_mcore.layers.norms import GatedRMSNorm
@@ -38,6 +39,16 @@ from qwen35_mcore.mcore_compat import (
 from qwen35_mcore.ops.dispatch import select_backend
 from qwen35_mcore.ops.heads import Heads
 from qwen35_mcore.transformer_config import Qwen35TransformerConfig
+
+
+class _Alone:
+    """A process group's size and rank where nobody else takes part."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
 
 
 class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
@@ -77,9 +88,14 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             key_dim=self.key_head_dim,
             value_dim=self.value_head_dim,
         )
+        self.passes_states = (
+            self.cp_size > 1 and self.config.gdn_context_parallel == "state_passing"
+        )
+        # the ranks that share heads by an all-to-all
+        self.head_group = _Alone() if self.passes_states else self.pg_collection.cp
         self.heads = Heads(
-            key=self.num_k_heads_local_tp // self.cp_size,
-            value=self.num_v_heads_local_tp // self.cp_size,
+            key=self.num_k_heads_local_tp // self.head_group.size(),
+            value=self.num_v_heads_local_tp // self.head_group.size(),
             key_size=self.key_head_dim,
             value_size=self.value_head_dim,
             gates_apart=self.config.gdn_gates_apart,
@@ -121,14 +137,14 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             )
         seq_len = hidden_states.shape[0] * self.sp_size * self.cp_size
         cu_seqlens = self._packed_boundaries(packed_seq_params, hidden_states.shape[1], seq_len)
+        context = self._cp_context(seq_len, cu_seqlens, hidden_states.device)
 
-        cp_group = self.pg_collection.cp
         projected_sbc, _ = self.in_proj(hidden_states)
         projected_sbc, restore_index = gather_heads(
-            projected_sbc, self.in_proj_split_sections, cp_group, cu_seqlens, seq_len
+            projected_sbc, self.in_proj_split_sections, self.head_group, cu_seqlens, seq_len
         )
         q, k, v, z_sbc, b, a = self.kernel.prologue(
-            projected_sbc, self._local_conv_weight(), self.heads, cu_seqlens
+            projected_sbc, self._local_conv_weight(), self.heads, cu_seqlens, cp_context=context
         )
         if self.gate_proj is not None:
             b, a = self._gates(hidden_states, cu_seqlens, seq_len)
@@ -138,10 +154,11 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             v,
             a,
             b,
-            get_parameter_local_cp(self.A_log, dim=0, cp_group=cp_group),
-            get_parameter_local_cp(self.dt_bias, dim=0, cp_group=cp_group),
+            get_parameter_local_cp(self.A_log, dim=0, cp_group=self.head_group),
+            get_parameter_local_cp(self.dt_bias, dim=0, cp_group=self.head_group),
             cu_seqlens=cu_seqlens,
-            qk_normalized=self.kernel.normalizes(self.heads),
+            qk_normalized=context is None and self.kernel.normalizes(self.heads),
+            cp_context=context,
         )
         return self._gate_and_project(out_bshv, z_sbc, restore_index)
 
@@ -152,7 +169,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
         logits = self.gate_proj(hidden_states, self.in_proj.layer_norm_weight)
         heads = (logits[0].shape[-1],)
         b, a = (
-            gather_heads(part_sbh, heads, self.pg_collection.cp, cu_seqlens, seq_len)[0]
+            gather_heads(part_sbh, heads, self.head_group, cu_seqlens, seq_len)[0]
             .transpose(0, 1)
             .contiguous()
             for part_sbh in logits
@@ -183,12 +200,29 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             packed.cu_seqlens_q_padded, packed.cu_seqlens_q, seq_len, "cu_seqlens_q", self.cp_size
         )
 
+    def _cp_context(
+        self, seq_len: int, cu_seqlens: torch.Tensor | None, device: torch.device
+    ) -> Any:
+        """What the kernels need to pass states between context-parallel ranks; None if they do not.
+
+        Raises:
+            ConfigError: packed sequences, whose states belong to many sequences.
+        """
+        if not self.passes_states:
+            return None
+        if cu_seqlens is not None:
+            raise ConfigError(
+                "packed sequences cannot pass states between context-parallel ranks",
+                fix="--gdn-context-parallel all_to_all",
+            )
+        return self.kernel.cp_context(seq_len, self.pg_collection.cp, self.conv_kernel_dim, device)
+
     def _local_conv_weight(self) -> torch.Tensor:
         """``[channels, width]`` of the channels this context-parallel rank works on."""
         return get_parameter_local_cp(
             self.conv1d.weight,
             dim=0,
-            cp_group=self.pg_collection.cp,
+            cp_group=self.head_group,
             split_sections=[self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp],
         ).squeeze(1)
 
@@ -200,7 +234,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
         def norm(out_bshv: torch.Tensor, z_sbc: torch.Tensor) -> torch.Tensor:
             weight = self.gated_norm.shared_weight()
             y_sbc = self.kernel.epilogue(out_bshv, z_sbc, weight, self.gated_norm.eps)
-            return scatter_heads(y_sbc, self.pg_collection.cp, restore_index)
+            return scatter_heads(y_sbc, self.head_group, restore_index)
 
         if not self.recompute_norm_out:
             return self.out_proj(norm(out_bshv, z_sbc))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from qwen35_mcore.errors import KernelError
 from qwen35_mcore.ops.heads import Heads
@@ -36,18 +37,34 @@ class KernelBackend(Protocol):
     Shape suffixes: b batch (1 when packed), s tokens, c channels, w taps, h key or value heads,
     k and v head dims, n sequences. ``cu_seqlens`` is [n + 1], int32 or int64, on the device; give
     every layer the same tensor object, because FLA keeps what it derives from it per object.
-    ``cp_context`` is FLA's description of a context-parallel split; `torch` refuses it.
+    ``cp_context`` is what `cp_context` returned: s is then this rank's two parts of a sequence that
+    context-parallel ranks share in megatron's zigzag order, and states travel between ranks.
     """
 
     name: str
     reason: str
 
     def normalizes(self, heads: Heads) -> bool:
-        """Whether `prologue` hands out q and k as unit vectors."""
+        """Whether `prologue` hands out q and k as unit vectors; never with a ``cp_context``."""
+        ...
+
+    def cp_context(self, tokens: int, group: ProcessGroup, taps: int, device: torch.device) -> Any:
+        """Describe sequences of ``tokens`` shared by the ranks of ``group``.
+
+        Args:
+            tokens: length of a whole sequence, a multiple of twice the group's size.
+            taps: of the causal convolution, which looks back into the part before.
+        """
         ...
 
     def prologue(
-        self, x_sbc: Tensor, weight_cw: Tensor, heads: Heads, cu_seqlens: Tensor | None = None
+        self,
+        x_sbc: Tensor,
+        weight_cw: Tensor,
+        heads: Heads,
+        cu_seqlens: Tensor | None = None,
+        *,
+        cp_context: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """From the projection to the delta rule's inputs.
 

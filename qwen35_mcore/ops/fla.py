@@ -6,10 +6,12 @@ inside FLA's kernels. FLA is imported when the backend is built, not with this m
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from qwen35_mcore.errors import KernelError
 from qwen35_mcore.ops import unfused
@@ -54,13 +56,23 @@ class FlaKernels:
         """See `dispatch.KernelBackend.normalizes`: the fused prologue does."""
         return self._fused.supports(heads)
 
+    def cp_context(self, tokens: int, group: ProcessGroup, taps: int, device: torch.device) -> Any:
+        """See `dispatch.KernelBackend.cp_context`."""
+        return zigzag_cp_context(tokens, group, taps, device)
+
     def prologue(
-        self, x_sbc: Tensor, weight_cw: Tensor, heads: Heads, cu_seqlens: Tensor | None = None
+        self,
+        x_sbc: Tensor,
+        weight_cw: Tensor,
+        heads: Heads,
+        cu_seqlens: Tensor | None = None,
+        *,
+        cp_context: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See `dispatch.KernelBackend.prologue`."""
-        if self._fused.supports(heads):
+        if self._fused.supports(heads) and cp_context is None:
             return self._fused.prologue(x_sbc, weight_cw, heads, cu_seqlens)
-        return unfused.prologue(self, x_sbc, weight_cw, heads, cu_seqlens)
+        return unfused.prologue(self, x_sbc, weight_cw, heads, cu_seqlens, cp_context)
 
     def epilogue(self, o_bshv: Tensor, z_sbc: Tensor, weight_v: Tensor, eps: float) -> Tensor:
         """See `dispatch.KernelBackend.epilogue`."""
@@ -78,6 +90,9 @@ class FlaKernels:
         cp_context: Any = None,
     ) -> Tensor:
         """See `dispatch.KernelBackend.causal_conv1d`. x may be a strided slice: no copy is made."""
+        if cp_context is not None and len(x_bsc) > 1:  # FLA passes the tails of one sequence
+            rows = [self.causal_conv1d(x, weight_cw, cp_context=cp_context) for x in x_bsc.split(1)]
+            return torch.cat(rows)
         y_bsc, _ = self._conv(
             x_bsc,
             weight=weight_cw,
@@ -105,8 +120,19 @@ class FlaKernels:
     ) -> tuple[Tensor, Tensor | None]:
         """See `dispatch.KernelBackend.gated_delta_rule`.
 
-        With a ``cp_context`` FLA takes its boundaries from it, refuses states, and wants b = 1.
+        With a ``cp_context`` FLA takes its boundaries from it, refuses states, and wants b = 1:
+        sequences go one after another.
         """
+        if cp_context is not None and len(q_bshk) > 1:
+            inputs = (x.split(1) for x in (q_bshk, k_bshk, v_bshv, a_bsh, b_bsh))
+            one = functools.partial(
+                self.gated_delta_rule,
+                A_log=A_log,
+                dt_bias=dt_bias,
+                qk_normalized=qk_normalized,
+                cp_context=cp_context,
+            )
+            return torch.cat([one(*row)[0] for row in zip(*inputs, strict=True)]), None
         # FlashQLA does not pass states between ranks, so that FLA's own kernel takes the call.
         in_kernel = self.gates_in_kernel or cp_context is not None
         gates: dict[str, Any]
@@ -141,10 +167,13 @@ class FlaKernels:
         return self._norm(x, z, weight, None, activation="silu", eps=eps)
 
 
+@functools.lru_cache(maxsize=8)
 def zigzag_cp_context(
-    tokens: int, group: torch.distributed.ProcessGroup, conv_width: int, device: torch.device
+    tokens: int, group: ProcessGroup, conv_width: int, device: torch.device
 ) -> Any:
     """FLA's context for one sequence of ``tokens`` split as Megatron splits it, for load balance.
+
+    Every layer gets the same object: FLA derives boundaries and tables from it once.
 
     Rank r of n holds parts r and 2n - 1 - r of 2n equal parts, in that order.
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from qwen35_mcore.errors import KernelError
-from qwen35_mcore.ops import reference, unfused
+from qwen35_mcore.ops import reference, state_passing, unfused
 from qwen35_mcore.ops.heads import Heads
+from qwen35_mcore.ops.state_passing import Zigzag
 
 
 class TorchKernels:
@@ -28,11 +29,23 @@ class TorchKernels:
         """See `dispatch.KernelBackend.normalizes`."""
         return False
 
+    def cp_context(
+        self, tokens: int, group: ProcessGroup, taps: int, device: torch.device
+    ) -> Zigzag:
+        """See `dispatch.KernelBackend.cp_context`."""
+        return Zigzag(group)
+
     def prologue(
-        self, x_sbc: Tensor, weight_cw: Tensor, heads: Heads, cu_seqlens: Tensor | None = None
+        self,
+        x_sbc: Tensor,
+        weight_cw: Tensor,
+        heads: Heads,
+        cu_seqlens: Tensor | None = None,
+        *,
+        cp_context: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See `dispatch.KernelBackend.prologue`."""
-        return unfused.prologue(self, x_sbc, weight_cw, heads, cu_seqlens)
+        return unfused.prologue(self, x_sbc, weight_cw, heads, cu_seqlens, cp_context)
 
     def epilogue(self, o_bshv: Tensor, z_sbc: Tensor, weight_v: Tensor, eps: float) -> Tensor:
         """See `dispatch.KernelBackend.epilogue`."""
@@ -47,8 +60,11 @@ class TorchKernels:
         cp_context: Any = None,
     ) -> Tensor:
         """See `dispatch.KernelBackend.causal_conv1d`."""
-        _refuse_context(cp_context)
-        return reference.causal_conv1d(x_bsc, weight_cw, cu_seqlens=cu_seqlens)
+        if cp_context is None:
+            return reference.causal_conv1d(x_bsc, weight_cw, cu_seqlens=cu_seqlens)
+        return state_passing.causal_conv1d(
+            lambda x: reference.causal_conv1d(x, weight_cw), x_bsc, weight_cw.shape[-1], cp_context
+        )
 
     def gated_delta_rule(
         self,
@@ -67,13 +83,22 @@ class TorchKernels:
         cp_context: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `dispatch.KernelBackend.gated_delta_rule`."""
-        _refuse_context(cp_context)
+        g = reference.decay_gate(a_bsh, A_log, dt_bias)
+        beta = torch.sigmoid(b_bsh.to(reference.compute_dtype(b_bsh)))
+        inputs = [q_bshk, k_bshk, v_bshv, g, beta]
+        if cp_context is not None:
+
+            def rule(parts: list[Tensor], states: Tensor) -> tuple[Tensor, Tensor | None]:
+                return reference.chunk_gated_delta_rule(
+                    *parts,
+                    initial_state=states,
+                    output_final_state=True,
+                    use_qk_l2norm=not qk_normalized,
+                )
+
+            return state_passing.delta_rule(rule, inputs, cp_context), None
         return reference.chunk_gated_delta_rule(
-            q_bshk,
-            k_bshk,
-            v_bshv,
-            reference.decay_gate(a_bsh, A_log, dt_bias),
-            torch.sigmoid(b_bsh.to(reference.compute_dtype(b_bsh))),
+            *inputs,
             initial_state=initial_state,
             output_final_state=output_final_state,
             use_qk_l2norm=not qk_normalized,
@@ -83,11 +108,3 @@ class TorchKernels:
     def gated_rms_norm(self, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `dispatch.KernelBackend.gated_rms_norm`."""
         return reference.gated_rms_norm(x, z, weight, eps)
-
-
-def _refuse_context(cp_context: Any) -> None:
-    if cp_context is not None:
-        raise KernelError(
-            "the torch kernels do not pass states between context-parallel ranks",
-            fix="use the all-to-all context parallelism, or the fla kernels on a GPU",
-        )

@@ -13,11 +13,18 @@ from qwen35_mcore.ops.heads import Heads
 
 
 def prologue(
-    kernels: Any, x_sbc: Tensor, weight_cw: Tensor, heads: Heads, cu_seqlens: Tensor | None
+    kernels: Any,
+    x_sbc: Tensor,
+    weight_cw: Tensor,
+    heads: Heads,
+    cu_seqlens: Tensor | None,
+    cp_context: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Split the projection and convolve q, k and v; see `dispatch.KernelBackend.prologue`."""
     mixed_sbc, z_sbc, b_sbh, a_sbh = x_sbc.split(heads.sections, dim=-1)
-    mixed_bsc = kernels.causal_conv1d(mixed_sbc.transpose(0, 1), weight_cw, cu_seqlens=cu_seqlens)
+    mixed_bsc = kernels.causal_conv1d(
+        mixed_sbc.transpose(0, 1), weight_cw, cu_seqlens=cu_seqlens, cp_context=cp_context
+    )
     q, k, v = mixed_bsc.split(heads.convolved, dim=-1)
     return (
         q.unflatten(-1, (heads.key, heads.key_size)),

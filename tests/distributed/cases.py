@@ -30,6 +30,7 @@ SELECTIVE_RECOMPUTE = {
     "recompute_modules": ["core_attn", "moe_act", "gdn_norm_out"],
 }
 GATES_APART = {"gdn_gates_apart": True}  # as FP8 runs have them
+STATES = {"gdn_context_parallel": "state_passing"}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 
 
@@ -71,6 +72,19 @@ CASES = [
     Case("TP2 x PP2 x EP2", 4, Layout(tp=2, pp=2, ep=2), MOE),
     Case("PP2 x VPP2 x EP2", 4, Layout(pp=2, vpp=2, ep=2), MOE),
     Case("CP2 x TP2, gates apart", 4, Layout(cp=2, tp=2, run=GATES_APART), MOE),
+    Case("CP2 (states passed)", 2, Layout(cp=2, run=STATES), MOE, micro_batch_size=2),
+    Case(
+        "CP4 (states passed), 2 key heads",
+        4,
+        Layout(cp=4, run=STATES),
+        PLAIN | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    ),
+    Case(
+        "CP2 x TP2 (states passed), gates apart",
+        4,
+        Layout(cp=2, tp=2, run=STATES | GATES_APART),
+        MOE,
+    ),
     Case("microbatch of 4", 1, Layout(), MOE, micro_batch_size=4),
     Case("full recompute", 1, Layout(run=FULL_RECOMPUTE), MOE),
     Case("selective recompute", 1, Layout(run=SELECTIVE_RECOMPUTE), MOE),

@@ -247,11 +247,32 @@ def test_fla_conv_and_norm_arguments(fake_fla: dict) -> None:
     assert fake_fla["norm"][1] == {"activation": "silu", "eps": 1e-5}
 
 
+def test_fla_passes_states_of_one_sequence_at_a_time(
+    fake_fla: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its context knows the parts of one, and the rows of a microbatch are sequences apart."""
+    backend = select_backend("fla", "cuda", BF16, facts=HOPPER)
+    seen: list[tuple[int, ...]] = []
+
+    def one(x: torch.Tensor, *_: Any, cp_context: str, **__: Any) -> tuple[torch.Tensor, None]:
+        assert cp_context == "context"
+        seen.append(tuple(x.shape))
+        return x + 1, None
+
+    for name in ("_delta_rule", "_conv"):
+        monkeypatch.setattr(backend, name, one)
+    q, a, head = torch.randn(3, 8, 2, 4), torch.randn(3, 8, 2), torch.randn(2)
+    out, state = backend.gated_delta_rule(q, q, q, a, a, head, head, cp_context="context")
+    assert state is None
+    assert torch.equal(out, q + 1)
+    x = torch.randn(2, 8, 4)
+    assert torch.equal(backend.causal_conv1d(x, torch.ones(4, 4), cp_context="context"), x + 1)
+    assert seen == [(1, 8, 2, 4)] * 3 + [(1, 8, 4)] * 2
+
+
 def test_torch_backend_computes_what_it_says() -> None:
     backend = select_backend("torch", "cpu", torch.float32, facts=CPU)
     o, final = call_rule(backend, output_final_state=True)
     assert o.shape == (1, 8, 2, 4)
     assert final.shape == (1, 2, 4, 4)
     assert backend.causal_conv1d(torch.randn(1, 8, 4), torch.randn(4, 4)).shape == (1, 8, 4)
-    with pytest.raises(KernelError, match="context-parallel"):
-        call_rule(backend, cp_context="context")

@@ -24,6 +24,7 @@ from qwen35_mcore.planner.flops import gdn_layer_flops
 from qwen35_mcore.specs import gated_delta_net_spec
 from tests.bench.common import (
     BANDWIDTH,
+    PEAK_TFLOPS,
     RATE_TFLOPS,
     arguments,
     cut_config,
@@ -111,6 +112,7 @@ def bench(flavor: str, length: int, batch: int, args: Any) -> None:
             "batch": batch,
             **timing,
             "tflops": model_flops / timing["ms"] / 1e9,
+            "mfu": model_flops / timing["ms"] / 1e9 / PEAK_TFLOPS["bf16"],
             "tokens_per_s": tokens / timing["ms"] * 1e3,
             "peak_gib": peak_gib(step),
             "floor_ms": floor,

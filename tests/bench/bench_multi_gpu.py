@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -153,6 +154,7 @@ def run_part(
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit status."""
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends its jobs too
     args = parse_arguments(argv)
     on_gpus, ranks = not args.cpu, args.processes if args.cpu else args.gpus
     check_ranks(ranks, on_gpus, count_gpus() if on_gpus else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import re
 import subprocess
@@ -77,6 +78,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
             )
+        atexit.register(self.end)
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")

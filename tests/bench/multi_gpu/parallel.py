@@ -30,6 +30,8 @@ KERNEL_TOLERANCE = {True: 2e-2, False: 1e-5}
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
 """megatron's order of communication under TP and CP, and float32 that is float32."""
 CONTROL = "a wrong gradient is noticed"
+Outcome = tuple[str, str, dict[str, Any]]
+"""Status, text, and data."""
 
 
 def names(machine_ranks: int, *, on_gpus: bool) -> list[str]:
@@ -49,22 +51,27 @@ def run(machine: Machine, results: Results, chosen: list[str]) -> None:
     log = machine.folder / "parallel.txt"
     workers = WorkerPool(machine.ranks, on_gpus=machine.on_gpus, log=log)
     with _environment(), contextlib.closing(workers) as pool:
-        for precision in precisions(on_gpus=machine.on_gpus):
-            for case in cases(machine.ranks, precision):
-                name = f"{case.name}, {precision.name}"
-                if name in chosen:
-                    _record(pool, machine, results, name, partial(_compare, pool, case, precision))
-            name = f"{CONTROL}, {precision.name}"
-            if name in chosen:
-                _record(pool, machine, results, name, partial(_control, pool, machine, precision))
-        for way in WAYS:
-            if f"CP2 kernels, {way}" in chosen:
-                work = partial(_kernels, pool, machine, way)
-                _record(pool, machine, results, f"CP2 kernels, {way}", work)
+        run_in(pool, machine, results, chosen)
     compared = [row for row in results.of(PART) if "gradient" in row]
     rows = [row for row in compared if not row["name"].startswith(CONTROL)]
     if rows:
         print("\n" + difference_table(rows) + "\n", flush=True)
+
+
+def run_in(pool: WorkerPool, machine: Machine, results: Results, chosen: list[str]) -> None:
+    """The same in workers that are there already, without the table."""
+    for precision in precisions(on_gpus=machine.on_gpus):
+        for case in cases(machine.ranks, precision):
+            name = f"{case.name}, {precision.name}"
+            if name in chosen:
+                _record(pool, machine, results, name, partial(_compare, pool, case, precision))
+        name = f"{CONTROL}, {precision.name}"
+        if name in chosen:
+            _record(pool, machine, results, name, partial(_control, pool, machine, precision))
+    for way in WAYS:
+        if f"CP2 kernels, {way}" in chosen:
+            work = partial(_kernels, pool, machine, way)
+            _record(pool, machine, results, f"CP2 kernels, {way}", work)
 
 
 @contextlib.contextmanager
@@ -80,10 +87,6 @@ def _environment() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-Outcome = tuple[str, str, dict[str, Any]]
-"""Status, text, and data."""
 
 
 def _record(

@@ -81,6 +81,6 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _compared(row: dict[str, Any], unit: str) -> str:
     predicted, measured, error = (row[f"{k}_{unit}"] for k in ("predicted", "measured", "error"))
-    if measured is None:
+    if error is None:
         return f"{predicted:.1f} / -"
     return f"{predicted:.1f} / {measured:.1f} ({error:+.0%})"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,12 +45,12 @@ class Difference:
     later_loss: float
 
     @property
-    def worst_gradient(self) -> str:
-        return max(self.gradients, key=lambda key: self.gradients[key])
+    def gradient(self) -> float:
+        return largest(self.gradients.values())
 
     @property
-    def gradient(self) -> float:
-        return self.gradients[self.worst_gradient]
+    def worst_gradient(self) -> str:
+        return max(self.gradients, key=lambda key: _nan_last(self.gradients[key]))
 
 
 @dataclass
@@ -75,8 +76,17 @@ def difference(run: Run, expected: Run) -> Difference:
             key: float((run.gradients[key] - value).norm() / value.norm().clamp(min=1e-12))
             for key, value in expected.gradients.items()
         },
-        later_loss=max(abs(a - b) for a, b in zip(run.losses, expected.losses, strict=True)),
+        later_loss=largest(abs(a - b) for a, b in zip(run.losses, expected.losses, strict=True)),
     )
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest value, or NaN where one is: `max` would pass over it."""
+    return max(values, key=_nan_last)
+
+
+def _nan_last(value: float) -> tuple[bool, float]:
+    return math.isnan(value), value
 
 
 def serial_run(pool: WorkerPool, case: Case, train: Callable[..., Result] = train) -> Run:

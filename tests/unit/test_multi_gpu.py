@@ -6,6 +6,7 @@ tests/distributed/test_multi_gpu.py runs it on a CPU.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,7 +33,7 @@ from tests.bench.multi_gpu.model_cut import HEADROOM, Model, largest_that_fits
 from tests.bench.multi_gpu.parallel import judge
 from tests.bench.multi_gpu.parallel_cases import Tolerance
 from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, SKIPPED, Results, earlier_rows, table
-from tests.helpers.equivalence import Difference
+from tests.helpers.equivalence import Difference, largest
 
 H200 = get_gpu("h200")
 LOG = """\
@@ -212,6 +213,14 @@ def test_a_resumed_run_must_overlap_the_killed_one_and_end() -> None:
     assert "ended at step 9" in resume.verdict(STRAIGHT, early, 5, 0.0)[1]
     assert resume.verdict(STRAIGHT, {}, 5, 0.0)[0] == FAILED
     assert resume.SAVED_AT < resume.KILLED_AFTER < 2 * resume.SAVED_AT < resume.STEPS
+
+
+def test_nan_is_larger_than_everything() -> None:
+    nan = float("nan")
+    assert math.isnan(largest([1.0, nan, 2.0]))
+    found = a_difference(gradients={"a": 1.0, "b": nan, "c": 2.0})
+    assert math.isnan(found.gradient)
+    assert found.worst_gradient == "b"
 
 
 def a_difference(**changes: Any) -> Difference:

@@ -18,7 +18,7 @@ from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, SKIPPED, Results,
 from tests.bench.multi_gpu.state_passing import WAYS, Sizes, errors
 from tests.helpers import training
 from tests.helpers.distributed import CaseError, WorkerPool
-from tests.helpers.equivalence import Case, Difference, difference, run_case, serial_run
+from tests.helpers.equivalence import Case, Difference, difference, largest, run_case, serial_run
 from tests.helpers.training import Result
 
 PART = "parallel"
@@ -183,11 +183,11 @@ def _kernels(pool: WorkerPool, machine: Machine, way: str) -> Outcome:
     sizes, allowed = KERNEL_SIZES[machine.on_gpus], KERNEL_TOLERANCE[machine.on_gpus]
     dtype = torch.bfloat16 if machine.on_gpus else torch.float32
     by_rank = pool.run(errors, 2, way=way, sizes=sizes, dtype=dtype)
-    largest = {name: max(rank[name] for rank in by_rank) for name in by_rank[0]}
-    worst = max(largest, key=lambda name: largest[name])
-    text = f"against CP1: {worst} within {largest[worst]:.1e} (allowed {allowed:.0e})"
-    data = {"errors": largest, "allowed": allowed}
-    return (OK if largest[worst] <= allowed else FAILED), text, data
+    found = {name: largest(rank[name] for rank in by_rank) for name in by_rank[0]}
+    worst = largest(found.values())
+    text = f"against CP1: output and gradients within {worst:.1e} (allowed {allowed:.0e})"
+    data = {"errors": found, "allowed": allowed}
+    return (OK if worst <= allowed else FAILED), text, data
 
 
 def train(**case: Any) -> Result:

@@ -15,6 +15,7 @@ from tests.bench.multi_gpu.launch import Job, cause_of_failure, loaded_iteration
 from tests.bench.multi_gpu.machine import Machine
 from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, Results
 from tests.bench.multi_gpu.text import tokenize
+from tests.helpers.equivalence import largest
 
 PART, NAME = "resume", "save, SIGKILL of a rank, resume"
 SAVED_AT, KILLED_AFTER, STEPS = 5, 9, 14
@@ -108,7 +109,7 @@ def verdict(
     both = sorted(straight.keys() & resumed.keys())
     if not both:
         return FAILED, f"no step to compare: killed at {max(straight, default=0)}, loaded {loaded}"
-    worst = max(abs(resumed[i] - straight[i]) / abs(straight[i]) for i in both)
+    worst = largest(abs(resumed[i] - straight[i]) / abs(straight[i]) for i in both)
     text = (
         f"resumed at {loaded}, losses of steps {both[0]} to {both[-1]} differ by {worst:.1e} "
         f"at most (allowed {tolerance:.0e})"

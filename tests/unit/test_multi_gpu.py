@@ -30,7 +30,7 @@ from tests.bench.multi_gpu.launch import (
 )
 from tests.bench.multi_gpu.machine import check_ranks, planner_gpu
 from tests.bench.multi_gpu.model_cut import HEADROOM, Model, largest_that_fits
-from tests.bench.multi_gpu.parallel import judge
+from tests.bench.multi_gpu.parallel import judge, names
 from tests.bench.multi_gpu.parallel_cases import Tolerance
 from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, SKIPPED, Results, earlier_rows, table
 from tests.helpers.equivalence import Difference, largest
@@ -183,6 +183,18 @@ def test_plan_reads_runs_of_earlier_calls(tmp_path: Path) -> None:
     empty = Results(None, machine)
     plan.run(empty, [])
     assert empty.exit_status() == 1  # asked for, and nothing to compare
+
+
+def test_comparisons_of_a_machine() -> None:
+    eight = names(8, on_gpus=True)
+    assert len(set(eight)) == len(eight)
+    for precision in ("bf16 TE", "fp32 TE", "fp32 local"):
+        for mode in ("TP2", "PP2 x VPP2", "EP8", "TP2 x PP2 x EP2", "a wrong gradient is noticed"):
+            assert f"{mode}, {precision}" in eight
+    assert "CP2 (all-to-all GDN), fp32 TE" not in eight
+    assert {"CP2 (all-to-all GDN), bf16 TE", "CP2 kernels, state passing"} <= set(eight)
+    assert not any("TP2 x PP2" in name for name in names(2, on_gpus=True))
+    assert not any("TP2" in name or "CP2" in name for name in names(1, on_gpus=True))
 
 
 STRAIGHT = {step: 5.0 - step / 10 for step in range(1, 10)}

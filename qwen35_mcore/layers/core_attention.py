@@ -93,7 +93,8 @@ class CoreAttention(torch.nn.Module):
             cu_seqlens = packed.cu_seqlens_q.tolist()
         position, sequence = rank_layout(cu_seqlens, cp_size)
         earlier = position[cp_rank][:, None] >= position.flatten()
-        return earlier & (sequence[cp_rank][:, None] == sequence.flatten())
+        mask = earlier & (sequence[cp_rank][:, None] == sequence.flatten())
+        return mask.to(query.device)
 
 
 def rank_layout(cu_seqlens: list[int], cp_size: int) -> tuple[torch.Tensor, torch.Tensor]:

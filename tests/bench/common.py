@@ -73,16 +73,26 @@ def cut_config(
 
 def gpu_config(hf: Qwen35Config, fp8: str | None = None, **run: Any) -> Qwen35TransformerConfig:
     """bf16 on Transformer Engine; ``fp8`` is a recipe of megatron's ``--fp8-recipe``."""
-    settings: dict[str, Any] = {
-        "transformer_impl": "transformer_engine",
+    settings = fast_settings() | {
         "params_dtype": torch.bfloat16,
         "pipeline_dtype": torch.bfloat16,
         "bf16": True,
         "moe_grouped_gemm": True,
-        "moe_permute_fusion": True,
-        "moe_router_fusion": True,
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
+        "fp8": "hybrid" if fp8 else None,
+    }
+    if fp8:
+        settings["fp8_recipe"] = fp8
+    return transformer_config(hf, **settings | run)
+
+
+def fast_settings() -> dict[str, Any]:
+    """Transformer Engine, and every fused kernel that a training run uses."""
+    return {
+        "transformer_impl": "transformer_engine",
+        "moe_permute_fusion": True,
+        "moe_router_fusion": True,
         "apply_rope_fusion": True,
         "bias_activation_fusion": True,
         "bias_dropout_fusion": True,
@@ -91,11 +101,7 @@ def gpu_config(hf: Qwen35Config, fp8: str | None = None, **run: Any) -> Qwen35Tr
         "cross_entropy_loss_fusion": True,
         "cross_entropy_fusion_impl": "native",
         "attention_backend": attention_backend(),
-        "fp8": "hybrid" if fp8 else None,
     }
-    if fp8:
-        settings["fp8_recipe"] = fp8
-    return transformer_config(hf, **settings | run)
 
 
 def attention_backend() -> Any:

@@ -2,7 +2,8 @@
 
 Starting a process with torch and megatron imported takes longer than most cases, so the workers
 stay. A case is a module-level function; it runs in the first ``world_size`` workers, each inside a
-fresh gloo process group, and what it returns comes back in rank order.
+fresh process group (gloo, or NCCL with a GPU for each worker), and what it returns comes back in
+rank order, on the CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +31,24 @@ class CaseError(AssertionError):
 
 
 class WorkerPool:
-    """Workers over gloo on this machine; see the module docstring."""
+    """Workers on this machine; see the module docstring.
 
-    def __init__(self, size: int = MAX_WORLD_SIZE) -> None:
-        self.size = size
+    Args:
+        size: the largest world size of a case.
+        on_gpus: worker r has GPU r, over NCCL; else all are on the CPU, over gloo.
+        timeout_s: how long a case may take.
+        log: file for what the workers print; None: where this process prints.
+    """
+
+    def __init__(
+        self,
+        size: int = MAX_WORLD_SIZE,
+        *,
+        on_gpus: bool = False,
+        timeout_s: float = CASE_TIMEOUT_S,
+        log: Path | None = None,
+    ) -> None:
+        self.size, self.on_gpus, self.timeout_s, self.log = size, on_gpus, timeout_s, log
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, case: Callable[..., Any], world_size: int, **kwargs: Any) -> list[Any]:
@@ -42,17 +58,19 @@ class WorkerPool:
             CaseError: with the traceback of the first rank that failed; the pool is rebuilt then,
                 since the other ranks may hang in a collective.
         """
-        if any(_threads(process.pid) > MOST_THREADS for process, _ in self._workers):
+        if not self.on_gpus and any(
+            _threads(process.pid) > MOST_THREADS for process, _ in self._workers
+        ):
             self.close()
         if not self._workers:
-            self._workers = [_start_worker() for _ in range(self.size)]
+            self._workers = [_start_worker(self._gpu(r), self.log) for r in range(self.size)]
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world_size):
                 call = (case, kwargs, rank, world_size, os.path.join(folder, "store"))
                 self._workers[rank][1].send_bytes(_pack(call))
             results: list[Any] = [None] * world_size
             failures: dict[int, str] = {}
-            patience: float = CASE_TIMEOUT_S
+            patience = self.timeout_s
             waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
             while waiting:
                 ready = multiprocessing.connection.wait(list(waiting), timeout=patience)
@@ -75,6 +93,9 @@ class WorkerPool:
             first = min(failures, key=lambda rank: "Connection" in failures[rank])
             raise CaseError(f"rank {first} of {world_size}:\n{failures[first]}")
         return results
+
+    def _gpu(self, rank: int) -> int | None:
+        return rank if self.on_gpus else None
 
     def close(self) -> None:
         """End every worker."""
@@ -104,30 +125,38 @@ def _pack(value: Any) -> bytes:
 
 
 def _unpack(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=False)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
-def _start_worker() -> tuple[Any, Connection]:
+def _start_worker(gpu: int | None, log: Path | None) -> tuple[Any, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,))  # no daemon: saving forks
+    process = context.Process(target=_serve, args=(theirs, gpu, log))  # no daemon: saving forks
     process.start()
     theirs.close()
     return process, ours
 
 
-def _serve(connection: Connection) -> None:
-    from qwen35_mcore import cpu
+def _serve(connection: Connection, gpu: int | None, log: Path | None) -> None:
+    if log is not None:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    if gpu is None:
+        from qwen35_mcore import cpu
 
-    cpu.enable()
+        cpu.enable()
+    else:
+        torch.cuda.set_device(gpu)
     torch.set_num_threads(1)
+    backend = "gloo" if gpu is None else "nccl"
     while True:
         try:
             case, kwargs, rank, world_size, store = _unpack(connection.recv_bytes())
         except EOFError:
             return
         try:
-            answer = (True, _run_case(case, kwargs, rank, world_size, store))
+            answer = (True, _run_case(backend, case, kwargs, rank, world_size, store))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(_pack(answer))
@@ -137,12 +166,15 @@ def _threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
-def _run_case(case: Any, kwargs: Any, rank: int, world_size: int, store: str) -> Any:
+def _run_case(backend: str, case: Any, kwargs: Any, rank: int, world_size: int, store: str) -> Any:
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+        backend,
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
     )
     try:
         return case(**kwargs)

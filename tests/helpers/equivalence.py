@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +28,8 @@ class Case:
     layout: Layout
     model: dict[str, Any] = field(default_factory=dict)  # arguments of toy_config
     micro_batch_size: int = 1
+    length: int = LENGTH
+    steps: int = STEPS
 
     @property
     def config(self) -> Qwen35Config:
@@ -37,9 +41,16 @@ class Difference:
     """Largest absolute loss differences and relative gradient norms of one case."""
 
     token_loss: float
-    gradient: float
-    worst_gradient: str
+    gradients: dict[str, float]
     later_loss: float
+
+    @property
+    def gradient(self) -> float:
+        return largest(self.gradients.values())
+
+    @property
+    def worst_gradient(self) -> str:
+        return max(self.gradients, key=lambda key: _nan_last(self.gradients[key]))
 
 
 @dataclass
@@ -53,20 +64,34 @@ class Run:
 
 def compare(pool: WorkerPool, case: Case) -> Difference:
     """Train both sides from the same weights on the same batches."""
-    serial = _serial_run(pool, _key(case))
-    run = _run(pool, case.world, case)
-    assert run.gradients.keys() == serial.gradients.keys()
-    gradients = {
-        key: float((run.gradients[key] - value).norm() / value.norm().clamp(min=1e-12))
-        for key, value in serial.gradients.items()
-    }
-    worst = max(gradients, key=lambda key: gradients[key])
+    return difference(run_case(pool, case), serial_run(pool, case))
+
+
+def difference(run: Run, expected: Run) -> Difference:
+    """How far a run is from the one that it should equal."""
+    assert run.gradients.keys() == expected.gradients.keys()
     return Difference(
-        token_loss=float((run.token_loss - serial.token_loss).abs().max()),
-        gradient=gradients[worst],
-        worst_gradient=worst,
-        later_loss=max(abs(a - b) for a, b in zip(run.losses, serial.losses, strict=True)),
+        token_loss=float((run.token_loss - expected.token_loss).abs().max()),
+        gradients={
+            key: float((run.gradients[key] - value).norm() / value.norm().clamp(min=1e-12))
+            for key, value in expected.gradients.items()
+        },
+        later_loss=largest(abs(a - b) for a, b in zip(run.losses, expected.losses, strict=True)),
     )
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest value, or NaN where one is: `max` would pass over it."""
+    return max(values, key=_nan_last)
+
+
+def _nan_last(value: float) -> tuple[bool, float]:
+    return math.isnan(value), value
+
+
+def serial_run(pool: WorkerPool, case: Case, train: Callable[..., Result] = train) -> Run:
+    """The same model, settings and precision in one process; computed once for all cases."""
+    return _serial_run(pool, _key(case), train)
 
 
 _cases: dict[str, Case] = {}
@@ -82,15 +107,16 @@ def _key(case: Case) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _serial_run(pool: WorkerPool, key: str) -> Run:
-    return _run(pool, 1, _cases[key])
+def _serial_run(pool: WorkerPool, key: str, train: Callable[..., Result]) -> Run:
+    return run_case(pool, _cases[key], train)
 
 
 @functools.lru_cache(maxsize=32)
 def initial_weights(pool: WorkerPool, config: Qwen35Config) -> dict[str, torch.Tensor]:
     """Global weights of a serial initialisation, moved off the values that hide mistakes."""
     batch = Batch(random_tokens(config, 1, LENGTH, seed=0))
-    [result] = pool.run(train, 1, hf=config, layout=Layout(), weights=None, batches=[batch], lr=0.0)
+    layout = Layout(run={"gdn_kernel": "torch"})  # the one that runs in float32 everywhere
+    [result] = pool.run(train, 1, hf=config, layout=layout, weights=None, batches=[batch], lr=0.0)
     generator = torch.Generator().manual_seed(9)
     weights = assemble([result.parameters])
     for key, value in weights.items():
@@ -99,37 +125,40 @@ def initial_weights(pool: WorkerPool, config: Qwen35Config) -> dict[str, torch.T
     return weights
 
 
-def batches(config: Qwen35Config) -> list[Batch]:
+def batches(case: Case) -> list[Batch]:
     """One global batch per step; random real numbers, so no two router logits tie."""
-    return [Batch(random_tokens(config, BATCH, LENGTH, seed=100 + step)) for step in range(STEPS)]
+    return [
+        Batch(random_tokens(case.config, BATCH, case.length, seed=100 + step))
+        for step in range(case.steps)
+    ]
 
 
-def _run(pool: WorkerPool, world: int, case: Case) -> Run:
-    config = case.config
+def run_case(pool: WorkerPool, case: Case, train: Callable[..., Result] = train) -> Run:
+    """Train a case and put together what its ranks saw."""
     results: list[Result] = pool.run(
         train,
-        world,
-        hf=config,
+        case.world,
+        hf=case.config,
         layout=case.layout,
-        weights=initial_weights(pool, config),
-        batches=batches(config),
+        weights=initial_weights(pool, case.config),
+        batches=batches(case),
         micro_batch_size=case.micro_batch_size,
     )
     losses = [[float(s[0] / s[1]) for s in result.loss_sums] for result in results]
     assert all(per_rank == losses[0] for per_rank in losses)
     return Run(
-        token_loss=_token_loss(results, case.layout.cp),
+        token_loss=_token_loss(results, case),
         gradients=assemble([result.gradients for result in results]),
         losses=losses[0],
     )
 
 
-def _token_loss(results: list[Result], cp_size: int) -> torch.Tensor:
+def _token_loss(results: list[Result], case: Case) -> torch.Tensor:
     """Per-token losses ``[batch, length]`` in natural order, from the last stages' ranks."""
     from qwen35_mcore.layers.core_attention import zigzag_positions
 
-    positions = zigzag_positions(LENGTH, cp_size)
-    full = torch.full((BATCH, LENGTH), torch.nan)
+    positions = zigzag_positions(case.length, case.layout.cp)
+    full = torch.full((BATCH, case.length), torch.nan)
     for result in results:
         for (first, cp_rank), loss in result.token_loss.items():
             full[first : first + loss.shape[0], positions[cp_rank]] = loss

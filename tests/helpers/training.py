@@ -61,6 +61,10 @@ class Batch:
     tokens: torch.Tensor
     loss_mask: torch.Tensor | None = None
 
+    def to(self, device: Any) -> Batch:
+        mask = None if self.loss_mask is None else self.loss_mask.to(device)
+        return Batch(self.tokens.to(device), mask)
+
     def sample(self, first: int, count: int) -> dict[str, torch.Tensor]:
         tokens = self.tokens[first : first + count]
         length = tokens.shape[1] - 1
@@ -69,7 +73,7 @@ class Batch:
         return {
             "tokens": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),
-            "loss_mask": torch.ones(count, length)
+            "loss_mask": torch.ones(count, length, device=tokens.device)
             if mask is None
             else mask[first : first + count].float(),
             "position_ids": positions.expand(count, -1).contiguous(),
@@ -132,9 +136,8 @@ def build_chunks(
         vp_stage = stage if layout.vpp else None
         first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        chunks.append(
-            build_model(hf, config, pre_process=first, post_process=last, vp_stage=vp_stage)
-        )
+        chunk = build_model(hf, config, pre_process=first, post_process=last, vp_stage=vp_stage)
+        chunks.append(chunk.cuda())
     return chunks
 
 
@@ -159,7 +162,8 @@ def train(
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        losses = forward_backward(batch, wrapped, config, micro_batch_size, result, step)
+        here = batch.to(torch.cuda.current_device())
+        losses = forward_backward(here, wrapped, config, micro_batch_size, result, step)
         if step == 0:
             result.gradients = gradient_shards(wrapped)
             result.mtp_loss = _mtp_loss()
@@ -261,7 +265,7 @@ def forward_backward(
         decoder_seq_length=batch.tokens.shape[1] - 1,
         forward_only=False,
     )
-    losses = torch.zeros(2)
+    losses = torch.zeros(2, device=batch.tokens.device)
     if ps.is_pipeline_last_stage(ignore_virtual=True):
         losses = torch.stack([o["lm loss"] for o in outputs]).sum(0)
         group = ps.get_data_parallel_group(with_context_parallel=True)

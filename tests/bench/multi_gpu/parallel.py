@@ -1,0 +1,246 @@
+"""Part 1: parallel runs against one process, losses and every gradient, and a wrong gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from tests.bench.multi_gpu.machine import Machine
+from tests.bench.multi_gpu.parallel_cases import LOCAL, Precision, Tolerance, cases, precisions
+from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, SKIPPED, Results, table
+from tests.bench.multi_gpu.state_passing import WAYS, Sizes, errors
+from tests.helpers import training
+from tests.helpers.distributed import CaseError, WorkerPool
+from tests.helpers.equivalence import Case, Difference, difference, largest, run_case, serial_run
+from tests.helpers.training import Result
+
+PART = "parallel"
+LONGEST_CASE_S = 300.0
+"""The first case on a GPU compiles and tunes kernels."""
+KERNEL_SIZES = {True: Sizes(4, 8, 128, 1024), False: Sizes(4, 8, 16, 64)}
+KERNEL_TOLERANCE = {True: 2e-2, False: 1e-5}
+"""bf16 on a GPU, float32 on a CPU."""
+ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+"""megatron's order of communication under TP and CP, and float32 that is float32."""
+CONTROL = "a wrong gradient is noticed"
+Outcome = tuple[str, str, dict[str, Any]]
+"""Status, text, and data."""
+
+
+def names(machine_ranks: int, *, on_gpus: bool) -> list[str]:
+    """Every comparison of this part, in order."""
+    found = []
+    for precision in precisions(on_gpus=on_gpus):
+        found += [f"{case.name}, {precision.name}" for case in cases(machine_ranks, precision)]
+        found.append(f"{CONTROL}, {precision.name}")
+    if machine_ranks > 1:
+        found += [f"CP2 kernels, {way}" for way in WAYS]
+    return found
+
+
+def run(machine: Machine, results: Results, chosen: list[str]) -> None:
+    """Make the chosen comparisons and record each as it ends."""
+    machine.folder.mkdir(parents=True, exist_ok=True)
+    log = machine.folder / "parallel.txt"
+    workers = WorkerPool(machine.ranks, on_gpus=machine.on_gpus, log=log)
+    with _environment(), contextlib.closing(workers) as pool:
+        run_in(pool, machine, results, chosen)
+    compared = [row for row in results.of(PART) if "gradient" in row]
+    rows = [row for row in compared if not row["name"].startswith(CONTROL)]
+    if rows:
+        print("\n" + difference_table(rows) + "\n", flush=True)
+
+
+def run_in(pool: WorkerPool, machine: Machine, results: Results, chosen: list[str]) -> None:
+    """The same in workers that are there already, without the table."""
+    for precision in precisions(on_gpus=machine.on_gpus):
+        for case in cases(machine.ranks, precision):
+            name = f"{case.name}, {precision.name}"
+            if name in chosen:
+                _record(pool, machine, results, name, partial(_compare, pool, case, precision))
+        name = f"{CONTROL}, {precision.name}"
+        if name in chosen:
+            _record(pool, machine, results, name, partial(_control, pool, machine, precision))
+    for way in WAYS:
+        if f"CP2 kernels, {way}" in chosen:
+            work = partial(_kernels, pool, machine, way)
+            _record(pool, machine, results, f"CP2 kernels, {way}", work)
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """`ENVIRONMENT` for the workers alone: training runs are measured without it."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _record(
+    pool: WorkerPool, machine: Machine, results: Results, name: str, work: Callable[[], Outcome]
+) -> None:
+    """Do a piece of work that may break, and record its outcome."""
+    if machine.seconds_left() <= 0:
+        results.add(PART, name, NOT_RUN, "no time left")
+        return
+    pool.timeout_s = min(LONGEST_CASE_S, machine.seconds_left())
+    started = time.monotonic()
+    try:
+        status, text, data = work()
+    except AssertionError as error:  # CaseError, or ranks that disagree where they must not
+        late = isinstance(error, CaseError) and machine.seconds_left() <= 0
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        status, text, data = (NOT_RUN if late else FAILED), lines[-1].strip(), {"error": str(error)}
+    results.add(PART, name, status, text, seconds=time.monotonic() - started, **data)
+
+
+def _compare(pool: WorkerPool, case: Case, precision: Precision) -> Outcome:
+    found = difference(run_case(pool, case, train), _serial(pool, case))
+    noise = _noise(pool, case, precision)
+    problems = judge(found, precision.tolerance, noise)
+    text = "; ".join(problems) or _summary(found)
+    return (FAILED if problems else OK), text, _data(found, case, noise)
+
+
+def _control(pool: WorkerPool, machine: Machine, precision: Precision) -> Outcome:
+    """The check of the checks: with one rank's gradients off by a factor, they must fail."""
+    case = replace(next(cases(machine.ranks, precision)), name=CONTROL)
+    ep = min(2, machine.ranks)
+    case = replace(case, world=ep, layout=replace(case.layout, tp=1, ep=ep), micro_batch_size=1)
+    wrong = partial(train_wrongly, factor=precision.wrong)
+    found = difference(run_case(pool, case, wrong), _serial(pool, case))
+    noise = _noise(pool, case, precision)
+    problems = judge(found, precision.tolerance, noise)
+    seen = [problem for problem in problems if problem.startswith("gradient")]
+    text = f"a rank's gradients times {precision.wrong}: {'; '.join(seen) or 'nobody noticed'}"
+    return (OK if seen else FAILED), text, _data(found, case, noise)
+
+
+def _serial(pool: WorkerPool, case: Case) -> Any:
+    return serial_run(pool, case, train)
+
+
+def _noise(pool: WorkerPool, case: Case, precision: Precision) -> Difference | None:
+    """What the serial run differs from the same in float32 by, where that is asked for."""
+    if not precision.tolerance.noise:
+        return None
+    layout = replace(case.layout, dtype=torch.float32, run=LOCAL.run)
+    return difference(_serial(pool, case), _serial(pool, replace(case, layout=layout)))
+
+
+def judge(found: Difference, tolerance: Tolerance, noise: Difference | None) -> list[str]:
+    """What is larger than allowed; empty if nothing is."""
+    problems = []
+    loss = tolerance.token_loss
+    if noise is not None:
+        loss = max(loss, tolerance.noise * noise.token_loss)
+        if not noise.gradient <= tolerance.most_noise:
+            problems.append(
+                f"serial run {noise.gradient:.1e} from float32 in {noise.worst_gradient}, "
+                f"allowed {tolerance.most_noise:.0e}"
+            )
+    if not found.token_loss <= loss:
+        problems.append(f"loss of a token off by {found.token_loss:.1e}, allowed {loss:.1e}")
+    excess = {
+        key: (error, _allowed(key, tolerance, noise)) for key, error in found.gradients.items()
+    }
+    wrong = {key: pair for key, pair in excess.items() if not pair[0] <= pair[1]}
+    if wrong:
+        key, (error, allowed) = max(wrong.items(), key=lambda item: item[1][0] / item[1][1])
+        problems.append(
+            f"gradient of {key} off by {error:.1e}, allowed {allowed:.1e} "
+            f"({len(wrong)} of {len(excess)} wrong)"
+        )
+    if not found.later_loss <= tolerance.later_loss:
+        problems.append(
+            f"later loss off by {found.later_loss:.1e}, allowed {tolerance.later_loss:.0e}"
+        )
+    return problems
+
+
+def _allowed(key: str, tolerance: Tolerance, noise: Difference | None) -> float:
+    if noise is None:
+        return tolerance.gradient
+    return max(tolerance.gradient, tolerance.noise * noise.gradients[key])
+
+
+def _kernels(pool: WorkerPool, machine: Machine, way: str) -> Outcome:
+    if way == "state passing" and not machine.on_gpus:
+        return SKIPPED, "only FLA's kernels pass states, and they need a GPU", {}
+    sizes, allowed = KERNEL_SIZES[machine.on_gpus], KERNEL_TOLERANCE[machine.on_gpus]
+    dtype = torch.bfloat16 if machine.on_gpus else torch.float32
+    by_rank = pool.run(errors, 2, way=way, sizes=sizes, dtype=dtype)
+    found = {name: largest(rank[name] for rank in by_rank) for name in by_rank[0]}
+    worst = largest(found.values())
+    text = f"against CP1: output and gradients within {worst:.1e} (allowed {allowed:.0e})"
+    data = {"errors": found, "allowed": allowed}
+    return (OK if worst <= allowed else FAILED), text, data
+
+
+def train(**case: Any) -> Result:
+    """`training.train`, after another attention backend in the same process."""
+    for switch in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(switch, None)  # megatron refuses to change its mind
+    return training.train(**case)
+
+
+def train_wrongly(factor: float, **case: Any) -> Result:
+    """The last rank's own gradients are multiplied before they are reduced over the ranks."""
+    original = training.finalize_model_grads
+
+    def finalize(model: list[Any], *args: Any, **more: Any) -> None:
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            for parameter in (p for chunk in model for p in chunk.parameters()):
+                parameter.main_grad.mul_(factor)
+        original(model, *args, **more)
+
+    training.finalize_model_grads = finalize
+    try:
+        return train(**case)
+    finally:
+        training.finalize_model_grads = original
+
+
+def _summary(found: Difference) -> str:
+    return f"token loss {found.token_loss:.1e}, gradients {found.gradient:.1e}"
+
+
+def _data(found: Difference, case: Case, noise: Difference | None) -> dict[str, Any]:
+    data = {
+        "world": case.world,
+        "token_loss": found.token_loss,
+        "gradient": found.gradient,
+        "worst_gradient": found.worst_gradient,
+        "later_loss": found.later_loss,
+        "gradients": found.gradients,
+    }
+    return data if noise is None else data | {"noise": noise.gradients}
+
+
+def difference_table(rows: list[dict[str, Any]]) -> str:
+    """As `tests.distributed.cases` prints it for a CPU."""
+    headers = ("mode", "ranks", "loss of a token", "a gradient", "a later mean loss")
+    return table(
+        headers,
+        (
+            [
+                row["name"],
+                str(row["world"]),
+                *(f"{row[key]:.1e}" for key in ("token_loss", "gradient", "later_loss")),
+            ]
+            for row in rows
+        ),
+    )

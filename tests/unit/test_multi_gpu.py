@@ -192,7 +192,7 @@ def test_comparisons_of_a_machine() -> None:
         for mode in ("TP2", "PP2 x VPP2", "EP8", "TP2 x PP2 x EP2", "a wrong gradient is noticed"):
             assert f"{mode}, {precision}" in eight
     assert "CP2 (all-to-all GDN), fp32 TE" not in eight
-    assert {"CP2 (all-to-all GDN), bf16 TE", "CP2 kernels, state passing"} <= set(eight)
+    assert {"CP2 (all-to-all GDN), bf16 TE", "CP2 (states passed), bf16 TE"} <= set(eight)
     assert not any("TP2 x PP2" in name for name in names(2, on_gpus=True))
     assert not any("TP2" in name or "CP2" in name for name in names(1, on_gpus=True))
 

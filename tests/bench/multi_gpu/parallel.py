@@ -14,19 +14,15 @@ import torch
 
 from tests.bench.multi_gpu.machine import Machine
 from tests.bench.multi_gpu.parallel_cases import LOCAL, Precision, Tolerance, cases, precisions
-from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, SKIPPED, Results, table
-from tests.bench.multi_gpu.state_passing import WAYS, Sizes, errors
+from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, Results, table
 from tests.helpers import training
 from tests.helpers.distributed import CaseError, WorkerPool
-from tests.helpers.equivalence import Case, Difference, difference, largest, run_case, serial_run
+from tests.helpers.equivalence import Case, Difference, difference, run_case, serial_run
 from tests.helpers.training import Result
 
 PART = "parallel"
 LONGEST_CASE_S = 300.0
 """The first case on a GPU compiles and tunes kernels."""
-KERNEL_SIZES = {True: Sizes(4, 8, 128, 1024), False: Sizes(4, 8, 16, 64)}
-KERNEL_TOLERANCE = {True: 2e-2, False: 1e-5}
-"""bf16 on a GPU, float32 on a CPU."""
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
 """megatron's order of communication under TP and CP, and float32 that is float32."""
 CONTROL = "a wrong gradient is noticed"
@@ -40,8 +36,6 @@ def names(machine_ranks: int, *, on_gpus: bool) -> list[str]:
     for precision in precisions(on_gpus=on_gpus):
         found += [f"{case.name}, {precision.name}" for case in cases(machine_ranks, precision)]
         found.append(f"{CONTROL}, {precision.name}")
-    if machine_ranks > 1:
-        found += [f"CP2 kernels, {way}" for way in WAYS]
     return found
 
 
@@ -68,10 +62,6 @@ def run_in(pool: WorkerPool, machine: Machine, results: Results, chosen: list[st
         name = f"{CONTROL}, {precision.name}"
         if name in chosen:
             _record(pool, machine, results, name, partial(_control, pool, machine, precision))
-    for way in WAYS:
-        if f"CP2 kernels, {way}" in chosen:
-            work = partial(_kernels, pool, machine, way)
-            _record(pool, machine, results, f"CP2 kernels, {way}", work)
 
 
 @contextlib.contextmanager
@@ -175,19 +165,6 @@ def _allowed(key: str, tolerance: Tolerance, noise: Difference | None) -> float:
     if noise is None:
         return tolerance.gradient
     return max(tolerance.gradient, tolerance.noise * noise.gradients[key])
-
-
-def _kernels(pool: WorkerPool, machine: Machine, way: str) -> Outcome:
-    if way == "state passing" and not machine.on_gpus:
-        return SKIPPED, "only FLA's kernels pass states, and they need a GPU", {}
-    sizes, allowed = KERNEL_SIZES[machine.on_gpus], KERNEL_TOLERANCE[machine.on_gpus]
-    dtype = torch.bfloat16 if machine.on_gpus else torch.float32
-    by_rank = pool.run(errors, 2, way=way, sizes=sizes, dtype=dtype)
-    found = {name: largest(rank[name] for rank in by_rank) for name in by_rank[0]}
-    worst = largest(found.values())
-    text = f"against CP1: output and gradients within {worst:.1e} (allowed {allowed:.0e})"
-    data = {"errors": found, "allowed": allowed}
-    return (OK if worst <= allowed else FAILED), text, data
 
 
 def train(**case: Any) -> Result:

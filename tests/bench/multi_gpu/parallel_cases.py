@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qwen35_mcore.rope import RopeParameters
-from tests.distributed.cases import FULL_RECOMPUTE, MOE
+from tests.distributed.cases import FULL_RECOMPUTE, MOE, STATES
 from tests.helpers.equivalence import Case
 from tests.helpers.training import Layout
 
@@ -123,5 +123,6 @@ def cases(ranks: int, precision: Precision) -> Iterator[Case]:
     yield case(f"EP{ranks}", ranks, ep=ranks)
     if precision.context_parallel:
         yield case("CP2 (all-to-all GDN)", 2, cp=2)
+        yield case("CP2 (states passed)", 2, cp=2, run=STATES)
     if ranks >= 4:
         yield case("TP2 x PP2 x EP2", ranks, tp=2, pp=2, ep=2)

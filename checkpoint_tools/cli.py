@@ -3,7 +3,6 @@ answers at once."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
@@ -187,8 +186,9 @@ def inspect(
 def run() -> NoReturn:
     """Entry point of the process: `main`, but for half a second that torch takes at both ends.
 
-    While it is imported the garbage collector looks for garbage that is not there, and after the
-    last byte is on the disk the interpreter takes torch apart piece by piece.
+    While it is imported the garbage collector finds nothing, nor does it afterwards: a conversion
+    leaves no tensors in cycles. And once the last byte is on the disk the interpreter would take
+    torch apart piece by piece.
     """
     gc.disable()
     status = 0
@@ -196,9 +196,16 @@ def run() -> NoReturn:
         main()
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    with contextlib.suppress(OSError):  # nobody reads any more
-        sys.stdout.flush()
-        sys.stderr.flush()
+        if isinstance(stop.code, str):
+            typer.echo(stop.code, err=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # closed by who started this
+                stream.flush()
+        except BrokenPipeError:  # nobody reads any more
+            pass
+        except OSError:
+            status = status or 1
     os._exit(status)
 
 

@@ -26,6 +26,7 @@ from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.mcore_compat import config_from_arguments
 from qwen35_mcore.megatron_refusals import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.ops.dispatch import BACKENDS
+from qwen35_mcore.parallel import GDN_CONTEXT_PARALLEL
 from qwen35_mcore.run_checks import check_flags, check_run
 from qwen35_mcore.transformer_config import Qwen35TransformerConfig, architecture_arguments
 
@@ -176,8 +177,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     )
     group.add_argument(
         "--gdn-context-parallel",
-        choices=("all_to_all", "state_passing"),
-        default="all_to_all",
+        choices=GDN_CONTEXT_PARALLEL,
+        default=GDN_CONTEXT_PARALLEL[0],
         help="How context-parallel ranks share a GatedDeltaNet: by heads of the whole sequence, or "
         "by tokens, passing states, which the number of heads does not bound.",
     )

@@ -15,6 +15,10 @@ from qwen35_mcore.parallel_rules import RULES, Case, Violation
 __all__ = ["ParallelLayout", "Violation", "check_layout", "require_layout"]
 
 
+GDN_CONTEXT_PARALLEL = ("all_to_all", "state_passing")
+"""How context-parallel ranks share a GatedDeltaNet; the first is the default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
     """Sizes of the parallel dimensions.
@@ -47,6 +51,11 @@ class ParallelLayout:
     """Allow a pipeline layout with MTP in a stage without the loss."""
 
     def __post_init__(self) -> None:
+        if self.gdn_cp not in GDN_CONTEXT_PARALLEL:
+            allowed = " or ".join(GDN_CONTEXT_PARALLEL)
+            raise ConfigError(
+                "no such way of context parallelism", got=self.gdn_cp, allowed=allowed
+            )
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"):
             value = getattr(self, name)
             if value is None and name in ("etp", "dp"):

@@ -119,7 +119,8 @@ def kv_heads(case: Case) -> Iterator[Violation]:
 def gdn_context_parallel(case: Case) -> Iterator[Violation]:
     """GDN under CP trades sequence for heads in an all-to-all, unless states are passed."""
     config, layout = case.config, case.layout
-    if layout.gdn_cp == "state_passing":
+    if layout.cp > 1 and layout.gdn_cp == "state_passing":
+        yield from _part_fits_convolution(case)
         return
     both = layout.tp * layout.cp
     if layout.cp > 1 and config.num_gdn_layers and config.linear_num_key_heads % both:
@@ -129,7 +130,20 @@ def gdn_context_parallel(case: Case) -> Iterator[Violation]:
             value=f"tp {layout.tp} * cp {layout.cp} = {both}, "
             f"linear_num_key_heads {config.linear_num_key_heads}",
             allowed=f"tp * cp {_list(_divisors(config.linear_num_key_heads))}",
-            fix="lower cp or tp, or pass states (--gdn-context-parallel state_passing)",
+            fix="lower cp or tp; training can also pass --gdn-context-parallel state_passing",
+        )
+
+
+def _part_fits_convolution(case: Case) -> Iterator[Violation]:
+    """Where states are passed, a part gets the convolution's past from one part alone."""
+    past = case.config.linear_conv_kernel_dim - 1
+    if case.seq_length is not None and case.seq_length // (2 * case.layout.cp) < past:
+        yield Violation(
+            rule="seq_length / (2 * cp) holds the convolution's past",
+            reason="the convolution of a GDN looks back into the part before, and no further",
+            value=f"sequence length {case.seq_length}, cp {case.layout.cp}",
+            allowed=f"parts of at least {past} tokens",
+            fix="lower cp or lengthen the sequence",
         )
 
 

@@ -15,7 +15,10 @@ from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.layer_pattern import linear_attention_freq
 from qwen35_mcore.mcore_compat import GDN_VARIANT, TransformerConfig
+from qwen35_mcore.parallel import GDN_CONTEXT_PARALLEL
 from qwen35_mcore.rope import YarnScaling
+
+_GDN_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
 
 
 @dataclass
@@ -62,22 +65,20 @@ class Qwen35TransformerConfig(TransformerConfig):
             )
 
     def _check_base(self) -> None:
-        """Megatron's checks. It knows the all-to-all alone, and refuses more ranks than key heads:
-        with states passed only the tensor-parallel ranks share heads."""
-        hidden = {}
-        if self.gdn_context_parallel == "state_passing":
-            hidden["experimental_attention_variant"] = self.__dict__.pop(
-                "experimental_attention_variant"
-            )
-        super().__post_init__()  # sees the class's default in place of what is hidden
-        self.__dict__ |= hidden
-        heads, tp = self.linear_num_key_heads or 0, self.tensor_model_parallel_size
-        if heads % tp:
+        """Megatron's checks. It knows the all-to-all alone, and wants heads for TP times CP ranks;
+        where states are passed TP ranks alone share them, so it is shown CP times as many."""
+        if self.gdn_context_parallel not in GDN_CONTEXT_PARALLEL:
             raise ConfigError(
-                "tensor-parallel ranks hold whole key heads of the GatedDeltaNet",
-                got=f"{heads} heads over {tp} ranks",
-                allowed="a tensor parallel size that divides linear_num_key_heads",
+                "no such way to share a GatedDeltaNet between context-parallel ranks",
+                got=self.gdn_context_parallel,
+                allowed=" or ".join(GDN_CONTEXT_PARALLEL),
             )
+        heads = {name: vars(self)[name] for name in _GDN_HEADS}
+        if self.gdn_context_parallel == "state_passing":
+            for name, count in heads.items():
+                setattr(self, name, None if count is None else count * self.context_parallel_size)
+        super().__post_init__()
+        vars(self).update(heads)
 
 
 def architecture_fields(config: Qwen35Config) -> dict[str, Any]:

@@ -17,11 +17,13 @@ RANKS = Path(__file__).parent / "distributed"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`: tests of several ranks first and one after another, beside them file by file."""
+    """With `-n`: everything in tests/distributed first, on one worker; beside it file by file, and
+    what needs a GPU on one worker, too."""
     items.sort(key=lambda item: not item.path.is_relative_to(RANKS))
     for item in items:
         group = "ranks" if item.path.is_relative_to(RANKS) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        gpu = item.get_closest_marker("gpu")
+        item.add_marker(pytest.mark.xdist_group("gpu" if gpu else group))
     if not torch.cuda.is_available():
         _skip_what_needs_a_gpu(items)
 

@@ -183,11 +183,12 @@ def zigzag_cp_context(
     """
     from fla.ops.cp import build_cp_context
 
-    bounds = torch.tensor([0, tokens], dtype=torch.long)
-    return build_cp_context(
-        bounds.to(device),
-        group=group,
-        conv1d_kernel_size=conv_width,
-        cu_seqlens_cpu=bounds,
-        layout="zigzag",
-    )
+    with torch.inference_mode(False):  # kept for later steps, which may train
+        bounds = torch.tensor([0, tokens], dtype=torch.long)
+        return build_cp_context(
+            bounds.to(device),
+            group=group,
+            conv1d_kernel_size=conv_width,
+            cu_seqlens_cpu=bounds,
+            layout="zigzag",
+        )

@@ -9,6 +9,7 @@ outputs and intermediates each touched once at 3 TB/s, whichever is longer.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ def bench(flavor: str, length: int, batch: int, args: Any) -> None:
         if name != "native":
             copy_weights(native, module)
             kernels[name] = module.kernel.reason
+            if name == FLASH_QLA and module.kernel.gates_in_kernel:
+                sys.exit(f"FlashQLA cannot run here: {module.kernel.reason}")
         step = make_step(module, x, grad)
         results[name] = [t.detach().clone() for t in step()]
         timing = median_ms(step)

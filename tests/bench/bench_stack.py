@@ -93,10 +93,12 @@ def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
     step = make_step(block, x, rotary, torch.randn_like(x))
     if args.graph:
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
             peak = peak_gib(step)
         step = captured(step, stream)
+        torch.cuda.current_stream().wait_stream(stream)
     else:
         step()
         peak = peak_gib(step)

@@ -104,3 +104,11 @@ def test_a_repo_id_goes_through_the_hub_cache(moe: Path, tmp_path: Path) -> None
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+def test_a_closed_output_is_no_failure() -> None:
+    """Under a daemon there is none."""
+    command = f"{sys.executable} -m checkpoint_tools.cli --help >&-"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr

@@ -74,6 +74,18 @@ CASES = [
     Case("CP2 x TP2, gates apart", 4, Layout(cp=2, tp=2, run=GATES_APART), MOE),
     Case("CP2 (states passed)", 2, Layout(cp=2, run=STATES), MOE, micro_batch_size=2),
     Case(
+        "CP2 (states passed), selective recompute",
+        2,
+        Layout(cp=2, run=STATES | SELECTIVE_RECOMPUTE),
+        MOE,
+    ),
+    Case(
+        "CP2 x PP2 (states passed), full recompute",
+        4,
+        Layout(cp=2, pp=2, run=STATES | FULL_RECOMPUTE),
+        MOE,
+    ),
+    Case(
         "CP4 (states passed), 2 key heads",
         4,
         Layout(cp=4, run=STATES),

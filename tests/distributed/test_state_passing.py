@@ -131,5 +131,8 @@ def test_only_the_all_to_all_needs_a_key_head_for_every_rank() -> None:
     assert config.experimental_attention_variant == "gated_delta_net"
     with pytest.raises(AssertionError, match="linear_num_key_heads"):
         config_for(hf, Layout(cp=4))
-    with pytest.raises(ConfigError, match="whole key heads"):
+    assert (config.linear_num_key_heads, config.linear_num_value_heads) == (2, 4)
+    with pytest.raises(AssertionError, match="linear_num_key_heads"):
         config_for(hf, Layout(tp=4, cp=2, run={"gdn_context_parallel": "state_passing"}))
+    with pytest.raises(ConfigError, match="all_to_all or state_passing"):
+        config_for(hf, Layout(run={"gdn_context_parallel": "state-passing"}))

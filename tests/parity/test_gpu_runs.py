@@ -104,21 +104,24 @@ def test_a_resumed_run_goes_on_exactly(
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_graphed_and_eager_losses_agree(train: Train, saved: tuple[Path, Log], kind: str) -> None:
-    """Equal before the first update, and then apart by roundings of other kernels."""
-    eager = saved[1]["lm loss"]
-    graphed = train("--cuda-graph-impl", kind, *GRAPHS[kind])["lm loss"]
-    assert graphed[1] == pytest.approx(eager[1], rel=1e-5)
+    """Megatron captures after one step here, so the second has the same weights on both sides."""
+    eager = saved[1]
+    graphed = train("--cuda-graph-impl", kind, "--cuda-graph-warmup-steps", "1", *GRAPHS[kind])
+    for name in ("lm loss", "mtp_1 loss", "grad-norm"):
+        assert graphed[name][2] == pytest.approx(eager[name][2], rel=1e-3), name
     for step in range(1, STEPS + 1):
-        assert graphed[step] == pytest.approx(eager[step], rel=1e-2), step
+        assert graphed["lm loss"][step] == pytest.approx(eager["lm loss"][step], rel=1e-2), step
 
 
 def test_recomputation_changes_no_more_than_another_run_does(
     train: Train, saved: tuple[Path, Log]
 ) -> None:
+    """Two runs of this model were equal to the last digit on an H100; where they are not, twice
+    their distance is allowed."""
     straight, again = saved[1], train()
-    noise = distance(straight, again)
+    allowed = 2 * distance(straight, again) + 1e-6  # what a float32 of this size is rounded by
     for kind, flags in RECOMPUTE.items():
-        assert distance(straight, train("--recompute-granularity", *flags)) <= noise, kind
+        assert distance(straight, train("--recompute-granularity", *flags)) <= allowed, kind
 
 
 def distance(a: Log, b: Log) -> float:
@@ -136,7 +139,7 @@ def test_gpu_and_cpu_read_each_other(train: Train, writer: str, tmp_path: Path) 
     """Every tensor is there again after the other machine loaded and saved it, and both see the
     same model: their losses differ by roundings of bf16."""
     first, same, other = (tmp_path / name for name in ("first", "same", "other"))
-    train("--train-iters", 1, "--save", first, gpu=writer == "gpu")
+    train("--train-iters", HALF, "--save", first, gpu=writer == "gpu")
     load = ("--load", first, "--train-iters", 1, *STILL, "--no-save-optim", "--save")
     here = train(*load, same, gpu=writer == "gpu")
     there = train(*load, other, gpu=writer != "gpu")

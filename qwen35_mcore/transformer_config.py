@@ -78,7 +78,8 @@ class Qwen35TransformerConfig(TransformerConfig):
             for name, count in heads.items():
                 setattr(self, name, None if count is None else count * self.context_parallel_size)
         super().__post_init__()
-        vars(self).update(heads)
+        for name, count in heads.items():
+            setattr(self, name, count)
 
 
 def architecture_fields(config: Qwen35Config) -> dict[str, Any]:

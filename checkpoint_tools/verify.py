@@ -137,7 +137,7 @@ def _exported(path: Path, hf_folder: Path, reference: Path | None) -> dict[str, 
 
 def _by_key(path: Path, weights_only: bool) -> dict[str, Output]:
     checkpoint = MegatronCheckpoint(path)
-    keys = model_keys(checkpoint) if weights_only else list(checkpoint.tensors)
+    keys = set(model_keys(checkpoint) if weights_only else checkpoint.tensors)
 
     def pieces(key: str) -> Iterator[torch.Tensor]:
         tensor = checkpoint.tensors[key]
@@ -145,10 +145,10 @@ def _by_key(path: Path, weights_only: bool) -> dict[str, Output]:
         for box in split_rows(whole, tensor.dtype.itemsize):
             yield checkpoint.read(key, box)
 
-    tensors = {key: checkpoint.tensors[key] for key in keys}
     return {
         key: Output(key, tensor.dtype, tensor.shape, partial(pieces, key))
-        for key, tensor in tensors.items()
+        for key, tensor in checkpoint.tensors.items()
+        if key in keys
     }
 
 

@@ -119,11 +119,13 @@ def kv_heads(case: Case) -> Iterator[Violation]:
 def gdn_context_parallel(case: Case) -> Iterator[Violation]:
     """GDN under CP trades sequence for heads in an all-to-all, unless states are passed."""
     config, layout = case.config, case.layout
-    if layout.cp > 1 and layout.gdn_cp == "state_passing":
+    if layout.cp == 1 or not config.num_gdn_layers:
+        return
+    if layout.gdn_cp == "state_passing":
         yield from _part_fits_convolution(case)
         return
     both = layout.tp * layout.cp
-    if layout.cp > 1 and config.num_gdn_layers and config.linear_num_key_heads % both:
+    if config.linear_num_key_heads % both:
         yield Violation(
             rule="tp * cp divides linear_num_key_heads",
             reason="context parallel GDN gathers the sequence and splits the key heads left by TP",

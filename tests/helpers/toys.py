@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.rope import RopeParameters
 
 
@@ -37,6 +39,19 @@ def toy_config(*, moe: bool = True, **changes: Any) -> Qwen35Config:
     else:
         fields["intermediate_size"] = 128
     return Qwen35Config(**fields | changes)
+
+
+def narrow_config() -> Qwen35Config:
+    """tiny-moe with the published head sizes, which the fused kernels of a GPU want."""
+    return replace(
+        get_flavor("tiny-moe"),
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        head_dim=256,
+        rope_parameters=get_flavor("35b-a3b").rope_parameters,
+    )
 
 
 def random_tokens(config: Qwen35Config, batch: int, length: int, seed: int) -> torch.Tensor:

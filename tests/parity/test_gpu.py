@@ -210,25 +210,14 @@ def test_grouped_linear_equals_the_loop(counts: tuple[int, ...]) -> None:
 
 def test_model_in_bfloat16_is_near_float32() -> None:
     """Loss of a toy model on Transformer Engine and FLA against the local backend in float32."""
-    import dataclasses
-
-    from qwen35_mcore.flavors import get_flavor
     from qwen35_mcore.provider import build_model
     from qwen35_mcore.transformer_config import transformer_config
     from tests.bench.common import gpu_config
     from tests.helpers.shards import load_global, local_shards, window
-    from tests.helpers.toys import random_tokens
+    from tests.helpers.toys import narrow_config, random_tokens
     from tests.helpers.training import LOCAL
 
-    hf = dataclasses.replace(
-        get_flavor("tiny-moe"),
-        linear_num_key_heads=16,
-        linear_num_value_heads=32,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        head_dim=256,
-        rope_parameters=get_flavor("35b-a3b").rope_parameters,
-    )
+    hf = narrow_config()
     _forget_attention_backend()
     exact_config = transformer_config(
         hf,

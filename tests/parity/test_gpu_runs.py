@@ -3,7 +3,6 @@ checkpoints that GPU and CPU write for each other."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -13,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen35_mcore.flavors import get_flavor
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.pretrain_runs import small_dataset
 from tests.helpers.run_results import logged_scalars
 from tests.helpers.slurm import free_port
+from tests.helpers.toys import narrow_config
 
 pytestmark = pytest.mark.gpu
 
@@ -41,16 +40,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Runs the script in bf16 on a narrow model with the published head sizes, which the fused
     kernels want; returns what it logged."""
     folder = tmp_path_factory.mktemp("gpu_runs")
-    hf = dataclasses.replace(
-        get_flavor("tiny-moe"),
-        linear_num_key_heads=16,
-        linear_num_value_heads=32,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        head_dim=256,
-        rope_parameters=get_flavor("35b-a3b").rope_parameters,
-    )
-    (folder / "config.json").write_text(json.dumps(hf.to_hf()))
+    (folder / "config.json").write_text(json.dumps(narrow_config().to_hf()))
     data = small_dataset()
 
     def run(*flags: object, gpu: bool = True) -> Log:

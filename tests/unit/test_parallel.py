@@ -77,6 +77,12 @@ def test_layouts_that_run(
         (THREE_KV, {"tp": 2}, {}, "tp fits num_key_value_heads"),
         (MOE, {"cp": 32}, {}, "tp * cp divides linear_num_key_heads"),
         (DENSE, {"tp": 4, "cp": 8}, {}, "tp * cp divides linear_num_key_heads"),
+        (
+            MOE,
+            {"cp": 32, "gdn_cp": "state_passing"},
+            {"seq_length": 128},
+            "seq_length / (2 * cp) holds the convolution's past",
+        ),
         (DENSE, {"ep": 2}, {}, "ep needs experts"),
         (MOE, {"ep": 3}, {}, "ep divides num_experts"),
         (MOE, {"etp": 3}, {}, "etp divides moe_intermediate_size"),
@@ -125,6 +131,13 @@ def test_each_rule_alone(
     layout = layout | {"dp": run["dp"]} if "dp" in run else layout
     run = {key: value for key, value in run.items() if key != "dp"}
     assert rules(config, ParallelLayout(**layout), **run) == [broken]
+
+
+def test_states_are_passed_between_more_ranks_than_key_heads() -> None:
+    layout = ParallelLayout(cp=32, gdn_cp="state_passing")
+    assert rules(MOE, layout, seq_length=32 * 2 * 3) == []
+    with pytest.raises(ConfigError, match="all_to_all or state_passing"):
+        ParallelLayout(gdn_cp="states")
 
 
 def test_what_is_unknown_is_not_judged() -> None:

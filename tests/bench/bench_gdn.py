@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import product
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ from tests.bench.common import (
     start,
 )
 
-FLASH_QLA = "ours-flash-qla"
+FLASH_QLA = "-flash-qla"
+NAMES = ("native", "ours", "native" + FLASH_QLA, "ours" + FLASH_QLA)
 
 
 def build_native(config: Any) -> torch.nn.Module:
@@ -96,12 +98,13 @@ def bench(flavor: str, length: int, batch: int, args: Any) -> None:
     results, times, kernels = {}, {}, {}
     for name in args.which:
         # Read by FLA at every call, by us when a layer is built.
-        os.environ["FLA_FLASH_QLA"] = "1" if name == FLASH_QLA else "0"
-        module = native if name == "native" else build_ours(config)
-        if name != "native":
+        os.environ["FLA_FLASH_QLA"] = "1" if name.endswith(FLASH_QLA) else "0"
+        module = native
+        if name.startswith("ours"):
+            module = build_ours(config)
             copy_weights(native, module)
             kernels[name] = module.kernel.reason
-            if name == FLASH_QLA and module.kernel.gates_in_kernel:
+            if name.endswith(FLASH_QLA) and module.kernel.gates_in_kernel:
                 sys.exit(f"FlashQLA cannot run here: {module.kernel.reason}")
         step = make_step(module, x, grad)
         results[name] = [t.detach().clone() for t in step()]
@@ -123,22 +126,22 @@ def bench(flavor: str, length: int, batch: int, args: Any) -> None:
         if args.profile:
             row |= profile(step)
         report(row, args.json)
-    for name in kernels:
-        if "native" in times:
-            report(
-                {
-                    "what": "gdn ratio",
-                    "which": name,
-                    "flavor": flavor,
-                    "length": length,
-                    "batch": batch,
-                    "native_over_ours": times["native"] / times[name],
-                    "kernel": kernels[name],
-                    "output_difference": _relative(results[name][0], results["native"][0]),
-                    "gradient_difference": _relative(results[name][1], results["native"][1]),
-                },
-                args.json,
-            )
+    for name, other in product(kernels, times.keys() - kernels.keys()):
+        report(
+            {
+                "what": "gdn ratio",
+                "which": name,
+                "over": other,
+                "flavor": flavor,
+                "length": length,
+                "batch": batch,
+                "native_over_ours": times[other] / times[name],
+                "kernel": kernels[name],
+                "output_difference": _relative(results[name][0], results[other][0]),
+                "gradient_difference": _relative(results[name][1], results[other][1]),
+            },
+            args.json,
+        )
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -158,7 +161,7 @@ def main() -> None:
         "--which",
         nargs="+",
         default=["native", "ours"],
-        choices=("native", "ours", FLASH_QLA),
+        choices=NAMES,
         help="FlashQLA compiles for minutes the first time it meets a number of heads.",
     )
     args = parser.parse_args()

@@ -17,12 +17,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
     get_transformer_block_with_experimental_attention_variant_spec,
 )
-from megatron.core.tensor_parallel.random import get_all_rng_states
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from qwen35_mcore.backends import get_backend
 from qwen35_mcore.planner.flops import forward_flops
 from qwen35_mcore.specs import decoder_block_spec
+from tests.bench import graphs
 from tests.bench.common import (
     FP8_RECIPES,
     PEAK_TFLOPS,
@@ -64,44 +64,29 @@ def make_step(block: Any, x: torch.Tensor, rotary: torch.Tensor, grad: torch.Ten
     return step
 
 
-def captured(step: Any, stream: torch.cuda.Stream) -> Any:
-    """The step as one CUDA graph: its time without what the host needs to launch it.
-
-    Args:
-        stream: where the step has run, and only there: autograd's nodes remember it.
-    """
-    graph = torch.cuda.CUDAGraph()
-    for state in get_all_rng_states().values():  # routing forced to balance is drawn from them
-        graph.register_generator_state(state)
-    with torch.cuda.graph(graph, stream=stream):
-        step()
-    return graph.replay
-
-
 def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
     flavor, layers, experts, length, batch = case.split(",")
     length, batch = int(length), int(batch)
     hf = cut_config(flavor, int(layers), int(experts))
-    config = gpu_config(hf, fp8, moe_router_force_load_balancing=True, moe_experts=args.experts)
+    run = graphs.PARTS if args.graph == "parts" else {}
+    config = gpu_config(
+        hf, fp8, moe_router_force_load_balancing=True, moe_experts=args.experts, **run
+    )
     torch.manual_seed(0)
     block = build(which, hf, config)
     x = torch.randn(length, batch, hf.hidden_size, device="cuda", dtype=torch.bfloat16)
     x.requires_grad_()
     rotary = RotaryEmbedding(
         hf.head_dim, hf.rope_parameters.partial_rotary_factor, rotary_base=hf.rope_theta
-    )(length)
-    step = make_step(block, x, rotary, torch.randn_like(x))
-    if args.graph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-            peak = peak_gib(step)
-        step = captured(step, stream)
-        torch.cuda.current_stream().wait_stream(stream)
+    )
+    step = make_step(block, x, rotary(length), torch.randn_like(x))
+    if args.graph == "whole":
+        step, peak = graphs.whole(step)
     else:
         step()
         peak = peak_gib(step)
+    if args.graph == "parts":
+        graphs.parts(block, rotary, length, batch)
     timing = median_ms(step, repeats=args.repeats)
     tokens, flops = length * batch, layer_flops(hf, length * batch, length)
     tflops = flops / timing["ms"] / 1e9
@@ -117,7 +102,8 @@ def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
         "mfu": tflops / PEAK_TFLOPS["fp8" if fp8 else "bf16"],
         "tokens_per_s": tokens / timing["ms"] * 1e3,
         "floor_ms": flops / RATE_TFLOPS / 1e9,
-        "peak_gib": peak,
+        "peak_gib": peak,  # of an eager step
+        "reserved_gib": torch.cuda.memory_reserved() / 2**30,  # with what graphs hold
     }
     if args.profile:
         row |= profile(step)
@@ -134,9 +120,14 @@ def main() -> None:
     parser.add_argument("--fp8", nargs="*", default=[], choices=FP8_RECIPES)
     parser.add_argument("--experts", default="auto", choices=("auto", "grouped_mm", "te"))
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--graph", action="store_true", help="Replay each step as a CUDA graph.")
+    parser.add_argument(
+        "--graph",
+        choices=("none", "parts", "whole"),
+        default="none",
+        help="CUDA graphs of attention, GDN and router (Megatron's own), or of the whole step.",
+    )
     args = parser.parse_args()
-    start(graphs=args.graph)
+    start(graphs=args.graph != "none")
     for case in args.case:
         for fp8 in [None, *args.fp8]:
             times = {which: bench(case, which, fp8, args) for which in args.which}

@@ -43,7 +43,7 @@ def start(*, graphs: bool = False) -> None:
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=graphs)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, te_rng_tracker=graphs)
 
 
 def _fix_l2norm_configuration() -> None:

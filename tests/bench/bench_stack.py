@@ -31,7 +31,6 @@ from tests.bench.common import (
     cut_config,
     gpu_config,
     median_ms,
-    peak_gib,
     profile,
     report,
     start,
@@ -80,12 +79,10 @@ def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
         hf.head_dim, hf.rope_parameters.partial_rotary_factor, rotary_base=hf.rope_theta
     )
     step = make_step(block, x, rotary(length), torch.randn_like(x))
+    stream, peak = graphs.first_steps(step)
     if args.graph == "whole":
-        step, peak = graphs.whole(step)
-    else:
-        step()
-        peak = peak_gib(step)
-    if args.graph == "parts":
+        step = graphs.whole(step, stream)
+    elif args.graph == "parts":
         graphs.parts(block, rotary, length, batch)
     timing = median_ms(step, repeats=args.repeats)
     tokens, flops = length * batch, layer_flops(hf, length * batch, length)

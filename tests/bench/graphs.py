@@ -21,29 +21,37 @@ PARTS = {
 }
 
 
-def whole(step: Callable[[], Any]) -> tuple[Callable[[], None], float]:
-    """The step as one CUDA graph: its time without what the host needs to launch it.
-
-    What `--cuda-graph-impl full_iteration` does; nothing in the step may wait for the host.
-
-    Args:
-        step: what has not run before: autograd's nodes remember the stream that they ran on.
+def first_steps(step: Callable[[], Any]) -> tuple[torch.cuda.Stream, float]:
+    """Eager steps where a capture may follow: not on the default stream, which autograd's nodes
+    would remember as the place to add up gradients, and which no capture may wait for.
 
     Returns:
-        What replays the step, and the peak memory of an eager one, GiB.
+        The stream, and the peak memory of a step, GiB.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
         peak = peak_gib(step)
+    torch.cuda.current_stream().wait_stream(stream)
+    return stream, peak
+
+
+def whole(step: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], None]:
+    """The step as one CUDA graph: its time without what the host needs to launch it.
+
+    What `--cuda-graph-impl full_iteration` does; nothing in the step may wait for the host.
+
+    Args:
+        stream: of `first_steps`.
+    """
     graph = torch.cuda.CUDAGraph()
     for state in get_all_rng_states().values():  # routing forced to balance is drawn from them
         graph.register_generator_state(state)
     with torch.cuda.graph(graph, stream=stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay, peak
+    return graph.replay
 
 
 class _Model(torch.nn.Module):
@@ -64,7 +72,7 @@ def parts(block: Any, rotary: torch.nn.Module, length: int, batch: int) -> None:
     does with `--cuda-graph-impl transformer_engine`; the block replays them from then on.
 
     Args:
-        block: TransformerBlock whose config has `PARTS`, after a first eager step.
+        block: TransformerBlock whose config has `PARTS`, after `first_steps`.
         rotary: the RotaryEmbedding that makes its `rotary_pos_emb`.
     """
     init_num_microbatches_calculator(

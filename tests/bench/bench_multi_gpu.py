@@ -69,7 +69,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="STEP",
         default=list(PARTS),
-        help=f"Parts ({', '.join(PARTS)}), or PART/PATTERN for some of a part's results.",
+        help=f"Parts ({', '.join(PARTS)}), or PART/PATTERN for some of a part's results; "
+        "parts run in the order given.",
     )
     parser.add_argument("--list", action="store_true", help="Only print the names of the steps.")
     parser.add_argument("--json", type=Path, help="Append one JSON line per result to this file.")
@@ -93,7 +94,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def choose(wanted: list[str], offered: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The steps of every part that ``--only`` names.
+    """The steps of every part that ``--only`` names, parts in its order.
 
     Args:
         wanted: parts, or ``PART/PATTERN`` with a shell pattern over the names of its steps.
@@ -102,7 +103,7 @@ def choose(wanted: list[str], offered: dict[str, list[str]]) -> dict[str, list[s
     Raises:
         ConfigError: a word that fits no step.
     """
-    chosen: dict[str, set[str]] = {part: set() for part in offered}
+    chosen: dict[str, set[str]] = {}
     for word in wanted:
         part, _, pattern = word.partition("/")
         fitting = fnmatch.filter(offered.get(part, []), pattern or "*")
@@ -113,8 +114,8 @@ def choose(wanted: list[str], offered: dict[str, list[str]]) -> dict[str, list[s
                 allowed=", ".join(offered) + ", or PART/PATTERN",
                 fix="--list prints every step",
             )
-        chosen[part] |= set(fitting)
-    return {part: [name for name in offered[part] if name in chosen[part]] for part in offered}
+        chosen.setdefault(part, set()).update(fitting)
+    return {part: [name for name in offered[part] if name in chosen[part]] for part in chosen}
 
 
 def steps(ranks: int, *, on_gpus: bool) -> dict[str, list[str]]:
@@ -179,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         results = Results(args.json, machine.label)
         earlier = earlier_rows(args.json, machine.label)
-        for part in (part for part in PARTS if chosen[part]):
-            run_part(part, chosen[part], machine, results, earlier)
+        for part, names in chosen.items():
+            run_part(part, names, machine, results, earlier)
     counts = {
         status: sum(r["status"] == status for r in results.rows)
         for status in dict.fromkeys(r["status"] for r in results.rows)

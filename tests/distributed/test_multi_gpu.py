@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from qwen35_mcore.planner.hardware import get_gpu
 from tests.bench.multi_gpu import parallel, parallel_cases, resume, train
 from tests.bench.multi_gpu.machine import Machine
 from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, SKIPPED, Results
+from tests.helpers import training
 from tests.helpers.distributed import CaseError, WorkerPool
 from tests.helpers.equivalence import Case, Run, run_case, serial_run
 
-TRAIN = parallel.train
 ROOT = Path(__file__).parents[2]
 
 
@@ -93,7 +95,7 @@ def test_parallel_runs_equal_one_process_and_a_wrong_gradient_does_not(
     assert control["gradient"] > 100 * parallel_cases.LOCAL_ON_CPU.tolerance.gradient
     assert "gradient of" in control["text"]
 
-    def wrongly(pool: WorkerPool, case: Case, train: Any) -> Run:
+    def wrongly(pool: WorkerPool, case: Case, *_: Any) -> Run:
         return run_case(pool, case, partial(parallel.train_wrongly, factor=1.01))
 
     monkeypatch.setattr(parallel, "run_case", wrongly)
@@ -102,12 +104,24 @@ def test_parallel_runs_equal_one_process_and_a_wrong_gradient_does_not(
     assert "gradient of" in results.rows[-1]["text"]
 
 
+def test_an_attention_backend_of_before_does_not_stop_the_next_run(pool: WorkerPool) -> None:
+    """Megatron writes its choice into the environment and refuses another in the same process;
+    weights are initialised on the local backend between runs on others."""
+    case = next(parallel_cases.cases(1, parallel_cases.LOCAL_ON_CPU))
+    assert run_case(pool, replace(case, steps=1), train_after_cudnn).gradients
+
+
+def train_after_cudnn(**case: Any) -> training.Result:
+    os.environ["NVTE_FLASH_ATTN"] = "0"  # as AttnBackend.fused leaves it
+    return training.train(**case)
+
+
 def test_the_check_of_the_checks_can_fail_too(
     pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With nothing wrong, nobody notices anything."""
     monkeypatch.setattr(pool, "timeout_s", pool.timeout_s)
-    monkeypatch.setattr(parallel, "run_case", lambda pool, case, _: serial_run(pool, case, TRAIN))
+    monkeypatch.setattr(parallel, "run_case", lambda pool, case, *_: serial_run(pool, case))
     results = Results(None, {})
     parallel.run_in(pool, machine(tmp_path), results, [f"{parallel.CONTROL}, fp32 local"])
     assert [row["status"] for row in results.rows] == [FAILED]
@@ -117,7 +131,7 @@ def test_the_check_of_the_checks_can_fail_too(
 def test_a_rank_that_breaks_fails_its_own_comparison_alone(
     pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(pool: WorkerPool, case: Case, train: Any) -> Run:
+    def broken(pool: WorkerPool, case: Case, *_: Any) -> Run:
         raise CaseError("rank 0 of 2:\nTraceback\nRuntimeError: out of order\n")
 
     monkeypatch.setattr(pool, "timeout_s", pool.timeout_s)

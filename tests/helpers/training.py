@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -93,7 +94,9 @@ class Result:
 
 
 def initialize(layout: Layout, seed: int = 123) -> None:
-    """Process groups and random states for one layout."""
+    """Process groups and random states for one layout, whatever ran before in this process."""
+    for switch in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(switch, None)  # megatron sets and checks them, and sticks to the first
     ps.initialize_model_parallel(
         layout.tp,
         layout.pp,

@@ -98,7 +98,7 @@ def _record(
 
 
 def _compare(pool: WorkerPool, case: Case, precision: Precision) -> Outcome:
-    found = difference(run_case(pool, case, train), _serial(pool, case))
+    found = difference(run_case(pool, case), serial_run(pool, case))
     noise = _noise(pool, case, precision)
     problems = judge(found, precision.tolerance, noise)
     text = "; ".join(problems) or _summary(found)
@@ -111,7 +111,7 @@ def _control(pool: WorkerPool, machine: Machine, precision: Precision) -> Outcom
     ep = min(2, machine.ranks)
     case = replace(case, world=ep, layout=replace(case.layout, tp=1, ep=ep), micro_batch_size=1)
     wrong = partial(train_wrongly, factor=precision.wrong)
-    found = difference(run_case(pool, case, wrong), _serial(pool, case))
+    found = difference(run_case(pool, case, wrong), serial_run(pool, case))
     noise = _noise(pool, case, precision)
     problems = judge(found, precision.tolerance, noise)
     seen = [problem for problem in problems if problem.startswith("gradient")]
@@ -119,16 +119,12 @@ def _control(pool: WorkerPool, machine: Machine, precision: Precision) -> Outcom
     return (OK if seen else FAILED), text, _data(found, case, noise)
 
 
-def _serial(pool: WorkerPool, case: Case) -> Any:
-    return serial_run(pool, case, train)
-
-
 def _noise(pool: WorkerPool, case: Case, precision: Precision) -> Difference | None:
     """What the serial run differs from the same in float32 by, where that is asked for."""
     if not precision.tolerance.noise:
         return None
     layout = replace(case.layout, dtype=torch.float32, run=LOCAL.run)
-    return difference(_serial(pool, case), _serial(pool, replace(case, layout=layout)))
+    return difference(serial_run(pool, case), serial_run(pool, replace(case, layout=layout)))
 
 
 def judge(found: Difference, tolerance: Tolerance, noise: Difference | None) -> list[str]:
@@ -167,13 +163,6 @@ def _allowed(key: str, tolerance: Tolerance, noise: Difference | None) -> float:
     return max(tolerance.gradient, tolerance.noise * noise.gradients[key])
 
 
-def train(**case: Any) -> Result:
-    """`training.train`, after another attention backend in the same process."""
-    for switch in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        os.environ.pop(switch, None)  # megatron refuses to change its mind
-    return training.train(**case)
-
-
 def train_wrongly(factor: float, **case: Any) -> Result:
     """The last rank's own gradients are multiplied before they are reduced over the ranks."""
     original = training.finalize_model_grads
@@ -186,7 +175,7 @@ def train_wrongly(factor: float, **case: Any) -> Result:
 
     training.finalize_model_grads = finalize
     try:
-        return train(**case)
+        return training.train(**case)
     finally:
         training.finalize_model_grads = original
 

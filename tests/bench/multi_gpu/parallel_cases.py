@@ -59,7 +59,8 @@ class Precision:
     """The factor on one rank's gradients that must be noticed."""
 
 
-FLOAT32_GPU = Tolerance(token_loss=2e-5, gradient=1e-4, later_loss=1e-3)
+FLOAT32_GPU = Tolerance(token_loss=2e-5, gradient=1e-4, later_loss=5e-3)
+"""The first step is exact to rounding; after it a token at a near tie may take another expert."""
 LOCAL_ON_CPU = Precision("fp32 local", Tolerance(2e-6, 2e-5, 1e-4), model=MOE, length=64)
 LOCAL = Precision("fp32 local", FLOAT32_GPU, run={"gdn_kernel": "torch"}, model=REAL_HEADS)
 
@@ -81,8 +82,10 @@ def precisions(*, on_gpus: bool) -> list[Precision]:
         Precision(
             "bf16 TE",
             # two bf16 runs differ by rounding alone, so what they differ from float32 by is the
-            # measure; every token goes to every expert, so that no near tie flips between them
-            Tolerance(0.05, 5e-2, 5e-2, noise=3.0, most_noise=0.15),
+            # measure; every token goes to every expert, so that no near tie flips between them.
+            # A_log and dt_bias of the first layer have gradients of 1e-4 that are sums of both
+            # signs: FLA's kernels were 0.24 from float32 there, everything else below 0.12.
+            Tolerance(0.05, 5e-2, 5e-2, noise=3.0, most_noise=0.3),
             run=fast_settings(),
             model=REAL_HEADS | {"num_experts_per_tok": 16},
             dtype=torch.bfloat16,

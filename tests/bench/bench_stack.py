@@ -45,6 +45,12 @@ def build(which: str, hf: Any, config: Any) -> torch.nn.Module:
     return TransformerBlock(config=config, spec=spec, pre_process=True, post_process=True).cuda()
 
 
+def gdn_kernel(block: Any) -> str | None:
+    """What computes the delta rule of our first layer, and why; None for the native one."""
+    kernel = getattr(block.layers[0].self_attention, "kernel", None)
+    return None if kernel is None else kernel.reason
+
+
 def layer_flops(hf: Any, tokens: int, length: int) -> int:
     """Model operations of forward and backward, without embedding and output layer."""
     flops = forward_flops(hf, tokens, seq_length=length)
@@ -94,6 +100,7 @@ def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
         "precision": fp8 or "bf16",
         "experts": args.experts,
         "graph": args.graph,
+        "kernel": gdn_kernel(block),
         **timing,
         "tflops": tflops,
         "mfu": tflops / PEAK_TFLOPS["fp8" if fp8 else "bf16"],

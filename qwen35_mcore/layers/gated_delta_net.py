@@ -51,6 +51,16 @@ class _Alone:
         return 0
 
 
+class _ConvWeight(torch.nn.Conv1d):
+    """Read by a call, which runs the hooks that wait for a parameter under
+    ``--overlap-param-gather``: reading the attribute would get the last step's values where a
+    bucket of gathered parameters begins with it."""
+
+    def forward(self) -> torch.Tensor:  # type: ignore[override]
+        """``[channels, 1, width]``"""
+        return self.weight
+
+
 class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
     """Gated delta rule token mixer; ``[s, b, hidden]`` in and out, like a self-attention module.
 
@@ -72,6 +82,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
     ) -> None:
         with without_fla_check():
             super().__init__(config, submodules, layer_number, **kwargs)
+        self.conv1d.__class__ = _ConvWeight
         self.gated_norm = GatedRMSNorm(config, self.value_head_dim, self.pg_collection.tp)
         self.gate_proj = (
             GateProjection(config, self.num_value_heads, self.pg_collection.tp)
@@ -220,7 +231,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
     def _local_conv_weight(self) -> torch.Tensor:
         """``[channels, width]`` of the channels this context-parallel rank works on."""
         return get_parameter_local_cp(
-            self.conv1d.weight,
+            self.conv1d(),
             dim=0,
             cp_group=self.head_group,
             split_sections=[self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp],
@@ -232,8 +243,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
         """Norm, gate, way back from heads to sequence, and the output projection."""
 
         def norm(out_bshv: torch.Tensor, z_sbc: torch.Tensor) -> torch.Tensor:
-            weight = self.gated_norm.shared_weight()
-            y_sbc = self.kernel.epilogue(out_bshv, z_sbc, weight, self.gated_norm.eps)
+            y_sbc = self.kernel.epilogue(out_bshv, z_sbc, self.gated_norm(), self.gated_norm.eps)
             return scatter_heads(y_sbc, self.head_group, restore_index)
 
         if not self.recompute_norm_out:

@@ -80,7 +80,7 @@ class GatedRMSNorm(KeepFloat32):
         self._tp_group = tp_group
         self._sum_gradient = tp_group.size() > 1 and not config.sequence_parallel
 
-    def shared_weight(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """``[head_dim]`` float32, with the tensor-parallel gradient sum attached where needed."""
         if self._sum_gradient:
             return copy_to_tensor_model_parallel_region(self.weight, group=self._tp_group)

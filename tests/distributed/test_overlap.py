@@ -1,0 +1,44 @@
+"""`--overlap-param-gather` waits for a module's parameters when the module is called: a parameter
+that is read without a call could be the last step's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qwen35_mcore.config import Qwen35Config
+from tests.distributed.cases import DENSE, MOE
+from tests.helpers.distributed import WorkerPool
+from tests.helpers.toys import random_tokens, toy_config
+from tests.helpers.training import Batch, Layout, build_chunks, config_for, initialize
+
+
+def never_called(hf: Qwen35Config, layout: Layout, tokens: torch.Tensor) -> list[str]:
+    """Modules with parameters of their own that one forward pass does not call."""
+    initialize(layout)
+    [model] = build_chunks(hf, config_for(hf, layout), layout)
+    waiting = {
+        name: module
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+    called = set()
+    for name, module in waiting.items():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    sample = Batch(tokens).sample(0, len(tokens))
+    model(sample["tokens"], sample["position_ids"], None, labels=sample["labels"])
+    return sorted(waiting.keys() - called)
+
+
+@pytest.mark.parametrize("model", [MOE, DENSE], ids=["moe", "dense"])
+@pytest.mark.parametrize(
+    "run", [{}, {"recompute_granularity": "selective", "recompute_modules": ["gdn_norm_out"]}]
+)
+def test_every_parameter_is_read_by_a_call(
+    pool: WorkerPool, model: dict[str, Any], run: dict[str, Any]
+) -> None:
+    hf = toy_config(**model)
+    tokens = random_tokens(hf, 2, 32, seed=1)
+    assert pool.run(never_called, 1, hf=hf, layout=Layout(run=run), tokens=tokens) == [[]]

@@ -117,8 +117,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group  # type: ignore[attr-defined]
+        x = x.contiguous()  # before empty_like, which keeps an order of strides
         gathered = [torch.empty_like(x) for _ in range(group.size())]
-        torch.distributed.all_gather(gathered, x.contiguous(), group=group)
+        torch.distributed.all_gather(gathered, x, group=group)
         return torch.stack(gathered)
 
     @staticmethod

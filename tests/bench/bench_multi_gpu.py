@@ -47,8 +47,13 @@ ENVIRONMENT = {
     "NVSHMEM_DISABLE_NVLS": "1",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "PYTHONFAULTHANDLER": "1",
 }
-"""No multicast; one thread a rank; no look-ups on the Hub."""
+"""No multicast; one thread a rank, for compiling too; no look-ups on the Hub; this host alone;
+stacks of what is ended while it hangs."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -9,12 +9,16 @@ rank order, on the CPU.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import io
+import math
 import multiprocessing
 import os
+import signal
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,9 @@ class WorkerPool:
         on_gpus: worker r has GPU r, over NCCL; else all are on the CPU, over gloo.
         timeout_s: how long a case may take.
         log: file for what the workers print; None: where this process prints.
+
+    Attributes:
+        deadline: of `time.monotonic`; a case that is not over then has failed, too.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class WorkerPool:
         log: Path | None = None,
     ) -> None:
         self.size, self.on_gpus, self.timeout_s, self.log = size, on_gpus, timeout_s, log
+        self.deadline = math.inf
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, case: Callable[..., Any], world_size: int, **kwargs: Any) -> list[Any]:
@@ -58,9 +66,7 @@ class WorkerPool:
             CaseError: with the traceback of the first rank that failed; the pool is rebuilt then,
                 since the other ranks may hang in a collective.
         """
-        if not self.on_gpus and any(
-            _threads(process.pid) > MOST_THREADS for process, _ in self._workers
-        ):
+        if any(self._is_worn_out(process) for process, _ in self._workers):
             self.close()
         if not self._workers:
             self._workers = [_start_worker(self._gpu(r), self.log) for r in range(self.size)]
@@ -68,31 +74,49 @@ class WorkerPool:
             for rank in range(world_size):
                 call = (case, kwargs, rank, world_size, os.path.join(folder, "store"))
                 self._workers[rank][1].send_bytes(_pack(call))
-            results: list[Any] = [None] * world_size
-            failures: dict[int, str] = {}
-            patience = self.timeout_s
-            waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
-            while waiting:
-                ready = multiprocessing.connection.wait(list(waiting), timeout=patience)
-                if not ready:
-                    message = f"ranks {sorted(waiting.values())} gave no answer"
-                    failures = failures or {min(waiting.values()): message}
-                    break
-                for connection in ready:
-                    rank = waiting.pop(connection)  # type: ignore[arg-type]
-                    try:
-                        ok, results[rank] = _unpack(connection.recv_bytes())  # type: ignore[union-attr]
-                    except EOFError:
-                        ok, results[rank] = False, "the process died"
-                    if not ok:
-                        failures[rank] = results[rank]
-                        patience = 1.0  # the others fail after it, or hang in a collective
+            results, failures = self._answers(world_size)
         if failures:
             self.close()
             # a lost connection is what the other ranks see of the failure
             first = min(failures, key=lambda rank: "Connection" in failures[rank])
             raise CaseError(f"rank {first} of {world_size}:\n{failures[first]}")
         return results
+
+    def _answers(self, world_size: int) -> tuple[list[Any], dict[int, str]]:
+        """What the ranks return, and the tracebacks of those that raised."""
+        results: list[Any] = [None] * world_size
+        failures: dict[int, str] = {}
+        end = min(time.monotonic() + self.timeout_s, self.deadline)
+        waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
+        while waiting:
+            left = max(0.0, end - time.monotonic())
+            ready = multiprocessing.connection.wait(list(waiting), timeout=left)
+            if not ready:
+                self._print_stacks(waiting.values())
+                message = f"ranks {sorted(waiting.values())} gave no answer"
+                return results, failures or {min(waiting.values()): message}
+            for connection in ready:
+                rank = waiting.pop(connection)  # type: ignore[arg-type]
+                try:
+                    ok, results[rank] = _unpack(connection.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, OSError):
+                    ok, results[rank] = False, "the process died"
+                if not ok:
+                    failures[rank] = results[rank]
+                    # the others fail after it, or hang in a collective
+                    end = min(end, time.monotonic() + 1.0)
+        return results, failures
+
+    def _print_stacks(self, ranks: Iterable[int]) -> None:
+        """Have workers print where they are, before they are ended."""
+        for rank in ranks:
+            if (process := self._workers[rank][0]).is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+
+    def _is_worn_out(self, process: Any) -> bool:
+        """Whether a worker died, or has more threads than it can use."""
+        return not process.is_alive() or (not self.on_gpus and _threads(process.pid) > MOST_THREADS)
 
     def _gpu(self, rank: int) -> int | None:
         return rank if self.on_gpus else None
@@ -142,6 +166,7 @@ def _serve(connection: Connection, gpu: int | None, log: Path | None) -> None:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)
     if gpu is None:
         from qwen35_mcore import cpu
 
@@ -176,9 +201,10 @@ def _run_case(backend: str, case: Any, kwargs: Any, rank: int, world_size: int, 
         rank=rank,
         world_size=world_size,
     )
-    try:
-        return case(**kwargs)
-    finally:
-        destroy_moe_metrics_tracker()  # sized by the first model that logs into it
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    result = case(**kwargs)
+    # Not after a failure: that ends this process, and NCCL's teardown would wait for ranks that
+    # hang in a collective.
+    destroy_moe_metrics_tracker()  # sized by the first model that logs into it
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    return result

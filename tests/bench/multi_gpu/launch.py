@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -66,6 +67,7 @@ class Job:
         self.log = self.folder / "log.txt"
         script = ROOT / "examples" / "pretrain_qwen35.py"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun += ["--local-addr", "127.0.0.1"]  # the host's name need not resolve
         ranks = ["--nproc-per-node", str(machine.ranks)]
         rank = [str(ROOT / "tests" / "bench" / "multi_gpu" / "rank.py"), str(self.folder)]
         # what launch/train.sh sets for every rank, NVLink multicast off among it
@@ -95,6 +97,9 @@ class Job:
         try:
             return self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
+            for process in self._ranks():
+                process.send_signal(signal.SIGABRT)  # its faulthandler prints where it was
+            time.sleep(1.0)
             self.end()
             return None
 

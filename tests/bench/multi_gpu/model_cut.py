@@ -66,7 +66,10 @@ def job_of(model: Model, gpu: Gpu, ranks: int, *, seq_length: int, global_batch_
 def largest_that_fits(
     flavor: str, gpu: Gpu, ranks: int, candidate: Candidate, *, seq_length: int, batch: int
 ) -> tuple[Model, Prediction]:
-    """The most layers (whole periods of the pattern), with as little recomputation as they allow.
+    """The most layers (whole periods of the pattern) that fit, without recomputation if any do.
+
+    Runs are compared with each other and with the peers, and megatron's CUDA graphs of parts
+    refuse full recomputation.
 
     Args:
         candidate: parallel sizes and precision; its recomputation is chosen here.
@@ -79,9 +82,9 @@ def largest_that_fits(
     if ranks == 1:
         experts = min(experts, EXPERTS_OF_ONE_RANK)
     smaller = replace(gpu, memory_bytes=int(gpu.memory_bytes * (1 - HEADROOM)))
-    for layers in range(whole.num_hidden_layers, 0, -4):
-        model = Model(flavor, layers, experts)
-        for recompute in RECOMPUTE:
+    for recompute in RECOMPUTE:
+        for layers in range(whole.num_hidden_layers, 0, -4):
+            model = Model(flavor, layers, experts)
             asked = replace(candidate, recompute=recompute)
             job = job_of(model, smaller, ranks, seq_length=seq_length, global_batch_size=batch)
             found = explain(job, asked)

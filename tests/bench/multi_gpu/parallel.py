@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.bench.multi_gpu.machine import Machine
 from tests.bench.multi_gpu.parallel_cases import LOCAL, Precision, Tolerance, cases, precisions
-from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, Results, table
+from tests.bench.multi_gpu.results import (
+    FAILED,
+    LOG_CHARACTERS,
+    NOT_RUN,
+    OK,
+    Results,
+    table,
+)
 from tests.helpers import training
 from tests.helpers.distributed import CaseError, WorkerPool
 from tests.helpers.equivalence import Case, Difference, difference, run_case, serial_run
 from tests.helpers.training import Result
 
 PART = "parallel"
-LONGEST_CASE_S = 300.0
-"""The first case on a GPU compiles and tunes kernels."""
+LONGEST_CASE_S = 400.0
+"""All runs of one comparison. The first on a GPU compiles and tunes kernels."""
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
 """megatron's order of communication under TP and CP, and float32 that is float32."""
 CONTROL = "a wrong gradient is noticed"
@@ -86,15 +95,30 @@ def _record(
     if machine.seconds_left() <= 0:
         results.add(PART, name, NOT_RUN, "no time left")
         return
-    pool.timeout_s = min(LONGEST_CASE_S, machine.seconds_left())
     started = time.monotonic()
+    pool.deadline = min(machine.deadline, started + LONGEST_CASE_S)
+    printed = _size(pool.log)
     try:
         status, text, data = work()
-    except AssertionError as error:  # CaseError, or ranks that disagree where they must not
+    except Exception as error:  # the other comparisons are worth as much
         late = isinstance(error, CaseError) and machine.seconds_left() <= 0
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-        status, text, data = (NOT_RUN if late else FAILED), lines[-1].strip(), {"error": str(error)}
+        status, text = (NOT_RUN if late else FAILED), lines[-1].strip()
+        data = {"error": str(error), "log": _since(pool.log, printed)}
+    finally:
+        pool.deadline = math.inf
     results.add(PART, name, status, text, seconds=time.monotonic() - started, **data)
+
+
+def _size(log: Path | None) -> int:
+    return log.stat().st_size if log is not None and log.exists() else 0
+
+
+def _since(log: Path | None, start: int) -> str:
+    """The end of what workers printed after a position of their log."""
+    if log is None or not log.exists():
+        return ""
+    return log.read_bytes()[start:].decode(errors="replace")[-LOG_CHARACTERS:]
 
 
 def _compare(pool: WorkerPool, case: Case, precision: Precision) -> Outcome:

@@ -11,6 +11,8 @@ from typing import Any
 OK, FAILED, SKIPPED, NOT_RUN = "ok", "failed", "skipped", "not run"
 """A comparison that holds (or a measurement), one that does not (or a run that broke), one that
 this machine cannot make, and one for which no time was left."""
+LOG_CHARACTERS = 6000
+"""Of the end of a log that goes into the row of what failed."""
 
 
 @dataclass

@@ -19,7 +19,15 @@ from qwen35_mcore.planner.prediction import Prediction
 from tests.bench.multi_gpu.launch import Job, Step, cause_of_failure
 from tests.bench.multi_gpu.machine import Machine
 from tests.bench.multi_gpu.model_cut import Model, largest_that_fits
-from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, SKIPPED, Results, table
+from tests.bench.multi_gpu.results import (
+    FAILED,
+    LOG_CHARACTERS,
+    NOT_RUN,
+    OK,
+    SKIPPED,
+    Results,
+    table,
+)
 from tests.bench.multi_gpu.text import tokenize
 
 PART = "train"
@@ -30,6 +38,8 @@ ON_A_GPU = ("--bf16", "--attention-backend")
 """Flags of a plan that a CPU leaves out: it trains in float32 and has one attention."""
 PEERS = {"natural": 135.6, "balanced": 185.2}
 """Model TFLOP/s/GPU of Megatron-Bridge, 35B-A3B VL on 16 H100, bf16, TP1 PP2 EP8 MBS1 GBS512."""
+START_S = 180.0
+"""For starting and compiling; a run that takes longer than that and thrice its prediction hangs."""
 SHORTEST_RUN_S = 60.0
 """A run on GPUs that has less time would end before it measured anything."""
 
@@ -114,11 +124,16 @@ def _train(machine: Machine, results: Results, variant: Variant) -> None:
         results.add(PART, variant.name, SKIPPED, " ".join(str(error).split()))
         return
     started = time.monotonic()
+    limit = START_S + 3 * scale.steps * plan.step_s
     job = Job(machine, f"train-{variant.name}", flags(machine, scale, variant, plan))
-    status = job.wait(machine.deadline)
+    status = job.wait(min(machine.deadline, started + limit))
     row = describe(machine, scale, variant, model, plan) | {"seconds": time.monotonic() - started}
     row |= measure(job.steps(), job.peaks(), scale, row)
     judged, text = verdict(status, row, scale, job.output())
+    if status is None and machine.seconds_left() > 0:
+        judged, text = FAILED, f"no end within {limit:.0f} s, after step {row['steps']}"
+    if judged != OK:
+        row["log"] = job.output()[-LOG_CHARACTERS:]
     results.add(PART, variant.name, judged, text, **row)
 
 

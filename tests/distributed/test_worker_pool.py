@@ -1,0 +1,70 @@
+"""The pool of processes that the comparisons run in: a rank that raises, dies or hangs fails its
+own case with its own words, in time, and the next case runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.distributed import CaseError, WorkerPool
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerPool]:
+    pool = WorkerPool(2, log=tmp_path_factory.mktemp("pool") / "log.txt")
+    yield pool
+    pool.close()
+
+
+def total(last: str = "") -> float:
+    """The sum of the ranks, unless rank 0 does something else."""
+    if torch.distributed.get_rank() == 0 and last == "raise":
+        raise ValueError("rank 0 has its own words")
+    if torch.distributed.get_rank() == 0 and last == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if torch.distributed.get_rank() == 0 and last == "hang":
+        time.sleep(600)
+    ranks = torch.tensor(float(torch.distributed.get_rank()))
+    torch.distributed.all_reduce(ranks)
+    return float(ranks)
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [("raise", "rank 0 has its own words"), ("die", "the process died|Connection")],
+)
+def test_a_rank_that_fails_is_heard_while_others_wait_for_it(
+    two: WorkerPool, last: str, words: str
+) -> None:
+    with pytest.raises(CaseError, match=words):
+        two.run(total, 2, last=last)
+    assert two.run(total, 2) == [1.0, 1.0]
+
+
+def test_a_worker_that_died_between_cases_is_replaced(two: WorkerPool) -> None:
+    assert two.run(total, 2) == [1.0, 1.0]
+    process = two._workers[1][0]
+    process.kill()
+    process.join()
+    assert two.run(total, 2) == [1.0, 1.0]
+
+
+def test_a_case_that_hangs_ends_at_the_deadline_and_shows_where_it_was(two: WorkerPool) -> None:
+    assert two.run(total, 2) == [1.0, 1.0]
+    started = time.monotonic()
+    two.deadline = started + 1.0
+    try:
+        with pytest.raises(CaseError, match="gave no answer"):
+            two.run(total, 2, last="hang")
+    finally:
+        two.deadline = float("inf")
+    assert time.monotonic() - started < 10
+    assert isinstance(two.log, Path)
+    assert "in total" in two.log.read_text()  # faulthandler's words for where rank 0 slept
+    assert two.run(total, 2) == [1.0, 1.0]

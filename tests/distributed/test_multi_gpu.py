@@ -17,6 +17,7 @@ import pytest
 
 from qwen35_mcore.planner.hardware import get_gpu
 from tests.bench.multi_gpu import parallel, parallel_cases, resume, train
+from tests.bench.multi_gpu.launch import Job
 from tests.bench.multi_gpu.machine import Machine
 from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, SKIPPED, Results
 from tests.helpers import training
@@ -88,13 +89,24 @@ def test_a_run_that_hangs_fails_and_leaves_the_others_their_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "START_S", 1.0)  # no run ends that soon
-    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # as the command sets it
     results = Results(None, {})
     train.run(machine(tmp_path), results, [next(train.variants(2, on_gpus=False))])
     [row] = results.rows
     assert row["status"] == FAILED
     assert re.match(r"no end within \d s, after step 0", row["text"])
-    assert "Fatal Python error: Aborted" in row["log"]
+
+
+def test_ranks_that_are_ended_show_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # as the command sets it
+    job = Job(machine(tmp_path), "late", [])
+    while not list(job._ranks()):
+        assert job._process.poll() is None
+        time.sleep(0.1)
+    time.sleep(0.5)
+    assert job.wait(time.monotonic()) is None
+    assert "Fatal Python error: Aborted" in job.output()
 
 
 def test_parallel_runs_equal_one_process_and_a_wrong_gradient_does_not(

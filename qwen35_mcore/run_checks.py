@@ -5,9 +5,14 @@ Every rank comes to the same answer, from the flags, the environment and shared 
 
 from __future__ import annotations
 
+import importlib.util
 from argparse import Namespace
 from typing import Any
 
+import torch
+
+from qwen35_mcore import cpu
+from qwen35_mcore.backends import choose_experts
 from qwen35_mcore.checkpoint_checks import Start, check_start
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data_checks import check_datasets
@@ -26,6 +31,7 @@ REFUSED = {
     "use_torch_fsdp2": "GatedDeltaNet's checkpoint layout was not tested with it",
     "fp16": "Qwen3.5 is trained in bf16 or float32",
 }
+INSTEAD = {"fp16": "pass --bf16"}
 
 NEEDED = {
     "micro_batch_size": "sequences per forward pass and data parallel rank",
@@ -55,7 +61,12 @@ def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
             )
     for name, reason in REFUSED.items():
         if getattr(args, name, None):
-            raise ConfigError(f"{_flag(name)} is not supported: {reason}", got=getattr(args, name))
+            given = getattr(args, name)
+            raise ConfigError(
+                f"{_flag(name)} is not supported: {reason}",
+                got=_flag(name) if given is True else f"{_flag(name)} {given}",
+                fix=INSTEAD.get(name, "drop the flag"),
+            )
     if args.ckpt_format != "torch_dist":
         raise ConfigError(
             "checkpoints are written in one format, the one that converts and changes layout",
@@ -71,7 +82,10 @@ def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
             fix="pass --use-distributed-optimizer",
         )
     _check_main_params(args)
-    _check_graph(args)
+    _check_graph_device(args)
+    if args.num_experts:
+        _check_fp8_experts(args)
+        _check_graph(args, _experts(args))
     _check_warmup(args)
     _check_needed(args)
 
@@ -94,20 +108,51 @@ def _check_main_params(args: Namespace) -> None:
         )
 
 
-def _check_graph(args: Namespace) -> None:
+def _check_graph_device(args: Namespace) -> None:
+    older = [n for n in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, n)]
+    if not cpu.is_needed() or (args.cuda_graph_impl == "none" and not older):
+        return
+    raise ConfigError(
+        "CUDA graphs need a CUDA device, and this run is on the CPU",
+        got=" ".join(map(_flag, older)) or f"--cuda-graph-impl {args.cuda_graph_impl}",
+        allowed="--cuda-graph-impl none on a CPU",
+        fix="drop --cuda-graph-impl and --cuda-graph-modules, or run on a GPU",
+    )
+
+
+def _check_fp8_experts(args: Namespace) -> None:
+    """Megatron refuses this, too, as a version of Transformer Engine that is too old: 0.0.0."""
+    if (args.fp8 or args.fp4) and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "FP8 and FP4 need a GPU and Transformer Engine",
+            got=(f"--fp8-format {args.fp8}" if args.fp8 else f"--fp4-format {args.fp4}")
+            + (" on the CPU" if cpu.is_needed() else ", and Transformer Engine is not installed"),
+            fix="drop the flag, or on a GPU machine: pip install '.[gpu]'",
+        )
+
+
+def _experts(args: Namespace) -> str:
+    """The routed experts of the run; refuses named ones that cannot run."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    planned: Any = Namespace(**{**vars(args), "params_dtype": dtype})
+    return choose_experts(planned).name
+
+
+def _check_graph(args: Namespace, experts: str) -> None:
     """A step in one CUDA graph may nowhere wait for the host, as an all-to-all of tokens does."""
-    if args.cuda_graph_impl != "full_iteration" or not args.num_experts:
+    if args.cuda_graph_impl != "full_iteration":
         return
     apart = args.expert_model_parallel_size * (
         args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     )
-    if apart > 1 or args.moe_experts == "te":
+    if apart > 1 or experts != "grouped_mm":
         raise ConfigError(
             "one CUDA graph of the whole step needs every expert whole on its rank, in grouped_mm: "
             "otherwise each MoE layer waits for the host to learn how many tokens an expert has",
             got=f"--cuda-graph-impl full_iteration, experts over {apart} ranks, "
-            f"--moe-experts {args.moe_experts}",
-            allowed="expert and expert tensor parallelism of 1, --moe-experts auto or grouped_mm",
+            f"--moe-experts {args.moe_experts}, which is {experts} here",
+            allowed="expert and expert tensor parallelism of 1, --moe-experts auto or grouped_mm, "
+            "--bf16",
             fix="drop --cuda-graph-impl, or spread the model over pipeline and data parallel ranks",
         )
 

@@ -174,6 +174,7 @@ def _experts(part: str, fp8: str | None) -> KernelPath:
         fp4=None,
         delay_wgrad_compute=False,
         params_dtype=torch.bfloat16,
+        transformer_impl="transformer_engine",
         moe_experts="auto",
     )
     name, why = choose_experts(run)

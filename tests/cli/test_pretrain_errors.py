@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from qwen35_mcore import cpu
 from qwen35_mcore.data import tokenize
 from qwen35_mcore.flavors import get_flavor
 from tests.helpers.pretrain_runs import script_server, small_dataset
@@ -120,7 +121,7 @@ def test_model_choice(arguments: list[str], parts: list[str]) -> None:
         (["--micro-batch-size", "many"], ["--micro-batch-size: invalid int value: 'many'"]),
         (["--gdn-kernel", "cuda"], ["'cuda' (choose from 'auto', 'fla', 'torch')"]),
         (["--hidden-size", "64"], ["--hidden-size contradicts", "got: 64", "allowed: 128"]),
-        (["--fp16"], ["--fp16 is not supported", "bf16 or float32"]),
+        (["--fp16"], ["--fp16 is not supported", "bf16 or float32", "fix: pass --bf16"]),
         (["--use-precision-aware-optimizer"], ["is not supported", "never updated"]),
         (["--ckpt-format", "torch"], ["got: --ckpt-format torch", "allowed: torch_dist"]),
         (["--min-lr", "1"], ["args.min_lr <= args.lr", "min_lr=1.0, lr=0.001"]),
@@ -128,15 +129,38 @@ def test_model_choice(arguments: list[str], parts: list[str]) -> None:
         (["--bf16", "--save", "x", "--save-interval", "1"], ["pass --use-distributed-optimizer"]),
         (["--save", "x"], ["--save-interval"]),
         (["--load-main-params-from-ckpt"], ["is not supported", "--float32-main-params"]),
-        (
-            ["--cuda-graph-impl", "full_iteration", "--moe-experts", "te"],
-            ["waits for the host", "allowed: expert", "drop --cuda-graph-impl"],
-        ),
         (["--float32-main-params"], ["is for bf16 runs", "pass --bf16"]),
         (["--float32-main-params", "--bf16"], ["needs megatron's distributed optimizer"]),
     ],
 )
 def test_flags(more: list[str], parts: list[str]) -> None:
+    message = error_of(flags(*more))
+    for part in parts:
+        assert part in message
+
+
+GRAPH = "--cuda-graph-impl"
+
+
+@pytest.mark.skipif(not cpu.is_needed(), reason="a GPU can do this")
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (
+            [GRAPH, "transformer_engine", "--cuda-graph-modules", "attn"],
+            ["need a CUDA device", f"got: {GRAPH} transformer_engine\n", "fix: drop"],
+        ),
+        ([GRAPH, "full_iteration"], ["need a CUDA device", f"got: {GRAPH} full_iteration\n"]),
+        (["--enable-cuda-graph"], ["need a CUDA device", "got: --enable-cuda-graph\n"]),
+        (["--moe-experts", "te"], ["te experts cannot run here", "fix: drop --moe-experts"]),
+        (["--bf16", "--moe-experts", "grouped_mm"], ["cannot run here", "bfloat16 on cpu"]),
+        (["--fp8-format", "hybrid"], ["got: --fp8-format hybrid on the CPU", "pip install"]),
+        # what only the model's layers find out
+        (["--flavor", "tiny-dense", "--fp8-format", "hybrid"], ["need a GPU", "drop the flag"]),
+        (["--gdn-kernel", "fla"], ["fix: run on a CUDA device, or pass --gdn-kernel torch\n"]),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_never_left_out(more: list[str], parts: list[str]) -> None:
     message = error_of(flags(*more))
     for part in parts:
         assert part in message

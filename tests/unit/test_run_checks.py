@@ -1,0 +1,89 @@
+"""What a run on a GPU is refused for, without a GPU: one CUDA graph of a whole step."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import pytest
+import torch
+
+from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.run_checks import check_flags
+
+
+def run(**more: Any) -> Namespace:
+    """A bf16 run of a MoE model in one CUDA graph, as megatron's parser leaves it."""
+    off = ("save", "load", "float32_main_params", "enable_cuda_graph", "external_cuda_graph")
+    off += ("fp8", "fp4", "delay_wgrad_compute", "lr_warmup_iters", "lr_warmup_samples")
+    off += ("train_samples", "lr_decay_iters", "lr_decay_samples", "data_path", "data_args_path")
+    off += ("per_split_data_args_path", "train_data_path", "valid_data_path", "test_data_path")
+    given = {
+        "ckpt_format": "torch_dist",
+        "bf16": True,
+        "use_distributed_optimizer": True,
+        "num_experts": 8,
+        "cuda_graph_impl": "full_iteration",
+        "transformer_impl": "transformer_engine",
+        "moe_experts": "auto",
+        "tensor_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
+        "micro_batch_size": 1,
+        "seq_length": 64,
+        "lr": 1e-3,
+        "train_iters": 10,
+        "mock_data": True,
+    }
+    return Namespace(**(dict.fromkeys(off) | given | more))
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"expert_model_parallel_size": 8, "cuda_graph_impl": "transformer_engine"},
+        {"bf16": False, "cuda_graph_impl": "none"},
+        {"moe_experts": "te", "cuda_graph_impl": "local"},
+        {"num_experts": None, "bf16": False},
+        {"transformer_impl": "local", "moe_experts": "grouped_mm"},
+    ],
+)
+def test_graphs_that_can_be_captured(more: dict[str, Any]) -> None:
+    check_flags(run(**more), {})
+
+
+@pytest.mark.parametrize(
+    ("more", "experts"),
+    [
+        ({"moe_experts": "te"}, "te"),
+        ({"bf16": False}, "te"),  # which auto takes where grouped_mm cannot run
+        ({"delay_wgrad_compute": True}, "te"),
+        ({"transformer_impl": "local", "bf16": False}, "loop"),
+        ({"expert_model_parallel_size": 2}, "grouped_mm"),
+        ({"tensor_model_parallel_size": 2}, "grouped_mm"),
+    ],
+)
+def test_one_graph_of_a_step_that_waits_for_the_host(more: dict[str, Any], experts: str) -> None:
+    with pytest.raises(ConfigError, match="waits for the host") as caught:
+        check_flags(run(**more), {})
+    assert f"which is {experts} here" in str(caught.value)
+    assert "drop --cuda-graph-impl" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"moe_experts": "grouped_mm", "bf16": False},
+        {"moe_experts": "grouped_mm", "bf16": False, "transformer_impl": "local"},
+        {"moe_experts": "te", "transformer_impl": "local"},
+    ],
+)
+def test_named_experts_that_cannot_run(more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="experts cannot run here"):
+        check_flags(run(**more, cuda_graph_impl="none"), {})

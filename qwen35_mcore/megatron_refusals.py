@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from qwen35_mcore.errors import CheckpointError, ConfigError
+from qwen35_mcore.errors import CheckpointError, ConfigError, Qwen35Error
 
 _UNKNOWN = "unrecognized arguments: "
 
@@ -74,6 +74,21 @@ def _failed_assertion(error: BaseException) -> str:
     except (SyntaxError, ValueError):
         return ""
     return ast.unparse(statement.test) if isinstance(statement, ast.Assert) else ""
+
+
+@contextlib.contextmanager
+def as_first_raised() -> Iterator[None]:
+    """Raise an error of ours as it was: megatron raises it anew in every module around, made of its
+    text and the module's name, which then stands behind the fix."""
+    try:
+        yield
+    except Qwen35Error as error:
+        first = error
+        while isinstance(context := first.__context__, Qwen35Error) and str(first).startswith(
+            str(context)
+        ):
+            first = context
+        raise first from first.__cause__
 
 
 def explain_schedule_changes() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from qwen35_mcore.backends import get_backend
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.mcore_compat import check_version, config_from_arguments
+from qwen35_mcore.megatron_refusals import as_first_raised
 from qwen35_mcore.model import Qwen35Model
 from qwen35_mcore.specs import decoder_block_spec, mtp_block_spec
 from qwen35_mcore.transformer_config import Qwen35TransformerConfig, apply_yarn
@@ -31,28 +32,30 @@ def build_model(
         parallel_output: leave the logits split over tensor-parallel ranks.
 
     Raises:
-        ConfigError: megatron-core of another version, or an unknown ``transformer_impl``.
+        ConfigError: megatron-core of another version, an unknown ``transformer_impl``, or experts
+            that were named and cannot run here.
         KernelError: a kernel or backend that was named cannot run here.
     """
     check_version()
     backend = get_backend(config)
-    return Qwen35Model(
-        config=config,
-        transformer_layer_spec=decoder_block_spec(hf, config, backend, vp_stage),
-        mtp_block_spec=mtp_block_spec(config, backend, vp_stage),
-        vocab_size=hf.vocab_size,
-        max_sequence_length=hf.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        fp16_lm_cross_entropy=fp16_lm_cross_entropy,
-        parallel_output=parallel_output,
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        position_embedding_type="yarn" if hf.yarn else "rope",
-        rotary_percent=hf.rope_parameters.partial_rotary_factor,
-        rotary_base=hf.rope_theta,
-        pg_collection=pg_collection,
-        vp_stage=vp_stage,
-    )
+    with as_first_raised():
+        return Qwen35Model(
+            config=config,
+            transformer_layer_spec=decoder_block_spec(hf, config, backend, vp_stage),
+            mtp_block_spec=mtp_block_spec(config, backend, vp_stage),
+            vocab_size=hf.vocab_size,
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=fp16_lm_cross_entropy,
+            parallel_output=parallel_output,
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            position_embedding_type="yarn" if hf.yarn else "rope",
+            rotary_percent=hf.rope_parameters.partial_rotary_factor,
+            rotary_base=hf.rope_theta,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
 
 
 def make_model_provider(hf: Qwen35Config, args: Any) -> Callable[..., Qwen35Model]:

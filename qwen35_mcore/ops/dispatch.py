@@ -223,7 +223,7 @@ def choose_backend(
 def _cannot_run(asked: str, chosen: str, support: Support) -> KernelError:
     fix = support.fix or "name a backend that can"
     if asked == "auto":
-        fix += "; or name the torch kernels explicitly to run without FLA, slowly"
+        fix += "; or pass --gdn-kernel torch to run without FLA, slowly"
     return KernelError(
         f"the {chosen} kernels cannot run here ({asked!r} was asked for): {support.reason}",
         allowed=", ".join(BACKENDS),

@@ -85,11 +85,11 @@ def fla_support(
     """
     if facts.device_type != "cuda" or facts.capability is None:
         reason = f"FLA's kernels need a CUDA device, this one is {facts.device_type}"
-        return Support(False, reason, "run on a CUDA device, or name the torch kernels")
+        return Support(False, reason, "run on a CUDA device, or pass --gdn-kernel torch")
     if facts.capability < AMPERE:
         got = ".".join(map(str, facts.capability))
         return Support(
-            False, f"needs compute capability 8.0 or newer, got {got}", "name the torch kernels"
+            False, f"needs compute capability 8.0 or newer, got {got}", "pass --gdn-kernel torch"
         )
     if facts.fla is None:
         return Support(False, "flash-linear-attention is not installed", _install_fla())
@@ -98,12 +98,12 @@ def fla_support(
         return Support(False, reason, _install_fla())
     if dtype not in (torch.bfloat16, torch.float16):
         reason = f"FLA's matrix products are 16-bit or TF32, which {dtype} is not"
-        return Support(False, reason, "train in bfloat16, or name the torch kernels")
+        return Support(False, reason, "train in bfloat16, or pass --gdn-kernel torch")
     if max(key_dim, value_dim) > FLA_MAX_HEAD_DIM or key_dim % 2 or value_dim % 2:
         reason = (
             f"head dims must be even and at most {FLA_MAX_HEAD_DIM}, got {key_dim} and {value_dim}"
         )
-        return Support(False, reason, "name the torch kernels")
+        return Support(False, reason, "pass --gdn-kernel torch")
     return _fla_backward_support(facts)
 
 

@@ -157,7 +157,7 @@ def test_auto_on_cuda_is_fla(fake_fla: dict, caplog: pytest.LogCaptureFixture) -
 def test_auto_on_cuda_never_falls_back() -> None:
     with pytest.raises(KernelError, match="not installed") as error:
         select_backend("auto", "cuda", BF16, facts=but(HOPPER, fla=None))
-    assert "name the torch kernels explicitly" in (error.value.fix or "")
+    assert "pass --gdn-kernel torch" in (error.value.fix or "")
 
 
 def test_torch_named_on_cuda_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

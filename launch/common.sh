@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Functions of train.sh and slurm.sbatch.
+# Functions of train.sh, slurm.sbatch and rank.sh.
 
 # fail STATUS WHAT [LINE...]: one error, with what was given and what to do on lines of their own.
 fail() {

@@ -6,6 +6,10 @@
 # file: Megatron asks all ranks after each iteration whether one of them has had a SIGTERM.
 set -uo pipefail
 
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[[ -n ${SLURM_PROCID:-} && -n ${STOP_FILE:-} ]] || die "this is no rank of a job of slurm.sbatch" \
+    "fix: submit launch/slurm.sbatch, which starts every rank; without SLURM run launch/train.sh"
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
 # shellcheck source=launch/env.sh

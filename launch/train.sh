@@ -38,6 +38,8 @@ if [[ -z $NPROC ]]; then
     fi
     [[ $NPROC -gt 0 ]] || die "this machine has no GPU" "fix: set NPROC to train on its CPU"
 fi
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC is no number of processes" "got: $NPROC" \
+    "allowed: 1 or more" "fix: correct it, or leave it out for one process on each GPU"
 
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" \
     "$REPO/examples/pretrain_qwen35.py" "${layout[@]}" "${paths[@]}" "$@"

@@ -165,6 +165,11 @@ def run_sh(prediction: Prediction) -> str:
     else:
         nodes = job.gpus // node
         command = (
+            "if ! command -v sbatch >/dev/null; then\n"
+            f"    echo 'error: this plan runs on {nodes} nodes, and there is no sbatch here' >&2\n"
+            "    echo '  fix: submit it on a machine of a SLURM cluster' >&2\n"
+            "    exit 2\n"
+            "fi\n"
             f'exec sbatch --nodes={nodes} --gpus-per-node={node} launch/slurm.sbatch "$preset" "$@"'
         )
     return (

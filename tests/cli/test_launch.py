@@ -151,6 +151,31 @@ def test_without_visible_gpus_a_number_of_processes_is_needed(tmp_path: Path, pr
     assert "set NPROC" in done.stderr
 
 
+@pytest.mark.parametrize("number", ["x", "0", "-1", "2.5"])
+def test_a_number_of_processes_that_is_none(tmp_path: Path, preset: Path, number: str) -> None:
+    done = train_sh(preset, DATA="mock", SAVE=str(tmp_path), NPROC=number)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: NPROC is no number of processes\n  got: " + number)
+    assert "\n  fix: " in done.stderr
+
+
+def test_without_slurm_what_needs_it_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "dirname").symlink_to(str(shutil.which("dirname")))
+    environment = {name: value for name, value in os.environ.items() if name[:6] != "SLURM_"}
+    for script in (LAUNCH / "rank.sh", *LAUNCH.glob("presets/*/run.sh")):
+        done = subprocess.run(
+            [str(shutil.which("bash")), script],
+            cwd=ROOT,
+            env=environment | {"PATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.returncode == 2, (script, done.stderr)
+        assert done.stderr.startswith("error: ")
+        assert "\n  fix: submit " in done.stderr
+
+
 def test_one_process_for_each_visible_gpu(tmp_path: Path, preset: Path) -> None:
     env = {"DATA": "mock", "SAVE": str(tmp_path), "PYTHON": "echo", "CUDA_VISIBLE_DEVICES": "0,3"}
     assert "--nproc-per-node 2 " in train_sh(preset, **env).stdout

@@ -111,9 +111,15 @@ def read_calibration(path: Path) -> Calibration:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PlanError("cannot read the calibration file", got=f"{path}: {error}") from error
+        raise PlanError(
+            "cannot read the calibration file",
+            got=f"{path}: {error.strerror}",
+            fix="correct the path, or leave out --calibration for the measurement of this package",
+        ) from error
     except ValueError as error:
-        raise PlanError("the calibration file is not valid JSON", got=f"{path}: {error}") from error
+        raise PlanError(
+            "the calibration file is not valid JSON", got=f"{path}: {error}", fix=_MEASURE_AGAIN
+        ) from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise PlanError(

@@ -17,7 +17,7 @@ from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Job
 from qwen35_mcore.planner.emit import check_folder, emit, files
 from qwen35_mcore.planner.explain import explain, parse_layout
 from qwen35_mcore.planner.hardware import get_gpu
-from qwen35_mcore.planner.picture import check_suffix, draw
+from qwen35_mcore.planner.picture import check_target, draw
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.report import (
     explanation_data,
@@ -42,18 +42,23 @@ class Output:
         """Refuse now what could not be written after a search.
 
         Raises:
-            PlanError: a folder that exists, a picture of an unknown format, or --dry-run without
-                anything to write.
+            PlanError: a folder that exists, a picture of an unknown format or in no folder, or
+                --dry-run or --overwrite without anything to write.
         """
         if self.dry_run and self.emit is None:
             raise PlanError(
                 "--dry-run prints the files of --emit, which is missing",
                 fix="add --emit DIR, or leave out --dry-run: without --emit nothing is written",
             )
+        if self.overwrite and self.emit is None:
+            raise PlanError(
+                "--overwrite is for the folder of --emit, which is missing",
+                fix="add --emit DIR, or leave out --overwrite: a picture is replaced without it",
+            )
         if self.emit is not None and not self.dry_run:
             check_folder(self.emit, overwrite=self.overwrite)
         if self.picture is not None:
-            check_suffix(self.picture)
+            check_target(self.picture)
 
 
 def refuse_pins(pins: Mapping[str, object]) -> None:
@@ -127,7 +132,7 @@ def precisions(text: str | None) -> tuple[str, ...]:
     """
     if text == "all":
         return PRECISIONS
-    return (_one_of("precision", text or PRECISIONS[0], PRECISIONS),)
+    return (_one_of("precision", text or PRECISIONS[0], PRECISIONS, "all"),)
 
 
 def recomputations(text: str | None) -> tuple[str, ...]:
@@ -135,9 +140,9 @@ def recomputations(text: str | None) -> tuple[str, ...]:
     return () if text is None else (_one_of("recompute", text, RECOMPUTE),)
 
 
-def _one_of(name: str, text: str, allowed: tuple[str, ...]) -> str:
-    if text not in allowed:
-        raise PlanError(f"--{name} is unknown", got=text, allowed=", ".join(allowed))
+def _one_of(name: str, text: str, words: tuple[str, ...], *also: str) -> str:
+    if text not in words:
+        raise PlanError(f"--{name} is unknown", got=text, allowed=", ".join((*words, *also)))
     return text
 
 

@@ -49,13 +49,22 @@ def parse_layout(text: str) -> tuple[Candidate, str | None]:
     In any order. Sizes not named are 1 (etp too), nothing is recomputed, precision is bf16.
 
     Raises:
-        PlanError: an unknown name or an impossible value.
+        PlanError: no name, an unknown one, one named twice, or an impossible value.
     """
     values: dict[str, object] = {}
     layout = None
     # a layout string may hold commas, but no "="
-    for item in filter(None, (part.strip(" ,") for part in re.split(r",(?=\s*\w+=)", text))):
-        name, _, value = item.partition("=")
+    parts = (part.strip(" ,") for part in re.split(r",(?=\s*\w+=)", text))
+    items = [part for part in parts if part]
+    if not items:
+        raise PlanError(
+            "the layout is empty", got=repr(text), fix="name its sizes, such as tp=1,pp=2,ep=8"
+        )
+    names = [item.partition("=")[0] for item in items]
+    for item, name in zip(items, names, strict=True):
+        if names.count(name) > 1:
+            raise PlanError(f"the layout names {name} more than once", got=text, fix="name it once")
+        value = item.partition("=")[2]
         if name == "layout":
             layout = value or None
         elif name in _WORDS and value in _WORDS[name]:

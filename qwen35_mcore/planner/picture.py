@@ -59,7 +59,7 @@ def draw(plan: StagePlan, path: str | os.PathLike[str], *, title: str = "Pipelin
         PlanError: another suffix, the file cannot be written, or matplotlib is not installed.
     """
     target = Path(path)
-    suffix = check_suffix(target)
+    suffix = check_target(target)
     figure_class, rc_context = _matplotlib()
     # text stays text in an SVG, and nothing in it depends on the day or the run
     settings = {"svg.fonttype": "none", "svg.hashsalt": "plan", "font.family": "DejaVu Sans"}
@@ -71,21 +71,31 @@ def draw(plan: StagePlan, path: str | os.PathLike[str], *, title: str = "Pipelin
             figure.savefig(partial, format=suffix[1:], dpi=150, metadata=metadata)
             partial.replace(target)
         except OSError as error:
-            raise PlanError(
-                "the picture cannot be written", got=str(target), fix=f"{error.strerror}"
-            ) from error
+            raise _cannot_write(target, error.strerror) from error
 
 
-def check_suffix(target: Path) -> str:
-    """The suffix of a picture, in lower case.
+def check_target(target: Path) -> str:
+    """The suffix of a picture, in lower case; what costs nothing to know before a search.
 
     Raises:
-        PlanError: it is none of `FORMATS`.
+        PlanError: it is none of `FORMATS`, or the folder is not there.
     """
     suffix = target.suffix.lower()
     if suffix not in FORMATS:
         raise PlanError("the picture has no known format", got=target.name, allowed="*.png, *.svg")
+    if os.path.isdir(target):  # false for a name that is too long, where Path.is_dir raises
+        raise _cannot_write(target, "it is a folder")
+    if not os.path.isdir(target.parent):
+        raise _cannot_write(target, f"there is no folder {target.parent}")
     return suffix
+
+
+def _cannot_write(target: Path, reason: str | None) -> PlanError:
+    return PlanError(
+        "the picture cannot be written",
+        got=f"{target}: {reason}",
+        fix="make the folder first, or name another file",
+    )
 
 
 def _matplotlib() -> tuple[Any, Any]:

@@ -92,9 +92,12 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
         (("--gpus", "16", "--global-batch-size", "512"), ["exactly one model"]),
         ((*SMALL, "--flavor", "35b"), ["no such flavor", "35b-a3b"]),
         (("--flavor", "35b-a3b", "--gpus", "7", "--global-batch-size", "7"), ["--gpus 16"]),
-        ((*SMALL, "--precision", "fp4"), ["fp8-blockwise"]),
+        ((*SMALL, "--precision", "fp4"), ["fp8-blockwise", "fp8-tensorwise, all"]),
         ((*SMALL, "--recompute", "some"), ["selective"]),
-        ((*SMALL, "--calibration", "missing.json"), ["cannot read the calibration file"]),
+        (
+            (*SMALL, "--calibration", "missing.json"),
+            ["cannot read the calibration file", "got: missing.json: No such file or", "fix: "],
+        ),
         ((*SMALL, "--explain", "tpp=1"), ["did you mean tp"]),
         ((*SMALL, "--tp", "1", "--pp", "2", "--global-batch-size", "509"), ["504 or 512"]),
         (
@@ -108,7 +111,12 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
         ((*SMALL, "--explain", "pp=2,ep=8", "--tp", "2", "--ep", "8"), ["--tp --ep", "mbs=1"]),
         ((*SMALL, "--explain", "pp=2", "--precision", "bf16"), ["--precision"]),
         ((*SMALL, "--dry-run"), ["add --emit DIR"]),
+        ((*SMALL, "--overwrite"), ["add --emit DIR"]),
         ((*SMALL, "--picture", "plan.jpg"), ["no known format", "*.svg"]),
+        (
+            (*LARGE, "--picture", "nowhere/plan.svg"),
+            ["nowhere/plan.svg: there is no folder nowhere", "make the folder first"],
+        ),
         ((*SMALL, "--emit", "pyproject.toml", "--overwrite"), ["is a file"]),
     ],
 )

@@ -115,8 +115,13 @@ def test_without_matplotlib_the_error_says_what_to_install(
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="cannot be written"):
-        draw(plan(2, 1, 4), tmp_path / "missing" / "plan.png")
+    for target, reason in (
+        (tmp_path / "missing" / "plan.png", f"there is no folder {tmp_path / 'missing'}"),
+        (tmp_path / ("x" * 300 + ".svg"), "File name too long"),
+    ):
+        with pytest.raises(PlanError, match="cannot be written") as caught:
+            draw(plan(2, 1, 4), target)
+        assert f"got: {target}: {reason}\n  fix: make the folder first" in str(caught.value)
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:

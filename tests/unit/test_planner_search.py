@@ -214,6 +214,21 @@ def test_a_layout_that_cannot_be_read(text: str) -> None:
         parse_layout(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "the layout is empty"),
+        (" , ", "the layout is empty"),
+        ("tp=2,pp=2,tp=4", "names tp more than once"),
+        ("layout=E|tL,layout=E|tL", "names layout more than once"),
+    ],
+)
+def test_a_layout_that_says_nothing_or_too_much(text: str, problem: str) -> None:
+    with pytest.raises(PlanError, match=problem) as caught:
+        parse_layout(text)
+    assert "\n  fix: name " in str(caught.value)
+
+
 def test_a_layout_is_read_in_any_order() -> None:
     stages = "Et*12|t*28mL"
     last = parse_layout(f"pp=2,ep=8,layout={stages}")

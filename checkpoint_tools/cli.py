@@ -52,8 +52,12 @@ NoMtp = Annotated[
 
 @app.command("import")
 def import_(
-    hf_dir: Annotated[str, typer.Argument(help="Hugging Face folder, or a Hub repo id.")],
-    out_dir: Annotated[Path, typer.Argument(help="Where the Megatron checkpoint goes.")],
+    hf_dir: Annotated[
+        str, typer.Argument(metavar="HF_DIR", help="Hugging Face folder, or a Hub repo id.")
+    ],
+    out_dir: Annotated[
+        Path, typer.Argument(metavar="OUT_DIR", help="Where the Megatron checkpoint goes.")
+    ],
     layout: Annotated[
         Literal["qwen35", "mcore"],
         typer.Option(help="qwen35: for this package. mcore: megatron-core's own GatedDeltaNet."),
@@ -94,9 +98,14 @@ def import_(
 @app.command()
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="iter_NNNNNNN, release, or the run folder above it.")
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="iter_NNNNNNN, release, or the run folder above it."
+        ),
     ],
-    hf_out: Annotated[Path, typer.Argument(help="Where the Hugging Face folder goes.")],
+    hf_out: Annotated[
+        Path, typer.Argument(metavar="HF_OUT", help="Where the Hugging Face folder goes.")
+    ],
     dtype: Annotated[
         Literal["original", "checkpoint", "float32"],
         typer.Option(
@@ -135,8 +144,10 @@ def export(
 
 @app.command()
 def verify(
-    first: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
-    second: Annotated[Path, typer.Argument(help="The other one, of either kind.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="Hugging Face folder or Megatron checkpoint.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The other one, of either kind.")],
     reference: Reference = None,
     weights_only: Annotated[
         bool,
@@ -168,7 +179,9 @@ def verify(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Hugging Face folder or Megatron checkpoint.")
+    ],
     as_json: Json = False,
 ) -> None:
     """What a folder is, and whether it is complete. Exit 1 if it is not."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.storage import MappedFile, split_rows
+from checkpoint_tools.storage import MappedFile, no_folder, split_rows
 from checkpoint_tools.transforms import Box, Shape
 from qwen35_mcore.errors import CheckpointError
 
@@ -176,10 +176,8 @@ def _open_shard(
 
 def _no_weights(folder: Path) -> CheckpointError:
     if not folder.is_dir():
-        return CheckpointError(
-            "there is no such folder",
-            got=str(folder),
-            fix="give a Hugging Face model folder, or a Hub id such as Qwen/Qwen3.5-35B-A3B",
+        return no_folder(
+            folder, "give a Hugging Face model folder, or a Hub id such as Qwen/Qwen3.5-35B-A3B"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:

@@ -13,12 +13,17 @@ from checkpoint_tools.hf_io import HFCheckpoint, HFTensor
 from checkpoint_tools.manifest import PARTIAL
 from checkpoint_tools.mcore_io import MegatronCheckpoint, MegatronTensor
 from checkpoint_tools.mcore_keys import TRACKER
+from checkpoint_tools.storage import no_folder
 from checkpoint_tools.verify import is_hf_folder
 from checkpoint_tools.views import has_mtp, model_keys, stored_layout
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError, ConfigError
 from qwen35_mcore.flavors import FLAVORS
 
+_ANY_CHECKPOINT = (
+    "a folder with config.json and safetensors files, an iter_NNNNNNN or release folder, or the "
+    f"run folder above it with its {TRACKER}"
+)
 _PARALLEL = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -37,7 +42,7 @@ def inspect_folder(path: Path) -> dict[str, Any]:
         CheckpointError: the folder is no checkpoint of any kind.
     """
     if not path.is_dir():
-        raise CheckpointError("there is no such folder", got=str(path))
+        raise no_folder(path, f"give {_ANY_CHECKPOINT}")
     if path.name.endswith(PARTIAL) or (path / "manifest.jsonl").is_file():
         return {
             "kind": "unfinished conversion",
@@ -50,7 +55,10 @@ def inspect_folder(path: Path) -> dict[str, Any]:
         describe, kind = _describe_hf, "Hugging Face folder"
     elif not _looks_like_megatron(path):
         raise CheckpointError(
-            "neither a Hugging Face folder nor a Megatron checkpoint", got=str(path)
+            "neither a Hugging Face folder nor a Megatron checkpoint",
+            got=str(path),
+            allowed=_ANY_CHECKPOINT,
+            fix="name the folder that holds these files; it may be one above or below",
         )
     base: dict[str, Any] = {"kind": kind, "path": str(path)}
     try:

@@ -23,8 +23,9 @@ from checkpoint_tools.dcp_pickle import (
     TensorEntry,
     load_torch_object,
 )
+from checkpoint_tools.manifest import PARTIAL
 from checkpoint_tools.mcore_keys import COMMON_STATE, LEGACY_COMMON, TRACKER, Stored
-from checkpoint_tools.storage import MappedFile
+from checkpoint_tools.storage import MappedFile, no_folder
 from checkpoint_tools.torch_blob import map_tensor
 from checkpoint_tools.transforms import Box, Shape
 from qwen35_mcore.errors import CheckpointError
@@ -152,6 +153,14 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     Raises:
         CheckpointError: there is none; the message says what is there instead.
     """
+    if not path.is_dir():
+        unfinished = Path(f"{path}{PARTIAL}")
+        raise no_folder(
+            path,
+            f"an interrupted import is in {unfinished}: run its command again"
+            if unfinished.is_dir()
+            else "give an iter_NNNNNNN or release folder, or the run folder above it",
+        )
     if (path / ".metadata").is_file() or (path / "metadata.json").is_file():
         return path.parent, path
     tracker = path / TRACKER

@@ -26,6 +26,12 @@ _BLOCK = 2**20  # Linux writes 64 MB at once many times slower, and a block stay
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
+def no_folder(path: Path, fix: str) -> CheckpointError:
+    """The error of a path that is no folder: it is a file, or it is not there."""
+    what = "this is a file, not a folder" if path.exists() else "there is no such folder"
+    return CheckpointError(what, got=str(path), fix=fix)
+
+
 class MappedFile:
     """A file whose content is tensors without being read: pages come in as they are touched."""
 

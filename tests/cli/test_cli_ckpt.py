@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,25 @@ def test_help_needs_neither_torch_nor_transformers(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("import", "HF_DIR OUT_DIR"),
+        ("export", "CHECKPOINT HF_OUT"),
+        ("verify", "A B"),
+        ("inspect", "DIR"),
+    ],
+)
+def test_usage_names_arguments_as_the_readme_does(command: str, usage: str) -> None:
+    shown = re.sub(r"[{}]", "", ok(ckpt(command, "--help")).out)  # typer: needed arguments
+    assert f"{command} [OPTIONS] {usage}" in " ".join(shown.split())
+    missing = ckpt(command)
+    assert missing.code == 2
+    assert f"Missing argument '{usage.split()[0]}'" in missing.err
+    readme = (ROOT / "checkpoint_tools" / "README.md").read_text()
+    assert re.search(rf"^qwen35-ckpt {command} +{' +'.join(usage.split())} ", readme, re.MULTILINE)
 
 
 def test_no_such_option_is_exit_2(moe: Path) -> None:

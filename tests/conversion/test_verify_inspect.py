@@ -200,4 +200,18 @@ def test_inspect_names_the_flavor(tmp_path: Path) -> None:
 
 
 def test_inspect_something_else(tmp_path: Path) -> None:
-    refused(ckpt("inspect", tmp_path), "neither")
+    refused(ckpt("inspect", tmp_path), "neither", "allowed: ", "fix: ")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "export", "import"])
+def test_a_path_that_is_no_folder(command: str, toys: dict[str, Path], tmp_path: Path) -> None:
+    other = {"inspect": [], "verify": [toys["qwen3_5_moe"]]}.get(command, [tmp_path / "out"])
+    missing, file = tmp_path / "missing", tmp_path / "file"
+    file.write_text("")
+    refused(ckpt(command, missing, *other), f"there is no such folder\n  got: {missing}", "fix: ")
+    refused(ckpt(command, file, *other), f"this is a file, not a folder\n  got: {file}", "fix: ")
+
+
+def test_an_import_that_was_interrupted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.partial").mkdir()
+    refused(ckpt("export", tmp_path / "m", tmp_path / "out"), f"is in {tmp_path / 'm.partial'}")

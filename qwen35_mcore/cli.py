@@ -26,7 +26,8 @@ app.add_typer(data_app, name="data")
 @app.command()
 def flavors(
     name: Annotated[
-        str | None, typer.Argument(help="One flavor; any spelling of its name. Default: all.")
+        str | None,
+        typer.Argument(metavar="NAME", help="One flavor; any spelling of its name. Default: all."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON list with every component's count.")
@@ -46,7 +47,8 @@ def flavors(
 @data_app.command()
 def tokenize(
     output_prefix: Annotated[
-        Path, typer.Option(help="Where the dataset goes: PREFIX.bin and PREFIX.idx.")
+        str,
+        typer.Option(metavar="PREFIX", help="Where the dataset goes: PREFIX.bin and PREFIX.idx."),
     ],
     inputs: Annotated[
         list[str] | None,
@@ -69,7 +71,9 @@ def tokenize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing dataset.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress bar, and no word when it is done.")
+    ] = False,
     stdlib: Annotated[
         bool, typer.Option("--stdlib", help="The same as the input 'stdlib'.")
     ] = False,
@@ -82,7 +86,7 @@ def tokenize(
         )
     from qwen35_mcore import data
 
-    data.tokenize(
+    report = data.tokenize(
         inputs=names,
         output_prefix=output_prefix,
         tokenizer=tokenizer,
@@ -92,6 +96,10 @@ def tokenize(
         overwrite=overwrite,
         quiet=quiet,
     )
+    if not quiet:
+        typer.echo(
+            f"wrote {output_prefix}.bin: {report.documents:,} documents, {report.tokens:,} tokens"
+        )
 
 
 @app.command()

@@ -24,7 +24,7 @@ from qwen35_mcore.data.readers import Record, document_text, read_chunks
 from qwen35_mcore.data.sidecar import Sidecar
 from qwen35_mcore.data.sources import Source, expand_inputs, hash_sources
 from qwen35_mcore.data.tokenizers import Tokenizer, load_tokenizer
-from qwen35_mcore.data.writer import DatasetWriter, check_target, index_dtype
+from qwen35_mcore.data.writer import DatasetWriter, check_target, dataset_prefix, index_dtype
 from qwen35_mcore.errors import DataError
 
 
@@ -115,7 +115,7 @@ def tokenize(
     started = time.perf_counter()
     if workers < 1:
         raise DataError("workers must be at least 1", got=workers, fix="pass --workers 1 or more")
-    prefix = Path(output_prefix)
+    prefix = dataset_prefix(output_prefix)
     check_target(prefix, overwrite=overwrite)
     sources = expand_inputs(inputs, output_prefix=prefix)
     loaded = load_tokenizer(tokenizer)

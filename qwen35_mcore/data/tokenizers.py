@@ -119,7 +119,9 @@ def _load_auto_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if is_path else name)
+        return AutoTokenizer.from_pretrained(
+            str(folder) if is_path else name, local_files_only=is_path or not _hub_answers(name)
+        )
     except Exception as error:  # the Rust library raises bare Exception
         raise DataError(
             f"tokenizer {name!r} could not be loaded",
@@ -128,6 +130,21 @@ def _load_auto_tokenizer(name: str) -> Any:
             "name on the Hugging Face hub",
             fix="check the spelling, or download the tokenizer's files and name their folder",
         ) from error
+
+
+def _hub_answers(name: str) -> bool:
+    """Asked once, because transformers asks for each of a dozen files, and five times again with
+    pauses and warnings where there is no network; what the cache holds needs none."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "tokenizer_config.json"))
+    except HfHubHTTPError:  # also a no is an answer, which transformers explains
+        return True
+    except Exception:  # of whichever HTTP library the hub's client uses
+        return False
+    return True
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -18,6 +18,30 @@ from qwen35_mcore.errors import DataError
 _PARTIAL = ".partial"
 
 
+def dataset_prefix(given: Path | str) -> Path:
+    """The prefix as a path.
+
+    Raises:
+        DataError: it is a folder's name, or has the suffix of a file of the dataset.
+    """
+    prefix = Path(given)
+    if os.path.basename(given) in ("", ".", ".."):
+        raise DataError(
+            "the output prefix is a folder",
+            got=str(given),
+            allowed="PREFIX, of which the files are PREFIX.bin and PREFIX.idx",
+            fix=f"name the dataset in it: --output-prefix {prefix / 'NAME'}",
+        )
+    if prefix.suffix in (".bin", ".idx"):
+        raise DataError(
+            "the output prefix has a suffix, which would be there twice",
+            got=str(given),
+            allowed="PREFIX, of which the files are PREFIX.bin and PREFIX.idx",
+            fix=f"--output-prefix {prefix.with_suffix('')}",
+        )
+    return prefix
+
+
 def check_target(prefix: Path, *, overwrite: bool) -> None:
     """Raise DataError if writing at ``prefix`` would replace something without ``overwrite``.
 

@@ -38,8 +38,10 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_files_and_folders_with_workers(tmp_path: Path, corpus: Path) -> None:
-    run(corpus, "--output-prefix", tmp_path / "new" / "out", "--json-key", "body", "--workers", 2)
-    sidecar = data.check_dataset(tmp_path / "new" / "out", vocab_size=257, eod_id=256)
+    prefix = tmp_path / "new" / "out"
+    done = run(corpus, "--output-prefix", prefix, "--json-key", "body", "--workers", 2)
+    assert done.stdout == f"wrote {prefix}.bin: 3 documents, 15 tokens\n"
+    sidecar = data.check_dataset(prefix, vocab_size=257, eod_id=256)
     assert sidecar is not None
     assert (sidecar.documents, sidecar.tokens, sidecar.files) == (3, 15, 2)
 
@@ -58,6 +60,10 @@ def test_errors_are_one_message(tmp_path: Path, corpus: Path) -> None:
         ((corpus, *target), r"^error: .*lines\.jsonl:1 has no key 'text'\n.*keys body"),
         ((corpus / "none", *target), r"^error: input '.*none' does not exist"),
         ((corpus / "note.txt", *target, "--tokenizer", "./none"), r"^error: tokenizer path"),
+        (
+            (corpus / "note.txt", "--output-prefix", f"{corpus}/"),
+            r"^error: the output prefix is a folder\n.*\n.*\n  fix: .*/corpus/NAME$",
+        ),
     ):
         assert re.search(message, run(*arguments, status=2).stderr, re.MULTILINE)
         assert sorted(tmp_path.iterdir()) == [corpus]
@@ -68,7 +74,7 @@ def test_overwrite_is_asked_for(tmp_path: Path, corpus: Path) -> None:
     run(*arguments)
     assert "out.bin exists already" in run(*arguments, status=2).stderr
     (corpus / "note.txt").write_text("another note")
-    run(*arguments, "--overwrite")
+    assert run(*arguments, "--overwrite", "--quiet").stdout == ""
     assert json.loads((tmp_path / "out.json").read_text())["text_bytes"] == 12
 
 

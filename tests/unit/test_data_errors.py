@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qwen35_mcore.data.tokenizers import load_tokenizer
 from qwen35_mcore.errors import DataError
 from tests.helpers.text_data import tokenize, write_jsonl, write_parquet
 
@@ -97,6 +98,39 @@ class TestErrors:
             tokenize([], tmp_path / "out")
         with pytest.raises(DataError, match="named twice"):
             tokenize([path, tmp_path], tmp_path / "out")
+
+    @pytest.mark.parametrize("prefix", ["o.bin", "o.idx", "folder/", ".", ".."])
+    def test_an_output_prefix_that_is_none(self, tmp_path: Path, prefix: str) -> None:
+        path = write_jsonl(tmp_path / "a.jsonl", ["a"])
+        with pytest.raises(DataError, match="the output prefix ") as caught:
+            tokenize([path], f"{tmp_path}/{prefix}")
+        assert "fix: " in str(caught.value)
+        assert "--output-prefix " in str(caught.value)
+        assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize("answers", [True, False])
+    def test_a_hub_out_of_reach_is_asked_once(
+        self, monkeypatch: pytest.MonkeyPatch, answers: bool
+    ) -> None:
+        """Transformers would ask a dozen times, and each time five times again."""
+        import huggingface_hub
+        import transformers
+
+        local_only = []
+
+        def head(url: str) -> None:
+            if not answers:
+                raise ConnectionError("no network")
+
+        def load(name: str, *, local_files_only: bool) -> None:
+            local_only.append(local_files_only)
+            raise OSError(f"no {name}")
+
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", head)
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+        with pytest.raises(DataError, match="tokenizer 'no/name' could not be loaded"):
+            load_tokenizer("no/name")
+        assert local_only == [not answers]
 
     def test_target_that_cannot_be_written(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", ["a"])

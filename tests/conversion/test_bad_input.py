@@ -137,7 +137,8 @@ def test_a_real_process_says_the_same(copy_of: Callable[[str], Path], tmp_path: 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     refused(ckpt("import", tmp_path / "nothing", tmp_path / "m"), "no such folder")
-    refused(ckpt("export", tmp_path / "nothing", tmp_path / "hf"), "no Megatron checkpoint")
+    refused(ckpt("export", tmp_path / "nothing", tmp_path / "hf"), "no such folder")
+    refused(ckpt("export", tmp_path, tmp_path / "hf"), "no Megatron checkpoint")
     refused(ckpt("inspect", tmp_path / "nothing"), "no such folder")
 
 

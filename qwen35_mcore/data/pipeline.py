@@ -14,6 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -194,7 +195,8 @@ def _encode_in_order(
         # map() would read all input ahead: a window keeps memory bounded and workers busy.
         pending: deque[Future[_Encoded]] = deque()
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk))
+            with _interrupts_held():  # the pool starts its workers as it is given work
+                pending.append(pool.submit(_encode_in_worker, chunk))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -206,6 +208,18 @@ def _encode_in_order(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait. A process that is started meanwhile never sees it: not even while it still
+    imports what it needs, when it could not ignore it yet and would print a traceback."""
+    resource_tracker.ensure_running()  # unblocks SIGINT when it starts
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 _worker_encoder: _Encoder | None = None

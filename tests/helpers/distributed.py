@@ -9,6 +9,7 @@ rank order, on the CPU.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import io
 import math
@@ -23,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 MAX_WORLD_SIZE = 4
@@ -122,9 +124,13 @@ class WorkerPool:
         return rank if self.on_gpus else None
 
     def close(self) -> None:
-        """End every worker."""
+        """End every worker, and what it started: saving leaves processes that wait for it."""
         for process, connection in self._workers:
             connection.close()
+            with contextlib.suppress(psutil.Error):
+                started = psutil.Process(process.pid).children(recursive=True)
+                for child in started:
+                    child.kill()
             process.kill()
             process.join()
         self._workers = []

@@ -316,6 +316,36 @@ class TestInterruption:
         assert len(workers) >= 2
         assert not psutil.wait_procs(workers, timeout=30)[1]
 
+    def test_ctrl_c_while_workers_start_is_one_traceback(self, tmp_path: Path) -> None:
+        """Starts are slow on a cluster's file system; workers stay silent then, too."""
+        source = write_jsonl(tmp_path / "a.jsonl", ["x" * 5000] * 4000)
+        script = tmp_path / "run.py"
+        script.write_text(
+            "import signal, time\n"
+            "if __name__ == '__mp_main__':\n"
+            "    time.sleep(3)\n"
+            "from qwen35_mcore import data\n"
+            "if __name__ == '__main__':\n"
+            "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"    data.tokenize(inputs=[{str(source)!r}], tokenizer='byte', workers=2,\n"
+            f"                  output_prefix={str(tmp_path / 'out')!r})\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, script],
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )
+        parent = psutil.Process(process.pid)
+        wait_for(lambda: len(parent.children()) >= 3, process)  # with Python's resource tracker
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert errors.count("Traceback") == errors.count("\nKeyboardInterrupt") == 1, errors
+        assert sorted(tmp_path.iterdir()) == [source, script]
+
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120

@@ -22,7 +22,7 @@ def never_called(hf: Qwen35Config, layout: Layout, tokens: torch.Tensor) -> list
     waiting = {
         name: module
         for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
+        if next(module.parameters(recurse=False), None) is not None
     }
     called = set()
     for name, module in waiting.items():

@@ -279,27 +279,40 @@ class TestOverwrite:
         assert not list(tmp_path.glob("*.partial"))
 
 
+def start_tokenizing(
+    folder: Path, documents: int, *, worker_start_s: float = 0
+) -> tuple[subprocess.Popen[str], list[Path]]:
+    """A run with two workers in a session of its own, and the files that were there before it.
+
+    Args:
+        worker_start_s: seconds that a worker takes before it imports anything of ours.
+    """
+    source = write_jsonl(folder / "a.jsonl", ["x" * 5000] * documents)
+    script = folder / "run.py"
+    script.write_text(
+        "import signal, time\n"
+        f"if __name__ == '__mp_main__': time.sleep({worker_start_s})\n"
+        "from qwen35_mcore import data\n"
+        "if __name__ == '__main__':\n"
+        # a shell's background job, and so a test run in one, starts with SIGINT ignored
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"    data.tokenize(inputs=[{str(source)!r}], tokenizer='byte', workers=2,\n"
+        f"                  output_prefix={str(folder / 'out')!r})\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    return process, [source, script]
+
+
 class TestInterruption:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
     def test_no_dataset_and_no_process_is_left(self, tmp_path: Path, number: int) -> None:
-        source = write_jsonl(tmp_path / "a.jsonl", ["x" * 5000] * 16_000)
-        script = tmp_path / "run.py"
-        script.write_text(
-            "import signal\n"
-            "from qwen35_mcore import data\n"
-            "if __name__ == '__main__':\n"
-            # a shell's background job, and so a test run in one, starts with SIGINT ignored
-            "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"    data.tokenize(inputs=[{str(source)!r}], tokenizer='byte', workers=2,\n"
-            f"                  output_prefix={str(tmp_path / 'out')!r})\n"
-        )
-        process = subprocess.Popen(
-            [sys.executable, script],
-            start_new_session=True,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.getcwd()},
-        )
+        process, before = start_tokenizing(tmp_path, 16_000)
         partial = tmp_path / "out.bin.partial"
         wait_for(lambda: partial.exists() and partial.stat().st_size > 20_000_000, process)
         workers = psutil.Process(process.pid).children(recursive=True)
@@ -312,31 +325,13 @@ class TestInterruption:
         assert not (tmp_path / "out.idx").exists()
         if number == signal.SIGINT:
             assert errors.count("\nKeyboardInterrupt") == 1, errors
-            assert sorted(tmp_path.iterdir()) == [source, script]
+            assert sorted(tmp_path.iterdir()) == before
         assert len(workers) >= 2
         assert not psutil.wait_procs(workers, timeout=30)[1]
 
     def test_ctrl_c_while_workers_start_is_one_traceback(self, tmp_path: Path) -> None:
         """Starts are slow on a cluster's file system; workers stay silent then, too."""
-        source = write_jsonl(tmp_path / "a.jsonl", ["x" * 5000] * 4000)
-        script = tmp_path / "run.py"
-        script.write_text(
-            "import signal, time\n"
-            "if __name__ == '__mp_main__':\n"
-            "    time.sleep(3)\n"
-            "from qwen35_mcore import data\n"
-            "if __name__ == '__main__':\n"
-            "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"    data.tokenize(inputs=[{str(source)!r}], tokenizer='byte', workers=2,\n"
-            f"                  output_prefix={str(tmp_path / 'out')!r})\n"
-        )
-        process = subprocess.Popen(
-            [sys.executable, script],
-            start_new_session=True,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.getcwd()},
-        )
+        process, before = start_tokenizing(tmp_path, 4000, worker_start_s=3)
         parent = psutil.Process(process.pid)
         wait_for(lambda: len(parent.children()) >= 3, process)  # with Python's resource tracker
         time.sleep(0.5)
@@ -344,7 +339,7 @@ class TestInterruption:
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0
         assert errors.count("Traceback") == errors.count("\nKeyboardInterrupt") == 1, errors
-        assert sorted(tmp_path.iterdir()) == [source, script]
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -71,6 +72,7 @@ class Job:
         ranks = ["--nproc-per-node", str(machine.ranks)]
         rank = [str(ROOT / "tests" / "bench" / "multi_gpu" / "rank.py"), str(self.folder)]
         # what launch/train.sh sets for every rank, NVLink multicast off among it
+        searched = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))  # not installed, too
         shell = ["bash", "-c", f'source "{ROOT}/launch/env.sh" && exec "$@"', "bash"]
         with self.log.open("w") as output:
             self._process = subprocess.Popen(
@@ -79,6 +81,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(searched)},
             )
         atexit.register(self.end)
 

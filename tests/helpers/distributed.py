@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import importlib
 import io
 import math
 import multiprocessing
@@ -29,6 +30,7 @@ import torch
 
 MAX_WORLD_SIZE = 4
 CASE_TIMEOUT_S = 240
+PRINT_STACKS = signal.SIGRTMIN  # LLVM, which Triton compiles with, takes SIGUSR1 for itself
 MOST_THREADS = 300  # gloo's stay after their group is destroyed, and poll: 60 more with each case
 
 
@@ -113,7 +115,7 @@ class WorkerPool:
         """Have workers print where they are, before they are ended."""
         for rank in ranks:
             if (process := self._workers[rank][0]).is_alive():
-                os.kill(process.pid, signal.SIGUSR1)
+                os.kill(process.pid, PRINT_STACKS)
         time.sleep(0.5)
 
     def _is_worn_out(self, process: Any) -> bool:
@@ -172,13 +174,14 @@ def _serve(connection: Connection, gpu: int | None, log: Path | None) -> None:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(PRINT_STACKS)
     if gpu is None:
         from qwen35_mcore import cpu
 
         cpu.enable()
     else:
         torch.cuda.set_device(gpu)
+        _import_kernels()
     torch.set_num_threads(1)
     backend = "gloo" if gpu is None else "nccl"
     while True:
@@ -191,6 +194,16 @@ def _serve(connection: Connection, gpu: int | None, log: Path | None) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(_pack(answer))
+
+
+def _import_kernels() -> None:
+    """What the first case would import, which half a minute of reading can be: every worker at
+    once, not the others when they first take part."""
+    import megatron.core.models.gpt  # noqa: F401
+
+    for module in ("transformer_engine.pytorch", "fla.ops.gated_delta_rule", "tilelang"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
 
 
 def _threads(pid: int) -> int:

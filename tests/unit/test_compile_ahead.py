@@ -1,0 +1,64 @@
+"""Our Triton kernels compile for an H100 on a machine without a GPU, and what comes out can move."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+os.environ["TRITON_HOME"] = sys.argv[1]
+from tests.bench.compile_ahead import prepare_to_move, pretend
+counts = pretend()
+import torch
+from qwen35_mcore.ops.gdn_fused import epilogue, prologue
+from qwen35_mcore.ops.heads import Heads
+
+heads, length, batch = Heads(4, 8, 128, 128), 256, 2
+def empty(*shape):
+    return torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True)
+for cu_seqlens in (None, torch.tensor([0, 200, 256], dtype=torch.int32)):
+    x = empty(length, 1 if cu_seqlens is not None else batch, sum(heads.sections))
+    q, k, v, z, b, a = prologue(x, empty(sum(heads.convolved), 4), heads, cu_seqlens)
+    y = epilogue(v, z, empty(128), 1e-6)
+    (q.sum() + k.sum() + y.sum() + a.sum() + b.sum()).backward()
+print(*sorted(counts))
+prepare_to_move(Path(sys.argv[1]) / ".triton" / "cache", "/home/there")
+"""
+KERNELS = {
+    "_prologue_forward",
+    "_before_silu",
+    "_convolution_backward",
+    "_epilogue_forward",
+    "_epilogue_backward",
+}
+
+
+def test_kernels_compile_for_sm_90_and_note_the_paths_of_the_other_machine(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(done.stdout.split()) == KERNELS
+    cache = tmp_path / ".triton" / "cache"
+    binaries = {path.stem for path in cache.glob("*/*.cubin")}
+    assert binaries == KERNELS
+    assert {path.suffix for path in cache.glob("*/*")} == {".cubin", ".json"}
+    for group in cache.glob("*/__grp__*.json"):
+        for name, path in json.loads(group.read_text())["child_paths"].items():
+            assert path == f"/home/there/.triton/cache/{group.parent.name}/{name}"
+    targets = {
+        json.loads(path.read_text())["arch"]
+        for kernel in KERNELS
+        for path in cache.glob(f"*/{kernel}.json")
+    }
+    assert targets == {"sm90"}

@@ -63,13 +63,13 @@ def test_a_worker_that_died_between_cases_is_replaced(two: WorkerPool) -> None:
 def test_a_case_that_hangs_ends_at_the_deadline_and_shows_where_it_was(two: WorkerPool) -> None:
     assert two.run(total, 2) == [1.0, 1.0]
     started = time.monotonic()
-    two.deadline = started + 1.0
+    two.deadline = started + 5.0
     try:
         with pytest.raises(CaseError, match="gave no answer"):
             two.run(total, 2, last="hang")
     finally:
         two.deadline = float("inf")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20
     assert isinstance(two.log, Path)
     stacks = two.log.read_text()
     assert "in hang" in stacks  # faulthandler's words for where rank 0 slept

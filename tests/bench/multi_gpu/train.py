@@ -38,7 +38,7 @@ ON_A_GPU = ("--bf16", "--attention-backend")
 """Flags of a plan that a CPU leaves out: it trains in float32 and has one attention."""
 PEERS = {"natural": 135.6, "balanced": 185.2}
 """Model TFLOP/s/GPU of Megatron-Bridge, 35B-A3B VL on 16 H100, bf16, TP1 PP2 EP8 MBS1 GBS512."""
-START_S = 180.0
+START_S = 400.0
 """For starting and compiling; a run that takes longer than that and thrice its prediction hangs."""
 SHORTEST_RUN_S = 60.0
 """A run on GPUs that has less time would end before it measured anything."""

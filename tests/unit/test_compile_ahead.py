@@ -1,4 +1,4 @@
-"""Our Triton kernels compile for an H100 on a machine without a GPU, and what comes out can move."""
+"""Our Triton kernels compile for an H100 where there is no GPU, and what comes out can move."""
 
 from __future__ import annotations
 

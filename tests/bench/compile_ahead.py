@@ -83,6 +83,7 @@ def pretend() -> collections.Counter[str]:
 
     def compile_all(self: Any, *args: Any, **more: Any) -> Any:
         self.cache_results = False  # nothing was measured
+        self.cache.clear()  # another rank's or shape's numbers can make another kernel of each
         return tune(self, *args, **more)
 
     JITFunction.run, Autotuner.run = compile_only, compile_all

@@ -112,11 +112,11 @@ class WorkerPool:
         return results, failures
 
     def _print_stacks(self, ranks: Iterable[int]) -> None:
-        """Have workers print where they are, before they are ended."""
+        """Have workers print where they are, before they are ended: one by one, to one file."""
         for rank in ranks:
             if (process := self._workers[rank][0]).is_alive():
                 os.kill(process.pid, PRINT_STACKS)
-        time.sleep(0.5)
+                time.sleep(0.5)
 
     def _is_worn_out(self, process: Any) -> bool:
         """Whether a worker died, or has more threads than it can use."""

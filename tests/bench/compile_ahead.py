@@ -1,7 +1,7 @@
 """Compile the GDN's Triton kernels for an H100 or H200 on a machine that has no GPU.
 
     python -m tests.bench.compile_ahead --folder ahead 16,32,4096 4,8,256
-    python -m tests.bench.compile_ahead --folder ahead --context-parallel 4,8,256
+    python -m tests.bench.compile_ahead --folder ahead-cp --context-parallel 4,8,256
 
 A shape is KEY HEADS,VALUE HEADS,LENGTH of one rank's layer: forward and backward, with every
 configuration that FLA would tune, which is what takes minutes on a rented machine. FOLDER/.triton
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from qwen35_mcore.errors import ConfigError, Qwen35Error
 
 HEAD_SIZE, TAPS, RANKS = 128, 4, 2
 NAME, MULTIPROCESSORS, SHARED_MEMORY = "NVIDIA H100 80GB HBM3", 132, 232448
@@ -105,15 +107,15 @@ def replace_what_needs_a_gpu() -> None:
         module._check_cp_device = lambda device: None
 
 
-def run_layer(key_heads: int, value_heads: int, length: int, group: Any = None) -> None:
+def run_layer(
+    kernels: Any, key_heads: int, value_heads: int, length: int, group: Any = None
+) -> None:
     """One forward and backward of everything between the GDN's projections."""
-    from qwen35_mcore.ops.fla import FlaKernels
     from qwen35_mcore.ops.heads import Heads
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype).requires_grad_()
 
-    kernels = FlaKernels("compiled ahead")
     heads = Heads(key_heads, value_heads, HEAD_SIZE, HEAD_SIZE)
     context, device = None, torch.device("cpu")
     if group is not None:
@@ -152,32 +154,46 @@ def prepare_to_move(cache: Path, home: str) -> None:
         path.write_text(json.dumps({"child_paths": there}))
 
 
+def shape(word: str) -> tuple[int, int, int]:
+    """KEY HEADS,VALUE HEADS,LENGTH, for argparse."""
+    key_heads, value_heads, length = map(int, word.split(","))
+    return key_heads, value_heads, length
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shapes", nargs="+", metavar="KEY_HEADS,VALUE_HEADS,LENGTH")
-    parser.add_argument("--folder", type=Path, required=True, help="Holds .triton afterwards.")
+    parser.add_argument("shapes", nargs="+", type=shape, metavar="KEY_HEADS,VALUE_HEADS,LENGTH")
+    parser.add_argument("--folder", type=Path, required=True, help="New; holds .triton afterwards.")
     parser.add_argument("--home", default="/root", help="Home folder on the GPU machine.")
     parser.add_argument("--context-parallel", action="store_true", help="Two ranks pass states.")
     args = parser.parse_args()
-    shapes = [tuple(map(int, shape.split(","))) for shape in args.shapes]
+    if args.folder.exists():  # files of a cache are dropped and changed in it
+        raise ConfigError("--folder must be new", got=str(args.folder))
     os.environ["TRITON_HOME"] = str(args.folder.resolve())
     counts = pretend()
+    from qwen35_mcore.ops.fla import FlaKernels
+
+    kernels = FlaKernels("compiled ahead")
     replace_what_needs_a_gpu()
-    for shape in shapes:
+    for wanted in args.shapes:
         started = time.monotonic()
         counts.clear()
         if args.context_parallel:
             for rank in range(RANKS):
                 with pretended_group(rank) as group:
-                    run_layer(*shape, group=group)
+                    run_layer(kernels, *wanted, group=group)
         else:
-            run_layer(*shape)
+            run_layer(kernels, *wanted)
         seconds = time.monotonic() - started
-        print(f"{shape}: {counts.total()} launches of {len(counts)} kernels, {seconds:.0f} s")
+        print(f"{wanted}: {counts.total()} launches of {len(counts)} kernels, {seconds:.0f} s")
     prepare_to_move(args.folder / ".triton" / "cache", args.home)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except Qwen35Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -197,8 +197,8 @@ def _serve(connection: Connection, gpu: int | None, log: Path | None) -> None:
 
 
 def _import_kernels() -> None:
-    """What the first case would import, which half a minute of reading can be: every worker at
-    once, not the others when they first take part."""
+    """Import what cases use while all workers start: each would do so when it first takes part, one
+    after another, and it can take half a minute. What is absent, the case that needs it reports."""
     import megatron.core.models.gpt  # noqa: F401
 
     for module in ("transformer_engine.pytorch", "fla.ops.gated_delta_rule", "tilelang"):

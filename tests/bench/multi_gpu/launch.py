@@ -72,8 +72,9 @@ class Job:
         ranks = ["--nproc-per-node", str(machine.ranks)]
         rank = [str(ROOT / "tests" / "bench" / "multi_gpu" / "rank.py"), str(self.folder)]
         # what launch/train.sh sets for every rank, NVLink multicast off among it
-        searched = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))  # not installed, too
         shell = ["bash", "-c", f'source "{ROOT}/launch/env.sh" && exec "$@"', "bash"]
+        # the package is found where it is not installed, too
+        searched = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self.log.open("w") as output:
             self._process = subprocess.Popen(
                 [*shell, *torchrun, *ranks, *rank, str(script), *flags],

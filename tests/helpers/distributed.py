@@ -182,6 +182,7 @@ def _serve(connection: Connection, gpu: int | None, log: Path | None) -> None:
     else:
         torch.cuda.set_device(gpu)
         _import_kernels()
+        take_first_configurations()
     torch.set_num_threads(1)
     backend = "gloo" if gpu is None else "nccl"
     while True:
@@ -204,6 +205,24 @@ def _import_kernels() -> None:
     for module in ("transformer_engine.pytorch", "fla.ops.gated_delta_rule", "tilelang"):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+
+
+def take_first_configurations() -> None:
+    """Triton's autotuner takes the first configuration in this process, and measures none.
+
+    What is compared is right with each of them, and trying every one costs minutes on a machine
+    that has compiled nothing yet: FLA lists several hundred for a layer that passes states.
+    """
+    with contextlib.suppress(ImportError):
+        from triton.runtime.autotuner import Autotuner
+
+        tune = Autotuner.run
+
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.configs = self.configs[:1]
+            return tune(self, *args, **kwargs)
+
+        Autotuner.run = run
 
 
 def _threads(pid: int) -> int:

@@ -88,9 +88,9 @@ def variants(ranks: int, *, on_gpus: bool) -> Iterator[Variant]:
             for routing in PEERS:
                 candidate = Candidate(pp=pp, ep=ep, precision=precision)
                 yield Variant(candidate, routing, on_gpus=on_gpus)
-        if precision == "bf16":
-            for pp, ep in layouts:
-                yield Variant(Candidate(pp=pp, ep=ep), "natural", graphs=True, on_gpus=on_gpus)
+        for pp, ep in layouts:
+            candidate = Candidate(pp=pp, ep=ep, precision=precision)
+            yield Variant(candidate, "natural", graphs=True, on_gpus=on_gpus)
 
 
 def run(machine: Machine, results: Results, chosen: list[Variant]) -> None:

@@ -8,11 +8,12 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.distributed import CaseError, WorkerPool
+from tests.helpers.distributed import CaseError, WorkerPool, take_first_configurations
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,26 @@ def test_a_case_that_hangs_ends_at_the_deadline_and_shows_where_it_was(two: Work
     assert "in hang" in stacks  # faulthandler's words for where rank 0 slept
     assert "in total" in stacks  # and rank 1 waited
     assert two.run(total, 2) == [1.0, 1.0]
+
+
+def test_a_gpu_worker_tunes_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    autotuner = pytest.importorskip("triton.runtime.autotuner")
+    monkeypatch.setattr(autotuner.Autotuner, "run", autotuner.Autotuner.run)  # put back afterwards
+    take_first_configurations()
+    kernel = Kernel()
+    blocks = [autotuner.Config({"BLOCK": size}) for size in (16, 32, 64)]
+    tuned = autotuner.Autotuner(kernel, ["x"], blocks, ["x"], None, None)
+    tuned.run(x=1, grid=(1,))
+    tuned.run(x=2, grid=(1,))  # another key, for which the tuner would measure again
+    assert kernel.launched == [16, 16]
+
+
+class Kernel:
+    """What Triton's autotuner launches."""
+
+    def __init__(self) -> None:
+        self.fn = lambda x: None
+        self.launched: list[int] = []
+
+    def run(self, **arguments: Any) -> None:
+        self.launched.append(arguments["BLOCK"])

@@ -125,10 +125,10 @@ def test_a_run_that_broke_or_learnt_nothing_fails(
 
 def test_runs_of_a_machine() -> None:
     names = [variant.name for variant in train.variants(8, on_gpus=True)]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 12
     assert {"pp1-ep8/natural/bf16", "pp2-ep4/balanced/fp8-tensorwise"} <= set(names)
-    assert "pp1-ep8/natural/bf16/graphs" in names
-    assert [v.candidate.pp for v in train.variants(1, on_gpus=True)] == [1] * 5
+    assert {"pp1-ep8/natural/bf16/graphs", "pp2-ep4/natural/fp8-tensorwise/graphs"} <= set(names)
+    assert [v.candidate.pp for v in train.variants(1, on_gpus=True)] == [1] * 6
 
 
 def test_the_whole_model_where_it_fits_and_the_largest_cut_elsewhere() -> None:

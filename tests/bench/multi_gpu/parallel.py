@@ -31,8 +31,8 @@ from tests.helpers.training import Result
 
 PART = "parallel"
 LONGEST_CASE_S = 900.0
-"""All runs of one comparison. The first on a GPU compiles and tunes kernels: five minutes for two
-numbers of heads, and more where states are passed."""
+"""All runs of one comparison. The first on a GPU compiles kernels: 140 s for FLA's (five minutes
+when they were tuned, too), and two more where FlashQLA compiles its own."""
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
 """megatron's order of communication under TP and CP, and float32 that is float32."""
 CONTROL = "a wrong gradient is noticed"

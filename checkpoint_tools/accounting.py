@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
+from checkpoint_tools.foreign_tensors import refuse_foreign
 from checkpoint_tools.hf_io import HFCheckpoint, HFTensor
-from checkpoint_tools.names import (
-    MTP_PREFIX,
-    NESTED_PREFIX,
-    VISION_PREFIX,
-    Layout,
-    Naming,
-    Row,
-    rows,
-)
+from checkpoint_tools.names import Layout, Naming, Row, rows
 from checkpoint_tools.origin import Origin, other_files
+from checkpoint_tools.tensor_names import HEAD, MTP_PREFIX, VISION_PREFIX
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
 _CONVERTIBLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# computed from the config; trainers of some years saved them, and transformers passes over them
+_COMPUTED = "*rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +32,32 @@ class Account:
     naming: Naming
     table: list[Row]
     carried: list[str]
+    left_out: list[str] = field(default_factory=list)
+    """Tensors that were asked to be left out."""
 
     @property
     def origin(self) -> Origin:
         """What export needs, read from the Hugging Face folder itself."""
-        files, _ = other_files(self.hf.folder)
+        files, _ = other_files(self.hf)
         return Origin(
             naming=self.naming,
-            dtypes={name: entry.dtype for name, entry in self.hf.tensors.items()},
+            dtypes={
+                name: entry.dtype
+                for name, entry in self.hf.tensors.items()
+                if name not in self.left_out
+            },
             carried=self.hf if self.carried else None,
             carried_names=tuple(self.carried),
             files=files,
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What whoever converts should know, one line each."""
+        notes = list(self.hf.notes)
+        if self.left_out:
+            notes.append(f"left out, the MTP layer: {len(self.left_out)} tensors")
+        return notes
 
 
 def account(
@@ -64,66 +74,118 @@ def account(
         ConfigError: config.json is missing or is not of this family.
     """
     hf = HFCheckpoint(folder)
+    refuse_foreign(hf.tensors)
     config = Qwen35Config.from_hf(folder)
-    carried = {name for name in hf.tensors if any(fnmatchcase(name, p) for p in carry)}
+    carried = {
+        name for name in hf.tensors if any(fnmatchcase(name, p) for p in (*carry, _COMPUTED))
+    }
     if config.is_vision_language:
         carried |= {name for name in hf.tensors if name.startswith(VISION_PREFIX)}
     given = {name: entry for name, entry in hf.tensors.items() if name not in carried}
     naming = Naming.detect(config, given)
+    left_out: list[str] = []
     if no_mtp:
+        left_out = [name for name in given if name.startswith(MTP_PREFIX)]
+        given = {name: entry for name, entry in given.items() if name not in left_out}
         naming = replace(naming, mtp=False)
         config = replace(config, mtp_num_hidden_layers=0)
-    _check_config(config, naming, given.keys())
     table = rows(config, naming, layout)
+    _check_names(config, naming, given, table)
     _check_tensors(given, table)
-    return Account(hf=hf, config=config, naming=naming, table=table, carried=sorted(carried))
+    if config.tie_word_embeddings and HEAD in given:
+        _check_tied(hf, f"{naming.prefix}embed_tokens.weight")
+    if config.is_vision_language and not any(n.startswith(VISION_PREFIX) for n in carried):
+        raise _no_vision(naming)
+    return Account(
+        hf=hf, config=config, naming=naming, table=table, carried=sorted(carried), left_out=left_out
+    )
 
 
-def _check_config(config: Qwen35Config, naming: Naming, names: Collection[str]) -> None:
-    if (naming.prefix == NESTED_PREFIX) != config.is_vision_language:
-        raise CheckpointError(
-            "config.json contradicts the tensor names",
-            got=f"model_type {config.model_type} with tensors named {naming.prefix}*",
-            fix="take config.json and weights from the same checkpoint",
-        )
+def _check_names(
+    config: Qwen35Config, naming: Naming, given: Collection[str], table: list[Row]
+) -> None:
+    """Refuse names that are missing or too many; what has a way out comes after what has none."""
+    expected = {spec.name for row in table for spec in row.hf}
+    if config.tie_word_embeddings:
+        expected.add(HEAD)
+    lacking = expected - set(given)
+    missing = sorted(lacking - {HEAD})
+    unknown = sorted(set(given) - expected)
+    if missing:
+        raise _missing(missing, unknown, table, naming)
     if naming.mtp and not config.mtp_num_hidden_layers:
         raise CheckpointError(
             f"there are tensors named {MTP_PREFIX}* and config.json has no MTP layer",
             fix="set mtp_num_hidden_layers to 1 in config.json, or carry them: --carry 'mtp.*'",
         )
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} unknown tensors",
+            got=", ".join(unknown[:5]),
+            fix="if this model computes without them, carry them through unchanged: --carry "
+            f"'{unknown[0]}' (patterns work). If they are its own under other names, rename them: "
+            "a model that is saved by transformers has the right ones",
+        )
     if config.mtp_num_hidden_layers and not naming.mtp:
         raise CheckpointError(
             f"config.json has an MTP layer and there are no tensors named {MTP_PREFIX}*",
-            fix="transformers drops them when it saves: --no-mtp converts without",
+            fix="transformers, and the trainers that use it, drop them when they save: --no-mtp "
+            "converts without",
         )
-    if config.tie_word_embeddings and "lm_head.weight" in names:
+    if not config.tie_word_embeddings and HEAD in lacking:
         raise CheckpointError(
-            "config.json ties the output layer to the embedding and there is an lm_head.weight",
-            fix="set tie_word_embeddings to false (at the top level of config.json)",
+            f"there is no {HEAD} and config.json does not tie it to the embedding",
+            fix="fetch the file that holds it. Only where the model was trained with tied "
+            "embeddings is there none: then set tie_word_embeddings to true (at the top level)",
         )
-    if not config.tie_word_embeddings and "lm_head.weight" not in names:
+
+
+def _missing(
+    missing: list[str], unknown: list[str], table: list[Row], naming: Naming
+) -> CheckpointError:
+    fix = "fetch the checkpoint again, or correct config.json if it is of another model"
+    decoder = sum(spec.name.startswith(naming.prefix) for row in table for spec in row.hf)
+    if any(".mlp.experts." in name for name in missing) and any(
+        ".mlp.experts." in name for name in unknown
+    ):
+        fix = "some layers hold their experts packed, some one by one: load the model with "
+        fix += "transformers and save it, which makes them alike"
+    elif unknown and len(missing) >= decoder // 2:
+        fix = (
+            f"the names here, such as {unknown[0]}, are not those of transformers: load the model "
+        )
+        fix += "with what saved it, and save it for transformers"
+    return CheckpointError(
+        f"{len(missing)} tensors are missing", got=", ".join(missing[:5]), fix=fix
+    )
+
+
+def _no_vision(naming: Naming) -> CheckpointError:
+    return CheckpointError(
+        "config.json is vision-language and there is no vision tower",
+        got=f"tensors named {naming.prefix}*, none named {VISION_PREFIX}*",
+        fix="fetch the missing files; or, if this is the text model alone, say so in config.json: "
+        '"architectures": ["Qwen3_5ForCausalLM"] (Qwen3_5MoeForCausalLM for a mixture of experts)',
+    )
+
+
+def _check_tied(hf: HFCheckpoint, embedding: str) -> None:
+    """A tied model may have a copy of its embedding, not another output layer."""
+    a, b = hf.tensors[HEAD], hf.tensors[embedding]
+    same = (a.dtype, a.shape) == (b.dtype, b.shape) and all(
+        torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+        for x, y in zip(hf.pieces(HEAD), hf.pieces(embedding), strict=True)
+    )
+    if not same:
         raise CheckpointError(
-            "there is no lm_head.weight and config.json does not tie it to the embedding",
-            fix="set tie_word_embeddings to true (at the top level), or fetch the missing shard",
+            f"config.json ties the output layer to the embedding and {HEAD} is another one",
+            fix="set tie_word_embeddings to false (at the top level of config.json): transformers "
+            "computes with both, too",
         )
 
 
 def _check_tensors(given: Mapping[str, HFTensor], table: list[Row]) -> None:
     expected = {spec.name: spec.shape for row in table for spec in row.hf}
-    missing = sorted(expected.keys() - given.keys())
-    if missing:
-        raise CheckpointError(
-            f"{len(missing)} tensors are missing",
-            got=", ".join(missing[:5]),
-            fix="fetch the checkpoint again, or correct config.json if it is of another model",
-        )
-    unknown = sorted(given.keys() - expected.keys())
-    if unknown:
-        raise CheckpointError(
-            f"{len(unknown)} unknown tensors",
-            got=", ".join(unknown[:5]),
-            fix=f"to carry them through unchanged: --carry '{unknown[0]}' (patterns work)",
-        )
     for name, shape in expected.items():
         entry = given[name]
         if entry.shape != shape:
@@ -137,5 +199,5 @@ def _check_tensors(given: Mapping[str, HFTensor], table: list[Row]) -> None:
                 f"{name} is quantised",
                 got=str(entry.dtype),
                 allowed=", ".join(str(dtype) for dtype in _CONVERTIBLE),
-                fix="start from the bfloat16 release",
+                fix="start from the weights that were quantised: the bfloat16 release",
             )

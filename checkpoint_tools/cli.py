@@ -286,11 +286,15 @@ def _print_comparison(result: Any) -> None:
         typer.echo(f"missing  {name}")
     for name in result.extra:
         typer.echo(f"extra    {name}")
+    for field in result.config:
+        typer.echo(f"config   {field}")
     for one in result.differences:
         detail = f"{one.first} / {one.second}"
         if one.what == "values":
             detail = f"{one.elements} elements, largest difference {one.largest:.3g}"
         typer.echo(f"{one.what:8} {one.name}: {detail}")
+    for note in result.notes:
+        typer.echo(f"note     {note}")
     verdict = "equal" if result.equal else "DIFFERENT"
     typer.echo(f"{verdict}: {result.tensors} tensors compared, {_size(result.bytes)}")
 

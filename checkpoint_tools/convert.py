@@ -17,7 +17,7 @@ from checkpoint_tools.accounting import Account, account
 from checkpoint_tools.extra_state import extra_state_keys
 from checkpoint_tools.hf_io import HFCheckpoint
 from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
-from checkpoint_tools.manifest import Work, write_file
+from checkpoint_tools.manifest import Work, refuse_overlap, write_file
 from checkpoint_tools.mcore_keys import COMMON_STATE
 from checkpoint_tools.mcore_write import (
     RELEASE,
@@ -87,9 +87,11 @@ def import_checkpoint(
     Raises:
         CheckpointError, ConfigError: the input is unusable; nothing is written then.
     """
+    refuse_overlap(source, target)
     plan = account(source, layout=layout, carry=carry, no_mtp=no_mtp)
-    files, left_out = other_files(source)
-    name = origin_name(plan.hf, files)
+    files, left_out = other_files(plan.hf)
+    content = origin_content(plan.origin)
+    name = origin_name(content, plan.hf, files)
     items = [item for row in plan.table for item in _row_items(plan.hf, row)]
     report = Report(
         source=str(source),
@@ -98,7 +100,7 @@ def import_checkpoint(
         bytes=sum(item.nbytes for item in items),
         carried=len(plan.carried),
         files=sorted(files),
-        notes=[f"left out, other weights: {file}" for file in left_out],
+        notes=[*plan.notes, *(f"left out, other weights: {file}" for file in left_out)],
         origin=name,
     )
     if options.dry_run:
@@ -118,6 +120,7 @@ def import_checkpoint(
     with work, Progress(report.bytes, "import", quiet=options.quiet) as progress:
         import_meanwhile("torch.distributed.checkpoint.filesystem")
         _store_origin(work, plan, files, name, options)
+        write_file(work.tree / name / ORIGIN_FILE, content)
         builder = _write_parts(work, items, options, progress.advance)
         common = _common_state(plan.config, name, layout)
         keys = extra_state_keys(plan.config, mtp=plan.naming.mtp, layout=layout)
@@ -233,8 +236,6 @@ def _store_origin(
         if len(shards) > 1:
             index = work.tree / name / CARRIED_FOLDER / "model.safetensors.index.json"
             write_file(index, index_content(shards))
-    content = origin_content(plan.naming, hf, plan.carried)
-    write_file(work.tree / name / ORIGIN_FILE, content)
 
 
 def copy_file(path: Path, stream: Any) -> None:

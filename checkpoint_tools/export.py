@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,13 +14,15 @@ import torch
 
 from checkpoint_tools.accounting import account
 from checkpoint_tools.convert import Options, Report, copy_file, fingerprint
-from checkpoint_tools.hf_io import INDEX_NAME, HFCheckpoint
+from checkpoint_tools.hf_folder import INDEX_NAME
+from checkpoint_tools.hf_io import HFCheckpoint
 from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
-from checkpoint_tools.manifest import Work, write_file
+from checkpoint_tools.manifest import Work, refuse_overlap, write_file
 from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.names import MTP_PREFIX, Naming
+from checkpoint_tools.names import Naming
 from checkpoint_tools.origin import Origin, read_origin
 from checkpoint_tools.progress import Progress
+from checkpoint_tools.tensor_names import HEAD, MTP_PREFIX
 from checkpoint_tools.views import DtypeChoice, ModelView, has_mtp, main_parameter, model_keys
 from checkpoint_tools.workers import run_parallel
 from qwen35_mcore.config import Qwen35Config
@@ -45,6 +48,9 @@ class ExportPlan:
             Output(name, view.dtype(name), view.shape(name), partial(view.pieces, name))
             for name in view.names()
         ]
+        if self._has_copied_head():
+            embedding = outputs[0]
+            outputs.append(replace(embedding, name=HEAD))
         if self.origin and self.origin.carried:
             carried = self.origin.carried
             outputs += [
@@ -55,23 +61,41 @@ class ExportPlan:
             ]
         return outputs
 
+    def _has_copied_head(self) -> bool:
+        """Whether the tied original had its embedding twice: transformers reads both."""
+        origin = self.origin
+        if origin is None or not self.config.tie_word_embeddings:
+            return False
+        return HEAD in origin.dtypes and HEAD not in origin.carried_names
+
     def config_bytes(self) -> bytes:
-        """The config.json: the original where it still says the truth, else a new one."""
-        if self.origin is not None:
+        """The config.json: the original where it says the truth, else with what differs."""
+        if self.origin is None:
+            content = self.config.to_hf()
+        else:
             original = Qwen35Config.from_hf(self.origin.config)
-            trained = _into_wrapper(self.config, original)
-            if self.origin.naming.mtp == bool(trained.mtp_num_hidden_layers):
-                # transformers leaves the MTP layer in the config of a checkpoint without one
-                trained = replace(trained, mtp_num_hidden_layers=original.mtp_num_hidden_layers)
+            trained = replace(
+                _into_wrapper(self.config, original),
+                mtp_num_hidden_layers=self._mtp_layers(original),
+            )
             if trained == original and self.choice == "original":
                 return self.origin.config.read_bytes()
-            content = trained.to_hf()
-            if trained == original:
+            mtp = trained.mtp_num_hidden_layers
+            if trained == replace(original, mtp_num_hidden_layers=mtp):
                 content = json.loads(self.origin.config.read_text())
-        else:
-            content = self.config.to_hf()
+                if trained != original:
+                    (content.get("text_config") or content)["mtp_num_hidden_layers"] = mtp
+            else:
+                content = trained.to_hf()
         _set_dtype(content, self._main_dtype())
         return json.dumps(content, indent=2).encode() + b"\n"
+
+    def _mtp_layers(self, original: Qwen35Config) -> int:
+        """What config.json has to say: what is there, as a layer or carried through."""
+        carried = self.origin.carried_names if self.origin else ()
+        if any(name.startswith(MTP_PREFIX) for name in carried):
+            return original.mtp_num_hidden_layers
+        return self.config.mtp_num_hidden_layers
 
     def _main_dtype(self) -> torch.dtype:
         """The dtype of most bytes: transformers loads everything in the dtype of the config."""
@@ -106,9 +130,10 @@ def plan_export(
     origin = _origin(checkpoint, reference)
     config = _config(checkpoint, origin)
     if origin is not None:
-        naming = _naming_with_mtp(origin.naming, checkpoint, no_mtp)
-    else:
-        naming = replace(naming or Naming.default(config), mtp=has_mtp(checkpoint))
+        _need_mtp(origin.naming, checkpoint, no_mtp)
+        naming = origin.naming
+    naming = naming or Naming.default(config)
+    naming = replace(naming, mtp=has_mtp(checkpoint) and not no_mtp)
     config = replace(config, mtp_num_hidden_layers=int(naming.mtp))
     if origin is None and config.is_vision_language:
         raise CheckpointError(
@@ -127,6 +152,7 @@ def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Repor
 
     Killed at any moment and run again it goes on where it was; the target appears at the end.
     """
+    refuse_overlap(plan.checkpoint.folder, target)
     outputs = plan.outputs()
     shards = plan_shards(outputs, options.max_shard_bytes, "model")
     files = dict(plan.origin.files) if plan.origin else {}
@@ -171,10 +197,19 @@ def _job(plan: ExportPlan, files: dict[str, Path], options: Options) -> dict[str
         "command": "export",
         "dtype": plan.choice,
         "mtp": plan.config.mtp_num_hidden_layers,
+        "outputs": _digest(plan),
         "max_shard_bytes": options.max_shard_bytes,
         "input": fingerprint(inputs),
         "files": fingerprint(list(files.values())),
     }
+
+
+def _digest(plan: ExportPlan) -> str:
+    """A digest of names, dtypes, shapes and config: a reference can change them."""
+    digest = hashlib.sha256(plan.config_bytes())
+    for output in plan.outputs():
+        digest.update(f"{output.name} {output.dtype} {output.shape}\n".encode())
+    return digest.hexdigest()
 
 
 def _origin(checkpoint: MegatronCheckpoint, reference: Path | None) -> Origin | None:
@@ -222,13 +257,12 @@ def _into_wrapper(config: Qwen35Config, original: Qwen35Config) -> Qwen35Config:
     )
 
 
-def _naming_with_mtp(naming: Naming, checkpoint: MegatronCheckpoint, no_mtp: bool) -> Naming:
+def _need_mtp(naming: Naming, checkpoint: MegatronCheckpoint, no_mtp: bool) -> None:
     if naming.mtp and not has_mtp(checkpoint) and not no_mtp:
         raise CheckpointError(
             "the original has an MTP layer and the checkpoint does not",
             fix="it was trained without; --no-mtp exports it so",
         )
-    return replace(naming, mtp=has_mtp(checkpoint))
 
 
 def _need_main_parameters(checkpoint: MegatronCheckpoint) -> None:

@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.storage import MappedFile, no_folder, split_rows
+from checkpoint_tools.hf_folder import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    no_weights,
+    pickled_weights,
+    refuse_other_weights,
+    two_sets,
+)
+from checkpoint_tools.storage import MappedFile, split_rows
+from checkpoint_tools.tensor_names import describe, renamed
 from checkpoint_tools.transforms import Box, Shape
 from qwen35_mcore.errors import CheckpointError
 
@@ -37,9 +46,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 _MAX_HEADER = 100 * 2**20
+_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,31 +67,42 @@ class HFTensor:
 
 
 class HFCheckpoint:
-    """The tensors of a Hugging Face folder, mapped, not loaded.
+    """The tensors of a Hugging Face folder, mapped, not loaded, under the model's own names.
+
+    Args:
+        as_stored: the folder holds tensors of any kind: their names are left as they are.
 
     Raises:
-        CheckpointError: no safetensors, a shard missing, truncated or malformed, or an index that
-            does not fit the shards. The message names the file or tensor.
+        CheckpointError: no safetensors, a shard missing, truncated or malformed, an index that
+            does not fit the shards, or two sets of weights that differ. The message names the file
+            or tensor.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, as_stored: bool = False) -> None:
         self.folder = folder
-        index = _read_index(folder)
-        names = sorted(set(index.values())) if index is not None else [SINGLE_NAME]
-        self.files: dict[str, MappedFile] = {}
-        self.tensors: dict[str, HFTensor] = {}
-        for name in names:
-            mapped, tensors = _open_shard(folder, name, indexed=index is not None)
-            self.files[name] = mapped
-            for tensor, entry in tensors.items():
-                if tensor in self.tensors:
-                    raise CheckpointError(
-                        f"{tensor} is in two shards",
-                        got=f"{self.tensors[tensor].file} and {name}",
-                    )
-                self.tensors[tensor] = entry
-        if index is not None:
-            _check_index(index, self.tensors)
+        single = (folder / SINGLE_NAME).is_file()
+        try:
+            index = _read_index(folder)
+            self.files, stored = _open_shards(folder, index)
+        except CheckpointError as error:
+            # a stale index beside a complete file: what it lacks need not be fetched
+            if single and (folder / INDEX_NAME).is_file():
+                raise two_sets(folder, SINGLE_NAME, INDEX_NAME) from error
+            raise
+        refuse_other_weights(folder, {*self.files, SINGLE_NAME} if single else self.files)
+        if single and SINGLE_NAME not in self.files:
+            files, tensors = _open_shards(folder, None)
+            if not _same(self.files, stored, files, tensors):
+                raise two_sets(folder, SINGLE_NAME, INDEX_NAME)
+        if pickled_weights(folder) and not _same_as_pickled(folder, self.files, stored):
+            first = SINGLE_NAME if single else INDEX_NAME
+            raise two_sets(folder, first, pickled_weights(folder)[0].name)
+        changes = {} if as_stored else renamed(stored)
+        self.notes = describe(changes)
+        """What was taken in another way than it lies there, one line each."""
+        self.tensors: dict[str, HFTensor] = {
+            changes.get(name, name): entry for name, entry in stored.items()
+        }
 
     def names(self) -> list[str]:
         """Names of all tensors."""
@@ -114,12 +133,23 @@ class HFCheckpoint:
             yield self.read(name, box)
 
 
+def is_hf_folder(path: Path) -> bool:
+    """Whether a folder is to be read as Hugging Face's."""
+    return (path / "config.json").is_file() or any(path.glob("*.safetensors"))
+
+
 def read_header(mapped: MappedFile) -> dict[str, HFTensor]:
     """The tensors that a safetensors file holds.
 
     Raises:
         CheckpointError: the file is truncated or its header is malformed.
     """
+    if bytes(mapped.bytes(0, min(mapped.size, len(_LFS)))) == _LFS:
+        raise CheckpointError(
+            "a file was not fetched: this is what Git LFS leaves in its place",
+            got=str(mapped.path),
+            fix=f"run `git lfs pull` in {mapped.path.parent}",
+        )
     size = int.from_bytes(mapped.bytes(0, 8), "little") if mapped.size >= 8 else -1
     if not 2 <= size <= min(_MAX_HEADER, mapped.size - 8):
         raise _bad(mapped, "not a safetensors file, or truncated within its header")
@@ -160,37 +190,71 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) is int and 0 <= one < 2**63 for one in value)
 
 
-def _open_shard(
-    folder: Path, name: str, *, indexed: bool
-) -> tuple[MappedFile, dict[str, HFTensor]]:
-    path = folder / name
-    if not path.is_file():
-        if indexed:
+def _open_shards(
+    folder: Path, index: dict[str, str] | None
+) -> tuple[dict[str, MappedFile], dict[str, HFTensor]]:
+    """Files and tensors by name; of the index, or of the single file where there is none."""
+    files: dict[str, MappedFile] = {}
+    tensors: dict[str, HFTensor] = {}
+    for name in sorted(set(index.values())) if index is not None else [SINGLE_NAME]:
+        path = folder / name
+        if not path.is_file():
+            if index is None:
+                raise no_weights(folder)
             raise CheckpointError(
                 "a shard is missing", got=str(path), fix="fetch it, the index names it"
             )
-        raise _no_weights(folder)
-    mapped = MappedFile(path)
-    return mapped, read_header(mapped)
+        files[name] = MappedFile(path)
+        for tensor, entry in read_header(files[name]).items():
+            if tensor in tensors:
+                raise CheckpointError(
+                    f"{tensor} is in two shards", got=f"{tensors[tensor].file} and {name}"
+                )
+            tensors[tensor] = entry
+    if index is not None:
+        _check_index(index, tensors)
+    return files, tensors
 
 
-def _no_weights(folder: Path) -> CheckpointError:
-    if not folder.is_dir():
-        return no_folder(
-            folder, "give a Hugging Face model folder, or a Hub id such as Qwen/Qwen3.5-35B-A3B"
-        )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if others:
-        return CheckpointError(
-            f"{len(others)} safetensors files and neither {INDEX_NAME} nor {SINGLE_NAME}",
-            got=", ".join(others[:4]),
-            fix=f"fetch {INDEX_NAME}: without it nobody knows whether a shard is missing",
-        )
-    return CheckpointError(
-        "no safetensors weights here",
-        got=str(folder),
-        allowed=f"{SINGLE_NAME}, or {INDEX_NAME} with its shards",
-    )
+def _same(
+    files: dict[str, MappedFile],
+    tensors: dict[str, HFTensor],
+    other_files: dict[str, MappedFile],
+    others: dict[str, HFTensor],
+) -> bool:
+    """Whether two sets of tensors have equal names, dtypes, shapes and bits."""
+    if tensors.keys() != others.keys():
+        return False
+    for name, a in tensors.items():
+        b = others[name]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        x = files[a.file].tensor(a.start, torch.uint8, (a.nbytes,))
+        if not torch.equal(x, other_files[b.file].tensor(b.start, torch.uint8, (b.nbytes,))):
+            return False
+    return True
+
+
+def _same_as_pickled(
+    folder: Path, files: dict[str, MappedFile], tensors: dict[str, HFTensor]
+) -> bool:
+    """Whether the pickles beside hold the same; a copy of a tied tensor may be in them alone."""
+    pickled: dict[str, Any] = {}
+    try:
+        for path in pickled_weights(folder):
+            pickled |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever a pickle holds that is no state dict
+        return False
+    for name, entry in tensors.items():
+        other = pickled.get(name)
+        if not isinstance(other, torch.Tensor) or other.dtype != entry.dtype:
+            return False
+        x = files[entry.file].tensor(entry.start, torch.uint8, (entry.nbytes,))
+        if tuple(other.shape) != entry.shape or not torch.equal(
+            x, other.contiguous().reshape(-1).view(torch.uint8)
+        ):
+            return False
+    return True
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.hf_io import HFCheckpoint, HFTensor
+from checkpoint_tools.accounting import account
+from checkpoint_tools.hf_io import HFCheckpoint, HFTensor, is_hf_folder
 from checkpoint_tools.manifest import PARTIAL
 from checkpoint_tools.mcore_io import MegatronCheckpoint, MegatronTensor
 from checkpoint_tools.mcore_keys import TRACKER
 from checkpoint_tools.storage import no_folder
-from checkpoint_tools.verify import is_hf_folder
+from checkpoint_tools.tensor_names import MTP_PREFIX, VISION_PREFIX
 from checkpoint_tools.views import has_mtp, model_keys, stored_layout
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError, ConfigError
@@ -75,14 +76,20 @@ def _looks_like_megatron(path: Path) -> bool:
 def _describe_hf(path: Path) -> dict[str, Any]:
     hf = HFCheckpoint(path)
     config = Qwen35Config.from_hf(path)
+    mtp = any(name.startswith(MTP_PREFIX) for name in hf.tensors)
+    account(path, no_mtp=not mtp)
+    notes = list(hf.notes)
+    if config.mtp_num_hidden_layers and not mtp:
+        notes.append("config.json has an MTP layer that is not there: import with --no-mtp")
     return {
         **_describe_config(config),
         "tensors": len(hf.tensors),
         "bytes": sum(entry.nbytes for entry in hf.tensors.values()),
         "dtypes": _dtypes(hf.tensors.values()),
         "shards": len(hf.files),
-        "vision_tensors": sum(name.startswith("model.visual.") for name in hf.tensors),
-        "mtp": any(name.startswith("mtp.") for name in hf.tensors),
+        "vision_tensors": sum(name.startswith(VISION_PREFIX) for name in hf.tensors),
+        "mtp": mtp,
+        **({"notes": notes} if notes else {}),
     }
 
 

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.direct_file import DirectFile
+from checkpoint_tools.mcore_keys import TRACKER
 from checkpoint_tools.storage import ChecksumWriter, checksum
 from checkpoint_tools.workers import run_parallel
 from qwen35_mcore.errors import CheckpointError
 
 _UNFINISHED = ".tmp"
 PARTIAL = ".partial"
+_OF_AN_IMPORT = ("release", TRACKER, "qwen35-origin-")
 
 
 class Work:
@@ -51,6 +53,10 @@ class Work:
 
     def __enter__(self) -> Work:
         self._refuse_existing()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(
+                "a file is where the work in progress would go", got=str(self.folder)
+            )
         self.tree.mkdir(parents=True, exist_ok=True)
         self._manifest = open(self.manifest, "a+b")
         try:
@@ -107,14 +113,33 @@ class Work:
 
     def _refuse_existing(self) -> None:
         if self.target.exists() and not self.target.is_dir():
-            raise CheckpointError("the target is a file", got=str(self.target))
-        if _occupied(self.target) and not self.overwrite:
+            raise CheckpointError(
+                "the target is a file", got=str(self.target), fix="name a folder that is not there"
+            )
+        if not _occupied(self.target):
+            return
+        kept = self._not_replaced()
+        if kept:
+            raise CheckpointError(
+                "the target holds what no conversion may replace",
+                got=f"{', '.join(kept[:4])} in {self.target}",
+                fix="choose another folder",
+            )
+        if not self.overwrite:
             raise CheckpointError(
                 "the target exists",
                 got=str(self.target),
                 fix="choose another, or --overwrite to replace it after success",
             )
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+
+    def _not_replaced(self) -> list[str]:
+        """What of the target a conversion of this kind does not write: a run, or something else."""
+        names = sorted(path.name for path in self.target.iterdir())
+        if self.job["command"] == "import":
+            return [name for name in names if not name.startswith(_OF_AN_IMPORT)]
+        if "config.json" not in names:
+            return names
+        return [name for name in names if name.startswith(("iter_", *_OF_AN_IMPORT))]
 
     def _take(self) -> None:
         try:
@@ -138,9 +163,11 @@ class Work:
             self._append({"job": self.job})
             return
         if lines[0] != {"job": self.job}:
+            others = lines[0].get("job", {})
+            what = [key for key in self.job if others.get(key) != self.job[key]]
             raise CheckpointError(
                 "there is unfinished work of another command or of other input",
-                got=str(self.folder),
+                got=f"{self.folder}: other {', '.join(what)}",
                 fix="finish it with the command that began it, or delete this folder",
             )
         self._done = {line["part"]: line for line in lines[1:]}
@@ -170,6 +197,21 @@ def _write(path: Path, write: Callable[[Any], Any]) -> tuple[ChecksumWriter, Any
             ) from error
     os.rename(unfinished, path)
     return stream, value
+
+
+def refuse_overlap(source: Path, target: Path) -> None:
+    """Refuse a target that is the source, holds it, or lies in it.
+
+    Raises:
+        CheckpointError: it does: replacing it would take the source away.
+    """
+    a, b = source.resolve(), target.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise CheckpointError(
+            "source and target are in each other",
+            got=f"{source} and {target}",
+            fix="choose a target outside the source",
+        )
 
 
 def write_file(path: Path, content: bytes) -> None:

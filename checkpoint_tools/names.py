@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from checkpoint_tools.tensor_names import FLAT_PREFIX, MTP_PREFIX, NESTED_PREFIX, VISION_PREFIX
 from checkpoint_tools.transforms import (
     Copies,
     Shape,
@@ -31,10 +32,6 @@ from qwen35_mcore.errors import CheckpointError
 Experts = Literal["packed", "per_expert"]
 Layout = Literal["qwen35", "mcore"]
 """qwen35: the GDN output norm as in Hugging Face. mcore: megatron-core's own, zero-centred."""
-
-VISION_PREFIX = "model.visual."
-NESTED_PREFIX = "model.language_model."
-MTP_PREFIX = "mtp."
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +90,7 @@ class Naming:
     def detect(cls, config: Qwen35Config, names: Mapping[str, object]) -> Naming:
         """Read it from tensor names (any mapping whose keys are the names)."""
         nested = any(name.startswith(NESTED_PREFIX) for name in names)
-        prefix = NESTED_PREFIX if nested else "model."
+        prefix = NESTED_PREFIX if nested else FLAT_PREFIX
         return cls(
             prefix=prefix,
             experts=_experts_of(names, f"{prefix}layers."),
@@ -105,7 +102,7 @@ class Naming:
     def default(cls, config: Qwen35Config, experts: Experts = "packed") -> Naming:
         """What transformers writes for this config, MTP added."""
         return cls(
-            prefix=NESTED_PREFIX if config.is_vision_language else "model.",
+            prefix=NESTED_PREFIX if config.is_vision_language else FLAT_PREFIX,
             experts=experts,
             mtp_experts=experts,
             mtp=bool(config.mtp_num_hidden_layers),

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.hf_io import DTYPE_NAMES, DTYPES, INDEX_NAME, SINGLE_NAME, HFCheckpoint
+from checkpoint_tools.hf_folder import INDEX_NAME
+from checkpoint_tools.hf_io import DTYPE_NAMES, DTYPES, HFCheckpoint
 from checkpoint_tools.names import Naming
 from qwen35_mcore.errors import CheckpointError
 
@@ -26,8 +27,10 @@ CARRIED_FOLDER = "carried"
 FILES_FOLDER = "files"
 _FORMAT = 1
 _OTHER_WEIGHTS = {
-    ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors",
+    ".bin", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth",
+    ".safetensors",
 }  # fmt: skip
+_MODEL = (".bin", ".distcp", ".pt", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +52,9 @@ class Origin:
         return self.files["config.json"]
 
 
-def origin_name(hf: HFCheckpoint, files: dict[str, Path]) -> str:
+def origin_name(content: bytes, hf: HFCheckpoint, files: dict[str, Path]) -> str:
     """A name for the origin folder that is the same for the same input."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(content)
     for name, entry in sorted(hf.tensors.items()):
         digest.update(f"{name} {entry.dtype} {entry.shape} {entry.file}\n".encode())
     for name, path in sorted(files.items()):
@@ -60,29 +63,35 @@ def origin_name(hf: HFCheckpoint, files: dict[str, Path]) -> str:
     return f"qwen35-origin-{digest.hexdigest()[:12]}"
 
 
-def other_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files beside the weights by relative name, and the names of other weights (left out)."""
+def other_files(hf: HFCheckpoint) -> tuple[dict[str, Path], list[str]]:
+    """The files beside the weights by relative name, and what is left out: other weights.
+
+    A folder below that holds weights is another model, or a trainer's checkpoint, as a whole.
+    """
     kept, left = {}, []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
+    for path in sorted(hf.folder.rglob("*")):
+        name = path.relative_to(hf.folder)
         if not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
-        if str(name) in (INDEX_NAME, SINGLE_NAME) or path.suffix == ".safetensors":
+        if str(name) in hf.files or str(name) == INDEX_NAME:
             continue
-        if path.suffix in _OTHER_WEIGHTS:
+        if path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json"):
             left.append(str(name))
         else:
             kept[str(name)] = path
-    return kept, left
+    others = {f"{name.split('/')[0]}/" for name in left if "/" in name and name.endswith(_MODEL)}
+    inside = tuple(sorted(others))
+    kept = {name: path for name, path in kept.items() if not name.startswith(inside)}
+    return kept, sorted({name for name in left if not name.startswith(inside)} | others)
 
 
-def origin_content(naming: Naming, hf: HFCheckpoint, carried: list[str]) -> bytes:
+def origin_content(origin: Origin) -> bytes:
     """The ``origin.json`` of an import."""
     content = {
         "format": _FORMAT,
-        "naming": asdict(naming),
-        "dtypes": {name: DTYPE_NAMES[entry.dtype] for name, entry in sorted(hf.tensors.items())},
-        "carried": carried,
+        "naming": asdict(origin.naming),
+        "dtypes": {name: DTYPE_NAMES[dtype] for name, dtype in sorted(origin.dtypes.items())},
+        "carried": list(origin.carried_names),
     }
     return json.dumps(content, indent=1).encode() + b"\n"
 
@@ -109,7 +118,7 @@ def read_origin(folder: Path) -> Origin:
         for path in sorted((folder / FILES_FOLDER).rglob("*"))
         if path.is_file()
     }
-    carried = HFCheckpoint(folder / CARRIED_FOLDER) if names else None
+    carried = HFCheckpoint(folder / CARRIED_FOLDER, as_stored=True) if names else None
     if "config.json" not in files or (carried and not carried.tensors.keys() >= set(names)):
         raise CheckpointError(
             "the origin folder is incomplete",

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from checkpoint_tools.export import plan_export
-from checkpoint_tools.hf_io import HFCheckpoint
+from checkpoint_tools.hf_io import HFCheckpoint, is_hf_folder
 from checkpoint_tools.hf_write import Output
 from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.model_difference import compare_models
 from checkpoint_tools.names import Naming
 from checkpoint_tools.progress import Progress
 from checkpoint_tools.storage import split_rows
+from checkpoint_tools.tensor_names import describe, with_prefix_of
 from checkpoint_tools.transforms import Box, common_dtype
 from checkpoint_tools.views import aligned, model_keys
 from checkpoint_tools.workers import run_parallel
@@ -50,11 +52,15 @@ class Comparison:
     """In the first, not in the second."""
     extra: list[str] = field(default_factory=list)
     """In the second, not in the first."""
+    config: list[str] = field(default_factory=list)
+    """Fields of the two models' configs that change what the model computes, and differ."""
+    notes: list[str] = field(default_factory=list)
+    """What was taken in another way than it lies there, and what a difference comes from."""
 
     @property
     def equal(self) -> bool:
         """Whether nothing differs."""
-        return not (self.differences or self.missing or self.extra)
+        return not (self.differences or self.missing or self.extra or self.config)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, `equal` included."""
@@ -70,7 +76,7 @@ def compare(
     workers: int = 2,
     quiet: bool = False,
 ) -> Comparison:
-    """Compare all tensors: names, shapes, dtypes, bits.
+    """Compare all tensors: names, shapes, dtypes, bits; and the configs, where both have one.
 
     A Megatron checkpoint is compared as the Hugging Face tensors that it exports to, with what it
     carries; two Megatron checkpoints are compared by their own keys, optimizer state included
@@ -80,6 +86,8 @@ def compare(
         CheckpointError: one of the two is no usable checkpoint.
     """
     a, b = _sides(first, second, reference, weights_only)
+    moved = with_prefix_of(b, a)
+    b = {moved.get(name, name): output for name, output in b.items()}
     common = [name for name in a if name in b]
     result = Comparison(
         tensors=len(common),
@@ -87,6 +95,8 @@ def compare(
         missing=sorted(a.keys() - b.keys()),
         extra=sorted(b.keys() - a.keys()),
     )
+    result.config, result.notes = compare_models(first, second, a, b)
+    result.notes += [f"B: {note}" for note in describe(moved)]
     with Progress(result.bytes, "verify", quiet=quiet) as progress:
 
         def check(name: str) -> list[Difference]:
@@ -97,11 +107,6 @@ def compare(
         for found in run_parallel(check, common, workers):
             result.differences += found
     return result
-
-
-def is_hf_folder(path: Path) -> bool:
-    """Whether a folder is to be read as Hugging Face's."""
-    return (path / "config.json").is_file() or any(path.glob("*.safetensors"))
 
 
 def _sides(

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 
 from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.names import MTP_PREFIX, Layout, Naming, Row, TensorSpec, rows
+from checkpoint_tools.names import Layout, Naming, Row, TensorSpec, rows
 from checkpoint_tools.storage import split_rows
+from checkpoint_tools.tensor_names import MTP_PREFIX
 from checkpoint_tools.transforms import Copy, Shape, common_dtype
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
@@ -52,7 +53,7 @@ class ModelView:
         self.choice, self._dtypes = choice, dtypes
         self.layout = stored_layout(checkpoint)
         self.table = rows(config, naming, self.layout)
-        _check(checkpoint, self.table)
+        _check(checkpoint, self.table, without_mtp=not naming.mtp)
         self._where = {
             spec.name: (row, index) for row in self.table for index, spec in enumerate(row.hf)
         }
@@ -149,9 +150,11 @@ def _grouped(row: Row) -> list[list[Copy]]:
     return [sorted(group, key=lambda copy: copy.hf_box.offsets) for group in groups]
 
 
-def _check(checkpoint: MegatronCheckpoint, table: list[Row]) -> None:
+def _check(checkpoint: MegatronCheckpoint, table: list[Row], *, without_mtp: bool) -> None:
     expected = {spec.name: spec.shape for row in table for spec in row.mcore}
     unknown = sorted(set(model_keys(checkpoint)) - expected.keys())
+    if without_mtp:
+        unknown = [key for key in unknown if not key.startswith(MTP_PREFIX)]
     missing = sorted(expected.keys() - checkpoint.tensors.keys())
     error = partial(CheckpointError, got=", ".join((missing or unknown)[:5]))
     if missing:

@@ -47,8 +47,12 @@ def fields_from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
     root = dict(source) if isinstance(source, Mapping) else _load(Path(source))
     model_type = _model_type(root)
     kind = MODEL_TYPES[model_type]
-    _check_architectures(root.pop("architectures", None), model_type)
+    text_only = _check_architectures(root.pop("architectures", None), kind)
     text, outer = _split(root, kind) if kind.nested else (root, {})
+    if kind.nested and text_only:
+        # transformers takes the nested config alone for its model of text
+        model_type, outer = kind.text_model_type, {}
+        kind = MODEL_TYPES[model_type]
     required = REQUIRED + (REQUIRED_MOE if kind.moe else REQUIRED_DENSE)
     carried = _account(text, kind)
     read = {key: text[key] for key in architecture_keys(kind) if text.get(key) is not None}
@@ -129,15 +133,20 @@ def _model_type(root: Mapping[str, Any]) -> str:
     return model_type
 
 
-def _check_architectures(names: Any, model_type: str) -> None:
-    expected = MODEL_TYPES[model_type].architecture
-    if names not in (None, [], [expected], (expected,)):
+def _check_architectures(names: Any, kind: ModelType) -> bool:
+    """Check the classes; true where they say that only the text model is there."""
+    text = MODEL_TYPES[kind.text_model_type].architecture
+    allowed = list(dict.fromkeys((kind.architecture, text)))
+    if names in (None, [], ()):
+        return False
+    if not isinstance(names, list | tuple) or len(names) != 1 or names[0] not in allowed:
         raise ConfigError(
-            f"architectures does not fit model_type {model_type}",
+            "architectures does not fit model_type",
             got=names,
-            allowed=expected,
+            allowed=" or ".join(allowed),
             fix="only a language model head is supported; correct the key if it is mislabelled",
         )
+    return bool(names[0] == text)
 
 
 def _split(root: Mapping[str, Any], kind: ModelType) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -227,14 +236,15 @@ def _check_fixed(key: str, value: Any) -> None:
 def _check_carried(
     key: str, value: Any, carried: frozenset[str], architecture: tuple[str, ...]
 ) -> None:
-    if key in QUANTIZED:
+    if key in QUANTIZED and value is not None:
         raise ConfigError(
             f"the checkpoint is quantised ({key})",
             got=value,
-            fix="start from the bfloat16 release; quantise after training",
+            fix="start from the weights that were quantised (the bfloat16 release); quantise after "
+            "training",
         )
     # a leading underscore marks what transformers keeps for itself (_name_or_path...)
-    if key in carried or key.startswith("_"):
+    if key in (*carried, *QUANTIZED) or key.startswith("_"):
         return
     near = get_close_matches(key, [*architecture, *carried], n=3)
     raise ConfigError(

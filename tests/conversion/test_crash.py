@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.inspect_ckpt import inspect_folder
 from checkpoint_tools.mcore_io import MegatronCheckpoint
@@ -148,6 +149,68 @@ def test_an_existing_target_is_refused_and_stays(toys: dict[str, Path], tmp_path
     before = content(target)
     refused(ckpt("import", toys["qwen3_5_moe"], target), str(target), "--overwrite")
     assert content(target) == before
+
+
+def test_overwrite_replaces_results_of_conversions_only(
+    toys: dict[str, Path], tmp_path: Path
+) -> None:
+    source, target = toys["qwen3_5_text"], tmp_path / "target"
+    ok(ckpt("import", source, target))
+    (target / "iter_0000500").mkdir()
+    kept = content(target)
+    refused(ckpt("import", source, target, "--overwrite"), "iter_0000500", "choose another")
+    refused(ckpt("export", target, target, "--overwrite"), "choose another")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("years of work")
+    for command, given in (("import", source), ("export", target)):
+        outcome = ckpt(command, given, tmp_path / "notes", "--overwrite")
+        refused(outcome, "thesis.tex", "choose another")
+    assert content(target) == kept
+    (target / "iter_0000500").rmdir()
+    ok(ckpt("import", source, target, "--overwrite"))
+    ok(ckpt("export", target, tmp_path / "hf"))
+    ok(ckpt("export", target, tmp_path / "hf", "--overwrite"))
+
+
+def test_a_target_in_its_source_or_around_it(toys: dict[str, Path], tmp_path: Path) -> None:
+    source = tmp_path / "models" / "hf"
+    shutil.copytree(toys["qwen3_5_text"], source)
+    before = content(source)
+    for target in (source, source / "m", tmp_path / "models", source / ".." / "hf"):
+        for flags in ([], ["--overwrite"], ["--dry-run"]):
+            refused(ckpt("import", source, target, *flags), "in each other", "outside")
+    assert content(source) == before
+    ok(ckpt("import", source, tmp_path / "m"))
+    for target in (tmp_path / "m", tmp_path / "m" / "release"):
+        refused(ckpt("export", tmp_path / "m", target, "--overwrite"), "in each other")
+    ok(ckpt("export", tmp_path / "m", tmp_path / "m" / "hf"))
+
+
+def test_an_export_goes_on_only_to_the_same_result(
+    toys: dict[str, Path], tmp_path: Path, forks: ForkServer
+) -> None:
+    source, reference = tmp_path / "m", tmp_path / "reference"
+    ok(ckpt("import", toys["qwen3_5_text"], source))
+    reference.mkdir()
+    for path in toys["qwen3_5_text"].glob("*.safetensors"):
+        wide = {name: tensor.float() for name, tensor in load_file(path).items()}
+        save_file(wide, reference / path.name, {"format": "pt"})
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(toys["qwen3_5_text"] / name, reference)
+    export = ("export", source, tmp_path / "target", *SMALL_PARTS)
+    partial = tmp_path / "target.partial"
+    while not list(partial.glob("tree/*.safetensors")):
+        shutil.rmtree(partial, ignore_errors=True)
+        process = forks.start(*export)
+        while not list(partial.glob("tree/*.safetensors")) and not (tmp_path / "target").exists():
+            time.sleep(0.001)
+        forks.kill(process)
+        shutil.rmtree(tmp_path / "target", ignore_errors=True)
+    other = ckpt(*export, "--reference", reference)
+    refused(other, str(partial), "outputs", "delete")
+    shutil.rmtree(partial)
+    ok(ckpt(*export, "--reference", reference))
+    ok(ckpt("verify", reference, tmp_path / "target"))
 
 
 def test_overwrite_replaces_only_after_success(

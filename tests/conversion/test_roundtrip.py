@@ -79,23 +79,6 @@ def test_tied_without_mtp(tmp_path: Path, kind: str) -> None:
     assert_same_folder(tmp_path / "hf", tmp_path / "back")
 
 
-def test_transformers_finds_every_tensor_of_an_export(
-    toys: dict[str, Path], tmp_path: Path
-) -> None:
-    from tests.helpers.hf_reference import modeling
-
-    for folder in FOLDERS:
-        ok(ckpt("import", toys[folder], tmp_path / folder / "m"))
-        ok(ckpt("export", tmp_path / folder / "m", tmp_path / folder / "hf"))
-        config = json.loads((toys[folder] / "config.json").read_text())
-        module = modeling("qwen3_5_moe" if "moe" in folder else "qwen3_5")
-        model_class = getattr(module, config["architectures"][0])
-        _, info = model_class.from_pretrained(tmp_path / folder / "hf", output_loading_info=True)
-        assert not info["missing_keys"], folder
-        assert not info["mismatched_keys"], folder
-        assert all(key.startswith("mtp.") for key in info["unexpected_keys"]), folder
-
-
 def test_any_mix_of_dtypes(tmp_path: Path) -> None:
     write_toy(tmp_path / "hf", "qwen3_5_moe_text")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,18 +101,58 @@ def test_other_tensors_are_carried_when_asked(tmp_path: Path) -> None:
     assert_same_folder(tmp_path / "hf", tmp_path / "back")
 
 
-def test_a_config_that_promises_an_mtp_layer_that_was_dropped(tmp_path: Path) -> None:
-    write_toy(tmp_path / "hf", "qwen3_5_text")
-    rewrite(
-        tmp_path / "hf",
-        lambda tensors: {n: t for n, t in tensors.items() if not n.startswith("mtp.")},
-    )
-    assert "--no-mtp" in ckpt("import", tmp_path / "hf", tmp_path / "m").err
-    ok(ckpt("import", tmp_path / "hf", tmp_path / "m", "--no-mtp"))
+def without_mtp(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """For `rewrite`: as transformers saves."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_5_moe"])
+def test_a_config_that_promises_an_mtp_layer_that_was_dropped(tmp_path: Path, kind: str) -> None:
+    source, back = tmp_path / "hf", tmp_path / "back"
+    write_toy(source, kind)
+    rewrite(source, without_mtp)
+    assert "--no-mtp" in ckpt("import", source, tmp_path / "m").err
+    ok(ckpt("import", source, tmp_path / "m", "--no-mtp"))
     recorded = json.loads(MegatronCheckpoint(tmp_path / "m").argument("qwen35_hf_config"))
-    assert recorded["mtp_num_hidden_layers"] == 0
-    ok(ckpt("export", tmp_path / "m", tmp_path / "back"))
-    assert_same_folder(tmp_path / "hf", tmp_path / "back")
+    assert recorded.get("text_config", recorded)["mtp_num_hidden_layers"] == 0
+    ok(ckpt("export", tmp_path / "m", back))
+    before, after = (json.loads((f / "config.json").read_text()) for f in (source, back))
+    before.get("text_config", before)["mtp_num_hidden_layers"] = 0
+    assert after == before
+    told = ok(ckpt("verify", source, back)).out
+    assert "note     A: the config has an MTP layer that is not there" in told
+    assert "note     B" not in told
+    ok(ckpt("import", back, tmp_path / "again"))
+    ok(ckpt("verify", tmp_path / "m", tmp_path / "again"))
+
+
+@pytest.mark.parametrize("where", ["import", "export"])
+def test_the_mtp_layer_is_left_out_when_asked(
+    toys: dict[str, Path], tmp_path: Path, where: str
+) -> None:
+    source, back = toys["qwen3_5_moe_text"], tmp_path / "back"
+    flags = {where: ["--no-mtp"]}
+    told = ok(ckpt("import", source, tmp_path / "m", *flags.get("import", []))).out
+    assert ("left out, the MTP layer" in told) == (where == "import")
+    ok(ckpt("export", tmp_path / "m", back, *flags.get("export", [])))
+    assert read_all(back).keys() == without_mtp(read_all(source)).keys()
+    config = json.loads((source / "config.json").read_text())
+    assert json.loads((back / "config.json").read_text()) == config | {"mtp_num_hidden_layers": 0}
+    ok(ckpt("import", back, tmp_path / "again"))
+    outcome = ckpt("verify", source, back)
+    assert outcome.code == 1
+    assert "note     B has no MTP layer" in outcome.out
+    assert ckpt("verify", back, source).code == 1
+
+
+def test_an_mtp_layer_that_is_carried_stays_in_the_config(
+    toys: dict[str, Path], tmp_path: Path
+) -> None:
+    source, back = toys["qwen3_5_text"], tmp_path / "back"
+    ok(ckpt("import", source, tmp_path / "m", "--no-mtp", "--carry", "mtp.*"))
+    ok(ckpt("export", tmp_path / "m", back))
+    assert_same_folder(source, back)
+    ok(ckpt("import", back, tmp_path / "again"))
 
 
 def test_packed_and_separate_experts_make_the_same_checkpoint(

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 HIDDEN = ("fla", "causal_conv1d", "flash_qla")
 
@@ -43,6 +46,34 @@ def modeling(name: str = "qwen3_5") -> ModuleType:
         with kernels_hidden():
             _loaded[name] = importlib.import_module(module_name)
     return _loaded[name]
+
+
+def load_pretrained(folder: Path, *, text_only: bool = False) -> Any:
+    """The folder's model as its users load it, float32; asserts that it is loaded whole.
+
+    Args:
+        text_only: the text class of a vision-language folder.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    module = modeling("qwen3_5_moe" if "moe" in config["model_type"] else "qwen3_5")
+    name = config["architectures"][0]
+    if text_only:
+        name = name.replace("ForConditionalGeneration", "ForCausalLM")
+    model, info = getattr(module, name).from_pretrained(
+        folder, output_loading_info=True, dtype="float32"
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def logits_of(model: Any) -> Any:
+    """Logits of some tokens, float32."""
+    import torch
+
+    with torch.no_grad():
+        return model(
+            torch.arange(12)[None] * 7 % model.get_input_embeddings().num_embeddings
+        ).logits
 
 
 def _is_hidden(module_name: str) -> bool:

@@ -149,6 +149,12 @@ def rewrite(
     (folder / INDEX).write_text(json.dumps(content, indent=2))
 
 
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys at the top level of a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
 def pack_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """For `rewrite`: the decoder's experts stacked, as in the 3.5 releases."""
     result = dict(tensors)

@@ -70,25 +70,28 @@ class ExportPlan:
 
     def config_bytes(self) -> bytes:
         """The config.json: the original where it says the truth, else with what differs."""
-        if self.origin is None:
-            content = self.config.to_hf()
-        else:
-            original = Qwen35Config.from_hf(self.origin.config)
-            trained = replace(
-                _into_wrapper(self.config, original),
-                mtp_num_hidden_layers=self._mtp_layers(original),
-            )
-            if trained == original and self.choice == "original":
+        content, original = self._config_content()
+        if original and self.choice == "original":
+            assert self.origin is not None
+            if content == json.loads(self.origin.config.read_text()):
                 return self.origin.config.read_bytes()
-            mtp = trained.mtp_num_hidden_layers
-            if trained == replace(original, mtp_num_hidden_layers=mtp):
-                content = json.loads(self.origin.config.read_text())
-                if trained != original:
-                    (content.get("text_config") or content)["mtp_num_hidden_layers"] = mtp
-            else:
-                content = trained.to_hf()
-        _set_dtype(content, self._main_dtype())
+        else:
+            _set_dtype(content, self._main_dtype())
         return json.dumps(content, indent=2).encode() + b"\n"
+
+    def _config_content(self) -> tuple[dict[str, Any], bool]:
+        """The config's keys, and whether they are the original's, MTP layers apart."""
+        if self.origin is None:
+            return self.config.to_hf(), False
+        original = Qwen35Config.from_hf(self.origin.config)
+        mtp = self._mtp_layers(original)
+        trained = replace(_into_wrapper(self.config, original), mtp_num_hidden_layers=mtp)
+        if trained != replace(original, mtp_num_hidden_layers=mtp):
+            return trained.to_hf(), False
+        content: dict[str, Any] = json.loads(self.origin.config.read_text())
+        if trained != original:
+            content.get("text_config", content)["mtp_num_hidden_layers"] = mtp
+        return content, True
 
     def _mtp_layers(self, original: Qwen35Config) -> int:
         """What config.json has to say: what is there, as a layer or carried through."""

@@ -34,6 +34,8 @@ class Account:
     carried: list[str]
     left_out: list[str] = field(default_factory=list)
     """Tensors that were asked to be left out."""
+    promises_mtp: bool = False
+    """Whether the folder's config.json has an MTP layer that the model that is trained lacks."""
 
     @property
     def origin(self) -> Origin:
@@ -57,6 +59,11 @@ class Account:
         notes = list(self.hf.notes)
         if self.left_out:
             notes.append(f"left out, the MTP layer: {len(self.left_out)} tensors")
+        if self.promises_mtp:
+            notes.append(
+                "without the MTP layer of its config.json: to train it with --hf-config "
+                f"{self.hf.folder}, add --override mtp_num_hidden_layers=0"
+            )
         return notes
 
 
@@ -84,6 +91,7 @@ def account(
     given = {name: entry for name, entry in hf.tensors.items() if name not in carried}
     naming = Naming.detect(config, given)
     left_out: list[str] = []
+    promises_mtp = no_mtp and config.mtp_num_hidden_layers > 0
     if no_mtp:
         left_out = [name for name in given if name.startswith(MTP_PREFIX)]
         given = {name: entry for name, entry in given.items() if name not in left_out}
@@ -97,7 +105,13 @@ def account(
     if config.is_vision_language and not any(n.startswith(VISION_PREFIX) for n in carried):
         raise _no_vision(naming)
     return Account(
-        hf=hf, config=config, naming=naming, table=table, carried=sorted(carried), left_out=left_out
+        hf=hf,
+        config=config,
+        naming=naming,
+        table=table,
+        carried=sorted(carried),
+        left_out=left_out,
+        promises_mtp=promises_mtp,
     )
 
 

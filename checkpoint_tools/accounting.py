@@ -126,6 +126,9 @@ def _check_names(
     missing = sorted(lacking - {HEAD})
     unknown = sorted(set(given) - expected)
     if missing:
+        if config.tie_word_embeddings and HEAD in given and len(missing) == 1:
+            # the trainer kept the other name of the one tensor
+            unknown = [HEAD]
         raise _missing(missing, unknown, table, naming)
     if naming.mtp and not config.mtp_num_hidden_layers:
         raise CheckpointError(
@@ -164,6 +167,9 @@ def _missing(
     ):
         fix = "some layers hold their experts packed, some one by one: load the model with "
         fix += "transformers and save it, which makes them alike"
+    elif unknown == [HEAD] and missing[0].endswith("embed_tokens.weight"):
+        fix = f"the tied embedding is stored as {HEAD}: load the model with transformers and save "
+        fix += "it, which names it as it should be"
     elif unknown and len(missing) >= decoder // 2:
         fix = (
             f"the names here, such as {unknown[0]}, are not those of transformers: load the model "

@@ -56,13 +56,13 @@ def with_prefix_of(names: Collection[str], others: Collection[str]) -> dict[str,
 
 
 def describe(changes: Mapping[str, str]) -> list[str]:
-    """What was renamed, one line a kind: ``base_model.model.* is read as * (56 tensors)``."""
-    kinds: dict[str, list[str]] = {}
+    """What was renamed, one line a kind, by its first tensor."""
+    kinds: dict[object, list[str]] = {}
     for name, own in changes.items():
         kinds.setdefault(_kind(name, own), []).append(f"{name} is read as {own}")
     return [
-        lines[0] if len(lines) == 1 else f"{kind} ({len(lines)} tensors)"
-        for kind, lines in kinds.items()
+        lines[0] + (f", and {len(lines) - 1} more alike" if len(lines) > 1 else "")
+        for lines in kinds.values()
     ]
 
 
@@ -93,12 +93,12 @@ def _own(name: str, before: tuple[str, ...], nested: bool) -> str:
     return name
 
 
-def _kind(name: str, own: str) -> str:
+def _kind(name: str, own: str) -> object:
     """What two names of a tensor differ by: wrappers anywhere, or what they begin with."""
     if _unwrapped(name) == own:
-        return f"names are read without {', '.join(sorted(set(name.split('.')) & _WRAPPERS))}"
+        return frozenset(name.split(".")) & _WRAPPERS
     tail, other = name.split("."), own.split(".")
     while tail and other and tail[-1] == other[-1]:
         tail.pop()
         other.pop()
-    return f"{'.'.join([*tail, '*'])} is read as {'.'.join([*other, '*'])}"
+    return tuple(tail), tuple(other)

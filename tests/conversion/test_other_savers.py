@@ -204,6 +204,21 @@ def test_a_tied_model_with_a_copy_of_its_embedding(tmp_path: Path) -> None:
     )
 
 
+def test_a_tied_model_that_kept_its_head_alone(tmp_path: Path) -> None:
+    """As safetensors' own deduplication may leave it."""
+    source = tmp_path / "hf"
+    write_toy(source, "qwen3_5_text", tied=True, mtp=False)
+    before = logits_of(load_pretrained(source))
+    rewrite(
+        source, lambda ts: {n.replace("model.embed_tokens", "lm_head"): t for n, t in ts.items()}
+    )
+    refused(ckpt("import", source, tmp_path / "m"), "stored as lm_head.weight", "transformers")
+    load_pretrained(source).save_pretrained(tmp_path / "saved")
+    ok(ckpt("import", tmp_path / "saved", tmp_path / "m"))
+    ok(ckpt("export", tmp_path / "m", tmp_path / "back"))
+    assert torch.equal(logits_of(load_pretrained(tmp_path / "back")), before)
+
+
 def test_a_tied_model_with_another_head(tmp_path: Path) -> None:
     source = tmp_path / "hf"
     write_toy(source, "qwen3_5_text", tied=True)

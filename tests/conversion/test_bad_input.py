@@ -236,6 +236,8 @@ def test_read_only_target(toys: dict[str, Path], tmp_path: Path, read_only: Path
     outcome = ckpt("import", toys["qwen3_5_text"], read_only / "m")
     refused(outcome, "Read-only file system")
     assert not (read_only / "m").exists()
+    ok(ckpt("import", toys["qwen3_5_text"], tmp_path / "m"))
+    refused(ckpt("export", tmp_path / "m", read_only / "hf"), "Read-only file system")
 
 
 def test_full_disk_and_then_more_room(toys: dict[str, Path], small_disk: Path) -> None:

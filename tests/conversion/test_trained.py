@@ -16,7 +16,7 @@ from checkpoint_tools.mcore_io import MegatronCheckpoint
 from checkpoint_tools.names import Naming, rows
 from qwen35_mcore.config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ok
-from tests.helpers.hf_reference import modeling
+from tests.helpers.hf_reference import load_pretrained, modeling
 from tests.helpers.hf_toy import read_all, write_toy
 from tests.helpers.pretrain_runs import script_server
 
@@ -211,3 +211,22 @@ def test_a_run_copies_what_is_carried(world: World, tmp_path: Path) -> None:
     assert MegatronCheckpoint(run).argument("qwen35_origin")
     ok(ckpt("export", run, tmp_path / "hf"))
     assert read_all(tmp_path / "hf").keys() == read_all(world.source).keys()
+
+
+def test_a_text_only_save_without_mtp_trains_and_comes_back(world: World, tmp_path: Path) -> None:
+    """The text class of a vision-language folder, as text-only fine-tuning leaves it."""
+    load_pretrained(world.source, text_only=True).save_pretrained(tmp_path / "hf")
+    for path in world.root.glob("*.*"):
+        (tmp_path / path.name).symlink_to(path)
+    text = World(tmp_path, world.config)
+    told = ok(ckpt("import", text.source, text.imported, "--no-mtp")).out
+    override = "--override mtp_num_hidden_layers=0"
+    assert override in told
+    text.train(tmp_path / "run", f"--lr 1e-3 {override}", 1, steps=2)
+    ok(ckpt("export", tmp_path / "run", tmp_path / "back"))
+    ok(ckpt("verify", tmp_path / "run", tmp_path / "back"))
+    before, after = read_all(text.source), read_all(tmp_path / "back")
+    assert after.keys() == before.keys()
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    load_pretrained(tmp_path / "back").generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+    ok(ckpt("import", tmp_path / "back", tmp_path / "again"))

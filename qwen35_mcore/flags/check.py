@@ -117,15 +117,16 @@ def _check(row: Row, as_written: str, value: Any, default: Any) -> None:
 
 
 def _check_needs(row: Row, as_written: str, value: Any, line: CommandLine) -> None:
+    subject = " ".join([as_written, *(text for text in _texts(value) if text in row.values)])
     for term in row.needs.split():
         choices = term.split("|")
         if any(_holds(choice, line) for choice in choices):
             continue
         described = " or ".join(_described(choice, line.options) for choice in choices)
         raise ConfigError(
-            f"{as_written} needs {described}",
+            f"{subject} needs {described}",
             got=_command(as_written, value),
-            fix=_fix(as_written, choices, line.options),
+            fix=_fix(subject, choices, line.options),
         )
 
 
@@ -152,8 +153,8 @@ def _described(choice: str, options: dict[str, str]) -> str:
     return f"{options[flag]} {wanted}".strip()
 
 
-def _fix(as_written: str, choices: list[str], options: dict[str, str]) -> str:
-    drop = f"drop {as_written}"
+def _fix(subject: str, choices: list[str], options: dict[str, str]) -> str:
+    drop = f"drop {subject}"
     if choices[0].startswith("package:"):
         package = choices[0].removeprefix("package:")
         return f"pip install {PIP_NAMES.get(package, package)}, or {drop}"

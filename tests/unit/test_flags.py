@@ -149,11 +149,24 @@ def test_values_of_one_flag() -> None:
         parser().parse_args([*balancing, "aux_loss", "sinkhorn"])
     modules = ["--recompute-granularity", "selective", "--recompute-modules"]
     parser().parse_args([*modules, "core_attn", "moe_act"])
-    with pytest.raises(ConfigError, match="--recompute-modules needs a CUDA device"):
+    with pytest.raises(ConfigError, match="--recompute-modules layernorm needs a CUDA device"):
         parser().parse_args([*modules, "core_attn", "layernorm"])
     parser(on_cpu=False).parse_args([*modules, "layernorm"])
-    with pytest.raises(ConfigError, match="--recompute-modules needs a model with experts"):
+    with pytest.raises(ConfigError, match="--recompute-modules moe needs a model with experts"):
         parser("tiny-dense").parse_args([*modules, "moe"])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "dist_muon", "lion", "soap"])
+def test_optimizers_that_take_bf16_where_they_are_sharded(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    sharded = ["--optimizer", optimizer, "--use-distributed-optimizer"]
+    with pytest.raises(ConfigError, match="needs --bf16 or a run without --use-distributed") as e:
+        parser().parse_args(sharded)
+    assert "pass --bf16 as well" in str(e.value.fix)
+    parser().parse_args([*sharded, "--bf16"])
+    parser().parse_args(sharded[:2])
 
 
 def test_a_flag_of_a_newer_megatron_is_refused() -> None:

@@ -12,11 +12,10 @@ CHECKPOINTS = (
     free(
         "tests/distributed/test_resume.py, tests/cli/test_pretrain_errors.py",
         """
-        save load finetune pretrained_checkpoint no_save_optim no_save_rng no_load_optim
+        save save_interval load finetune pretrained_checkpoint no_save_optim no_save_rng no_load_optim
         no_load_rng
         """,
     ),
-    free("tests/distributed/test_resume.py", "save_interval", needs="save"),
     free("tests/cli/test_pretrain_errors.py", "ckpt_step", needs="load|pretrained_checkpoint"),
     free("Megatron's own", "override_ckpt_iteration", needs="load"),
     free("Megatron's own", "save_retain_interval", needs="save"),

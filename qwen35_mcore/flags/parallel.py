@@ -124,7 +124,7 @@ SHARDED_STATE = (
     free(
         "Megatron's own",
         "num_distributed_optimizer_instances",
-        needs="use_distributed_optimizer",
+        needs="use_distributed_optimizer package:einops",
     ),
     free(
         "Megatron's own",

@@ -37,7 +37,7 @@ CHECKPOINTS = (
         """,
     ),
     unsupported(
-        "megatron itself warns of the others; of two ranks one fails, the other never ends",
+        "megatron itself warns of the others; here gather_rounds fails, gather_object never ends",
         "ckpt_fully_parallel_load_exchange_algo",
     ),
     free(

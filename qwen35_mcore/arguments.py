@@ -22,6 +22,7 @@ from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data import read_sidecar
 from qwen35_mcore.data_checks import check_tokenizer, dataset_prefixes
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.flags import check_classes_while_parsing
 from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.mcore_compat import config_from_arguments
 from qwen35_mcore.megatron_refusals import as_config_errors, raise_instead_of_usage
@@ -55,17 +56,18 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     _run_alone_without_a_launcher()
     early, _ = _model_parser().parse_known_args(argv)
     hf = choose_model(early.flavor, early.hf_config, early.override)
-    architecture = architecture_arguments(hf)
 
     def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         raise_instead_of_usage(parser)
+        megatrons = [action.dest for action in parser._actions]
         _add_model_arguments(parser)
-        parser.set_defaults(**run_defaults(hf), **architecture)
+        parser.set_defaults(**run_defaults(hf), **architecture_arguments(hf))
+        check_classes_while_parsing(parser, megatrons, on_cpu=cpu.is_needed())
         return parser
 
     with _argv(argv):
         args = parse_args(add_ours)
-    check_flags(args, architecture)
+    check_flags(args)
     _complete(args, hf)
     _take_over_origin(args, check_run(args, hf))
     with as_config_errors(args):

@@ -44,6 +44,19 @@ def flavors(
         _print_flavors(rows)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def flags(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FLAG", help="Flags of training. Default: how many of each class."),
+    ] = None,
+) -> None:
+    """Say of megatron's flags which the model decides, which work, and why others are refused."""
+    from qwen35_mcore.flags.show import described, overview
+
+    typer.echo("\n".join(described(names) if names else overview()))
+
+
 @data_app.command()
 def tokenize(
     output_prefix: Annotated[

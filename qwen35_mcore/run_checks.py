@@ -17,21 +17,9 @@ from qwen35_mcore.checkpoint_checks import Start, check_start
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data_checks import check_datasets
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.flags.flex import check_flex
 from qwen35_mcore.parallel import ParallelLayout, check_layout
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
-
-REFUSED = {
-    "yaml_cfg": "the model comes from --flavor or --hf-config",
-    "use_checkpoint_args": "the model comes from --flavor or --hf-config",
-    "use_precision_aware_optimizer": "with Transformer Engine its main copies of A_log, dt_bias "
-    "and the GDN norm, which stay float32, are never updated",
-    "load_main_params_from_ckpt": "it copies what was rounded to bfloat16 before; "
-    "--float32-main-params does what it is meant for",
-    "use_megatron_fsdp": "GatedDeltaNet's checkpoint layout was not tested with it",
-    "use_torch_fsdp2": "GatedDeltaNet's checkpoint layout was not tested with it",
-    "fp16": "Qwen3.5 is trained in bf16 or float32",
-}
-INSTEAD = {"fp16": "pass --bf16"}
 
 NEEDED = {
     "micro_batch_size": "sequences per forward pass and data parallel rank",
@@ -45,35 +33,14 @@ DATA_FLAGS = (
 )
 
 
-def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
-    """Refuse flags that contradict the model, that do not work with it, or that are missing.
+def check_flags(args: Namespace) -> None:
+    """Refuse flags that do not work together, or that are missing.
+
+    What each flag is by itself stands in the table of :mod:`qwen35_mcore.flags`.
 
     Raises:
         ConfigError: with the first of them.
     """
-    for name, value in architecture.items():
-        if getattr(args, name) != value:
-            raise ConfigError(
-                f"{_flag(name)} contradicts the model",
-                got=getattr(args, name),
-                allowed=repr(value),
-                fix="drop the flag; to change the model pass --override KEY=VALUE",
-            )
-    for name, reason in REFUSED.items():
-        if getattr(args, name, None):
-            given = getattr(args, name)
-            raise ConfigError(
-                f"{_flag(name)} is not supported: {reason}",
-                got=_flag(name) if given is True else f"{_flag(name)} {given}",
-                fix=INSTEAD.get(name, "drop the flag"),
-            )
-    if args.ckpt_format != "torch_dist":
-        raise ConfigError(
-            "checkpoints are written in one format, the one that converts and changes layout",
-            got=f"--ckpt-format {args.ckpt_format}",
-            allowed="torch_dist",
-            fix="drop the flag",
-        )
     if args.bf16 and not args.use_distributed_optimizer and (args.save or args.load):
         raise ConfigError(
             "megatron's plain bf16 optimizer cannot write or read the state of float32 parameters "
@@ -84,6 +51,7 @@ def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
     _check_main_params(args)
     _check_graph_device(args)
     if args.num_experts:
+        check_flex(args)
         _check_fp8_experts(args)
         _check_graph(args, _experts(args))
     _check_warmup(args)

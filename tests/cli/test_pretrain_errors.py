@@ -124,6 +124,10 @@ def test_model_choice(arguments: list[str], parts: list[str]) -> None:
         (["--fp16"], ["--fp16 is not supported", "bf16 or float32", "fix: pass --bf16"]),
         (["--use-precision-aware-optimizer"], ["is not supported", "never updated"]),
         (["--ckpt-format", "torch"], ["got: --ckpt-format torch", "allowed: torch_dist"]),
+        # megatron acts on these two while it parses and checks its flags
+        (["--enable-msc"], ["--enable-msc is not supported", "fix: drop the flag"]),
+        (["--checkpoint-activations"], ["fix: pass --recompute-activations"]),
+        (["--moe-router-topk-scaling-factor", "2.5"], ["contradicts the model", "got: 2.5"]),
         (["--min-lr", "1"], ["args.min_lr <= args.lr", "min_lr=1.0, lr=0.001"]),
         (["--recompute-granularity", "full"], ["recompute_method must be"]),
         (["--bf16", "--save", "x", "--save-interval", "1"], ["pass --use-distributed-optimizer"]),

@@ -26,6 +26,8 @@ def run(**more: Any) -> Namespace:
         "cuda_graph_impl": "full_iteration",
         "transformer_impl": "transformer_engine",
         "moe_experts": "auto",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_flex_dispatcher_backend": "deepep",
         "tensor_model_parallel_size": 1,
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": None,
@@ -55,7 +57,7 @@ def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_graphs_that_can_be_captured(more: dict[str, Any]) -> None:
-    check_flags(run(**more), {})
+    check_flags(run(**more))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_graphs_that_can_be_captured(more: dict[str, Any]) -> None:
 )
 def test_one_graph_of_a_step_that_waits_for_the_host(more: dict[str, Any], experts: str) -> None:
     with pytest.raises(ConfigError, match="waits for the host") as caught:
-        check_flags(run(**more), {})
+        check_flags(run(**more))
     assert f"which is {experts} here" in str(caught.value)
     assert "drop --cuda-graph-impl" in str(caught.value)
 
@@ -86,4 +88,25 @@ def test_one_graph_of_a_step_that_waits_for_the_host(more: dict[str, Any], exper
 )
 def test_named_experts_that_cannot_run(more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="experts cannot run here"):
-        check_flags(run(**more, cuda_graph_impl="none"), {})
+        check_flags(run(**more, cuda_graph_impl="none"))
+
+
+def test_a_flex_dispatcher_where_one_rank_has_all_experts() -> None:
+    with pytest.raises(ConfigError, match="here one rank has them all"):
+        check_flags(run(moe_token_dispatcher_type="flex", cuda_graph_impl="none"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "package"),
+    [("deepep", "deep_ep"), ("hybridep", "deep_ep"), ("ncclep", "transformer_engine")],
+)
+def test_a_flex_dispatcher_without_its_package(
+    backend: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
+    spread = run(**flex, expert_model_parallel_size=2, cuda_graph_impl="none")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"{backend} needs the package {package}"):
+        check_flags(spread)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    check_flags(spread)

@@ -15,6 +15,7 @@ from qwen35_mcore.checkpoint_files import (
     complete_checkpoints,
     damage,
     iteration_folder,
+    recover,
     tracked_folder,
 )
 from qwen35_mcore.config import Qwen35Config
@@ -74,7 +75,9 @@ def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
             "the checkpoint to start from is not complete",
             got=problem,
             allowed=_others(folder),
-            fix="choose another one with --ckpt-step N",
+            fix="choose another one with --ckpt-step N"
+            if complete_checkpoints(folder.parent)
+            else "name another folder, or, to start from random weights, an empty one",
         )
     common = _common_state(folder)
     model = Qwen35Config.from_hf(json.loads(common["args"].qwen35_hf_config))
@@ -91,9 +94,12 @@ def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
 
 
 def _starting_point(args: Namespace) -> tuple[Path | None, bool]:
-    """The folder to start from, and whether megatron would load its optimizer."""
+    """The folder to start from, and whether the run would go on at its iteration."""
     load = Path(args.load) if args.load else None
+    if load is not None:
+        recover(load)
     if load is not None and args.ckpt_step:
+        _refuse_two_starts(args, load)
         return iteration_folder(load, args.ckpt_step), True
     folder = tracked_folder(load) if load is not None else None
     if folder is not None:
@@ -110,6 +116,18 @@ def _starting_point(args: Namespace) -> tuple[Path | None, bool]:
             fix="correct the path, or drop --load to start from random weights",
         )
     return None, False
+
+
+def _refuse_two_starts(args: Namespace, load: Path) -> None:
+    """Without a tracker in --load, megatron takes the other one."""
+    if args.pretrained_checkpoint and not (load / TRACKER).exists():
+        raise CheckpointError(
+            "--ckpt-step is about --load, which has no tracker file yet, so the run would start "
+            "from --pretrained-checkpoint",
+            got=f"--ckpt-step {args.ckpt_step} --load {load}",
+            fix="drop --ckpt-step to start from the pretrained weights, or drop "
+            "--pretrained-checkpoint to go on from that iteration",
+        )
 
 
 def _refuse_untracked(load: Path) -> None:

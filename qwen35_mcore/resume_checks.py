@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qwen35_mcore.checkpoint_checks import Start
@@ -222,11 +223,11 @@ CHANGES = (
 def _start_anew(args: Namespace, start: Start | None) -> str:
     if start is None or not (args.finetune and args.load and args.save):
         return ""
-    if start.folder.parent.resolve() != type(start.folder)(args.save).resolve():
+    if Path(args.load).resolve() != Path(args.save).resolve():
         return ""
     return (
-        f"--finetune: iteration 0, from the weights of {start.folder}; checkpoints that this run "
-        f"saves replace those of the same iterations in {args.save}"
+        f"--finetune: iteration 0, with the weights of {start.folder}; what this run saves takes "
+        f"the place of checkpoints of the same iterations in {args.save}"
     )
 
 

@@ -64,13 +64,14 @@ def _check_async(args: Namespace) -> None:
 
 
 def _check_non_persistent(args: Namespace) -> None:
-    """They are loaded before the others, whatever ``--ckpt-step`` says and unchecked."""
+    """Megatron keeps the one of the highest iteration, not the last one written: after a run has
+    gone back to an earlier iteration it removes the one that its tracker names."""
     for name in ("non_persistent_save_interval", "non_persistent_ckpt_type"):
         value = getattr(args, name)
         if value is not None:
             raise ConfigError(
-                "checkpoints beside those of --save are not supported: megatron deletes an older "
-                "one before the next is complete, and loads them past --ckpt-step",
+                "checkpoints beside those of --save are not supported: megatron may remove the "
+                "last one before the next is complete, and takes one past --ckpt-step",
                 got=f"{_name(name)} {value}",
                 fix="drop the flag; to save often and keep few, pass --save-interval N and "
                 "--save-retain-interval M: of the older ones, multiples of M stay",

@@ -28,6 +28,7 @@ from qwen35_mcore.mcore_compat import config_from_arguments
 from qwen35_mcore.megatron_refusals import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.ops.dispatch import BACKENDS
 from qwen35_mcore.parallel import GDN_CONTEXT_PARALLEL
+from qwen35_mcore.resume_checks import check_resume
 from qwen35_mcore.run_checks import check_flags, check_run
 from qwen35_mcore.transformer_config import Qwen35TransformerConfig, architecture_arguments
 
@@ -69,9 +70,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         args = parse_args(add_ours)
     check_flags(args)
     _complete(args, hf)
-    _take_over_origin(args, check_run(args, hf))
+    start = check_run(args, hf)
+    _take_over_origin(args, start)
     with as_config_errors(args):
         validate_args(args)
+        check_resume(args, start)
         config_from_arguments(args, Qwen35TransformerConfig)
         set_global_variables(args)
     check_tokenizer(args, hf, get_tokenizer())

@@ -15,6 +15,7 @@ from qwen35_mcore.checkpoint_files import (
     complete_checkpoints,
     damage,
     iteration_folder,
+    recover,
     tracked_folder,
 )
 from qwen35_mcore.config import Qwen35Config
@@ -33,10 +34,26 @@ class Start:
     """The checkpoint that a run starts from."""
 
     folder: Path
-    resumes: bool
-    """Whether the run goes on with the optimizer, not only with the weights."""
-    origin: str
-    """Name of the folder beside it that holds what its import carried along; often empty."""
+    common: dict[str, Any]
+    """What it holds beside tensors: ``args``, ``iteration``, ``opt_param_scheduler``, ..."""
+    iteration: int
+    """Where the run goes on; 0 where it takes the weights alone."""
+    loads_optimizer: bool
+
+    @property
+    def saved(self) -> Any:
+        """The arguments of the run that saved it."""
+        return self.common["args"]
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on at the checkpoint's iteration."""
+        return self.iteration > 0
+
+    @property
+    def origin(self) -> str:
+        """Name of the folder beside it that holds what its import carried along; often empty."""
+        return str(getattr(self.saved, "qwen35_origin", ""))
 
 
 def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
@@ -46,8 +63,8 @@ def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
     that is queued again and again starts for the first time.
 
     Raises:
-        CheckpointError: nothing to load where something must be, a damaged checkpoint, one of
-            another architecture, or one without optimizer state or with the other kind of it.
+        CheckpointError: nothing to load where something must be, a damaged checkpoint, or one of
+            another architecture.
     """
     folder, resumes = _starting_point(args)
     if folder is None:
@@ -58,21 +75,31 @@ def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
             "the checkpoint to start from is not complete",
             got=problem,
             allowed=_others(folder),
-            fix="choose another one with --ckpt-step N",
+            fix="choose another one with --ckpt-step N"
+            if complete_checkpoints(folder.parent)
+            else "name another folder, or, to start from random weights, an empty one",
         )
-    saved = _saved_arguments(folder)
-    _check_model(Qwen35Config.from_hf(json.loads(saved.qwen35_hf_config)), folder, hf)
-    weights_only = args.finetune or args.no_load_optim or args.skip_train
-    resumes = resumes and folder.name != "release" and not weights_only
-    if resumes:
-        _check_optimizer(saved, folder, args)
-    return Start(folder, resumes, getattr(saved, "qwen35_origin", ""))
+    common = _common_state(folder)
+    model = Qwen35Config.from_hf(json.loads(common["args"].qwen35_hf_config))
+    _check_model(model, folder, hf)
+    if not resumes or folder.name == "release" or args.finetune:
+        return Start(folder, common, 0, loads_optimizer=False)
+    iteration = args.override_ckpt_iteration
+    return Start(
+        folder,
+        common,
+        common["iteration"] if iteration is None else iteration,
+        loads_optimizer=not (args.no_load_optim or args.skip_train),
+    )
 
 
 def _starting_point(args: Namespace) -> tuple[Path | None, bool]:
-    """The folder to start from, and whether megatron would load its optimizer."""
+    """The folder to start from, and whether the run would go on at its iteration."""
     load = Path(args.load) if args.load else None
+    if load is not None:
+        recover(load)
     if load is not None and args.ckpt_step:
+        _refuse_two_starts(args, load)
         return iteration_folder(load, args.ckpt_step), True
     folder = tracked_folder(load) if load is not None else None
     if folder is not None:
@@ -89,6 +116,18 @@ def _starting_point(args: Namespace) -> tuple[Path | None, bool]:
             fix="correct the path, or drop --load to start from random weights",
         )
     return None, False
+
+
+def _refuse_two_starts(args: Namespace, load: Path) -> None:
+    """Without a tracker in --load, megatron takes the other one."""
+    if args.pretrained_checkpoint and not (load / TRACKER).exists():
+        raise CheckpointError(
+            "--ckpt-step is about --load, which has no tracker file yet, so the run would start "
+            "from --pretrained-checkpoint",
+            got=f"--ckpt-step {args.ckpt_step} --load {load}",
+            fix="drop --ckpt-step to start from the pretrained weights, or drop "
+            "--pretrained-checkpoint to go on from that iteration",
+        )
 
 
 def _refuse_untracked(load: Path) -> None:
@@ -128,46 +167,27 @@ def _check_model(saved: Qwen35Config, folder: Path, hf: Qwen35Config) -> None:
         )
 
 
-def _check_optimizer(saved: Any, folder: Path, args: Namespace) -> None:
-    """The distributed optimizer and the plain one store their state in different ways."""
-    if getattr(saved, "no_save_optim", False):
-        raise CheckpointError(
-            f"the checkpoint in {folder} holds no optimizer state: it was saved with "
-            "--no-save-optim",
-            fix="pass --no-load-optim to go on with fresh moments, or --finetune to start anew "
-            "from its weights",
-        )
-    distributed = bool(getattr(saved, "use_distributed_optimizer", False))
-    if distributed != args.use_distributed_optimizer:
-        raise CheckpointError(
-            f"the checkpoint in {folder} was saved {'with' if distributed else 'without'} "
-            f"--use-distributed-optimizer, and this run is the other way round",
-            fix=f"{'pass' if distributed else 'drop'} --use-distributed-optimizer, or pass "
-            "--no-load-optim to start with fresh moments",
-        )
-
-
-def _saved_arguments(folder: Path) -> Any:
+def _common_state(folder: Path) -> dict[str, Any]:
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     try:
         with warnings.catch_warnings():  # torch doubts that one process is meant
             warnings.simplefilter("ignore")
-            args: Any = load_common_state_dict(str(folder)).get("args")
+            common: dict[str, Any] = load_common_state_dict(str(folder))
     except Exception as error:
         raise CheckpointError(
             f"the common state of {folder} cannot be read",
             got=f"{type(error).__name__}: {error}",
             fix="choose another checkpoint with --ckpt-step N",
         ) from error
-    if not hasattr(args, "qwen35_hf_config"):
+    if not hasattr(common.get("args"), "qwen35_hf_config"):
         raise CheckpointError(
             "the checkpoint was not written by this package",
             got=str(folder),
             allowed="a checkpoint of examples/pretrain_qwen35.py or of `qwen35-ckpt import`",
             fix="export it to a Hugging Face folder and import that",
         )
-    return args
+    return common
 
 
 def _values(config: Qwen35Config, names: list[str]) -> str:

@@ -16,6 +16,7 @@ from typing import TextIO
 from torch.distributed.checkpoint import FileSystemReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_PARTIAL, _REPLACED = ".partial", ".replaced"
 
 
 def iteration_folder(root: Path, iteration: int | str) -> Path:
@@ -64,32 +65,48 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 def partial_folder(target: Path) -> Path:
     """Where a checkpoint is written until it is complete."""
-    return target.with_name(f".{target.name}.partial")
+    return _beside(target, _PARTIAL)
+
+
+def recover(root: Path) -> None:
+    """Finish what a process that died while it replaced a checkpoint left half done.
+
+    It has moved the old checkpoint away and not yet the new one in. The new one takes the place
+    where it is whole, else the old one comes back. Every rank of a job may call this at once.
+    """
+    for replaced in root.glob(f".iter_*{_REPLACED}"):
+        target = _place_of(replaced, _REPLACED)
+        if os.path.lexists(target):
+            continue
+        partial = partial_folder(target)
+        with contextlib.suppress(OSError):  # another rank has done it, or nobody may write here
+            os.rename(partial if damage(partial) is None else replaced, target)
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what a killed save left behind."""
-    for pattern in (".iter_*.partial", ".iter_*.replaced"):
-        for folder in root.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove what a killed save left behind, and nothing that has no better one in its place."""
+    recover(root)
+    for folder in root.glob(f".iter_*{_PARTIAL}"):
+        _remove(folder)
+    for folder in root.glob(f".iter_*{_REPLACED}"):
+        if os.path.lexists(_place_of(folder, _REPLACED)):
+            _remove(folder)
 
 
 def publish(partial: Path, target: Path) -> None:
     """Put a finished checkpoint in its place.
 
-    Whenever the process dies in here, the tracker names a complete checkpoint or, when the one
-    that it named was the only one, does not exist.
+    Whenever the process dies in here, `recover` leaves a complete checkpoint in the place.
     """
     for path in (partial / "metadata.json", partial):
         _sync(path)
-    replaced = target.with_name(f".{target.name}.replaced")
-    if target.is_dir() and any(target.iterdir()):
-        if tracked_folder(target.parent) == target:
-            _track_another(target)
+    replaced = _beside(target, _REPLACED)
+    if os.path.lexists(target):
+        _remove(replaced)
         os.rename(target, replaced)
     os.rename(partial, target)
     _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
 @contextlib.contextmanager
@@ -103,14 +120,20 @@ def replaced_when_closed(path: str | Path) -> Iterator[TextIO]:
     os.replace(temporary, path)
 
 
-def _track_another(folder: Path) -> None:
-    tracker = folder.parent / TRACKER
-    others = [other for other in complete_checkpoints(folder.parent) if other != folder]
-    if not others:
-        tracker.unlink()
-        return
-    with replaced_when_closed(tracker) as file:
-        file.write(str(int(others[0].name.removeprefix("iter_"))))
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}{kind}")
+
+
+def _place_of(folder: Path, kind: str) -> Path:
+    return folder.with_name(folder.name.removeprefix(".").removesuffix(kind))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one without what it points to."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -271,10 +271,11 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
         load_unsaved,
         log_means,
         main_params,
-        megatron_refusals,
         nonfinite,
         resharding,
+        resume_position,
         safe_saving,
+        sgd_state,
     )
 
     def num_floating_point_operations(
@@ -298,10 +299,11 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
     load_unsaved.install()
     log_means.install()
     main_params.install()
-    megatron_refusals.explain_schedule_changes()
+    resume_position.install()
     nonfinite.install()
     resharding.install()
     safe_saving.install()
+    sgd_state.install()
 
 
 def _keeping_random_state(build: Callable[..., Any]) -> Callable[..., Any]:

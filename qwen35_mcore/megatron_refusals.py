@@ -15,9 +15,9 @@ import textwrap
 import traceback
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from qwen35_mcore.errors import CheckpointError, ConfigError, Qwen35Error
+from qwen35_mcore.errors import ConfigError, Qwen35Error
 
 _UNKNOWN = "unrecognized arguments: "
 
@@ -89,27 +89,3 @@ def as_first_raised() -> Iterator[None]:
         ):
             first = context
         raise first from first.__cause__
-
-
-def explain_schedule_changes() -> None:
-    """Let megatron's refusal of another learning rate schedule than the checkpoint's say what to
-    do about it; every new ``--train-iters`` runs into it."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    original = OptimizerParamScheduler.load_state_dict
-    if hasattr(original, "explained"):
-        return
-
-    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        try:
-            original(self, state_dict)
-        except AssertionError as error:
-            raise CheckpointError(
-                "the schedule of learning rate and weight decay differs from the checkpoint's",
-                got=str(error).removeprefix("OptimizerParamScheduler: "),
-                fix="pass --override-opt-param-scheduler to go on with the flags, or "
-                "--use-checkpoint-opt-param-scheduler to go on with the checkpoint's schedule",
-            ) from error
-
-    load_state_dict.explained = True  # type: ignore[attr-defined]
-    OptimizerParamScheduler.load_state_dict = load_state_dict

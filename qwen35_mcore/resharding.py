@@ -1,17 +1,18 @@
-"""Load optimizer state into a run that groups its parameters otherwise.
+"""Load optimizer state into a run that groups its parameters otherwise, or sets them otherwise.
 
 Depends on megatron-core 0.19. It builds one optimizer for everything at TP1 EP1 and two, dense and
-expert, otherwise; a checkpoint of one kind does not load into the other. The tensors in it are
-global and fit any layout; what differs is the list of parameter groups, small and rebuilt here.
+expert, otherwise; a checkpoint of one kind does not load into the other. It finds a parameter
+group of the checkpoint by its learning rates, so that no rate can change; and where it finds one,
+the checkpoint's Adam betas and epsilon silently win over the flags. The tensors of a checkpoint are
+global and fit any layout. Its parameter groups are small; here they are the run's own, and only
+the step count comes from the checkpoint.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
-
-_ROLE = ("wd_mult", "lr_mult", "is_decoupled_lr")
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 
 def install() -> None:
@@ -35,54 +36,27 @@ def fit_to_run(state: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
     Args:
         state: what megatron merged from the checkpoint's plain values, grouped as the run that
             saved them, and its tensors, grouped as this run.
-        optimizers: one, or dense and expert.
+        optimizers: one, or several, as dense and expert.
     """
     numbers = sorted(key for key in state if isinstance(key, int))
     plain = {key: value for key, value in state.items() if not isinstance(key, int)}
     if len(optimizers) == 1:
-        if not numbers:
-            return state
-        saved = [state[number] for number in numbers]
-        groups = [group for part in saved for group in _groups(part)]
-        return _with_groups(saved[0] | plain, groups, plain, optimizers[0])
-    if not plain:
-        return state
-    groups = _groups(plain)
+        whole = state[numbers[0]] | plain if numbers else state
+        return _with_groups(whole, optimizers[0])
     return {
-        number: _with_groups(plain | state[number], groups, state[number], optimizer)
+        number: _with_groups(plain | state[number], optimizer)
         for number, optimizer in enumerate(optimizers)
     }
 
 
-def _groups(part: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parameter groups of one optimizer's state: megatron's optimizers nest them or do not."""
-    return part.get("optimizer", part)["param_groups"]
-
-
-def _with_groups(
-    part: dict[str, Any],
-    saved: list[dict[str, Any]],
-    tensors: dict[str, Any],
-    optimizer: Any,
-) -> dict[str, Any]:
-    """One optimizer's state, its groups taken from the saved group with the same role."""
-    local = tensors.get("optimizer", tensors).get("param_groups")
-    groups = []
-    for number, current in enumerate(optimizer.param_groups):
-        group = dict(_same_role(current, saved))
-        group |= {key: current[key] for key in param_group_identifier_keys if key in current}
-        if local is not None:  # without the distributed optimizer, groups list their parameters
-            group["params"] = local[number]["params"]
-        groups.append(group)
-    if "optimizer" in part:
-        return part | {"optimizer": part["optimizer"] | {"param_groups": groups}}
-    return part | {"param_groups": groups}
-
-
-def _same_role(current: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
-    candidates = [g for g in saved if all(g.get(key) == current.get(key) for key in _ROLE)]
-    expert = current["is_expert_parallel"]
-    candidates.sort(key=lambda group: group.get("is_expert_parallel") != expert)
-    if not candidates:
-        raise KeyError({key: current.get(key) for key in _ROLE})
-    return candidates[0]
+def _with_groups(part: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
+    """One optimizer's state with the parameter groups of this run, at the checkpoint's step."""
+    if isinstance(optimizer, ChainedOptimizer):  # it fits its own parts
+        return part
+    nested = "optimizer" in part  # megatron's optimizers nest the groups or do not
+    inner = part["optimizer"] if nested else part
+    steps = {group["step"] for group in inner["param_groups"] if "step" in group}
+    step = {"step": max(steps)} if steps else {}
+    groups = [group | step for group in optimizer.optimizer.state_dict()["param_groups"]]
+    inner = inner | {"param_groups": groups}
+    return part | {"optimizer": inner} if nested else inner

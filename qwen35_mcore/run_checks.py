@@ -14,6 +14,7 @@ import torch
 from qwen35_mcore import cpu
 from qwen35_mcore.backends import choose_experts
 from qwen35_mcore.checkpoint_checks import Start, check_start
+from qwen35_mcore.checkpoint_flags import check_checkpoint_flags
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data_checks import check_datasets
 from qwen35_mcore.errors import ConfigError
@@ -66,13 +67,13 @@ def _check_main_params(args: Namespace) -> None:
             "--float32-main-params is for bf16 runs: here the model itself is float32",
             fix="drop the flag, or pass --bf16",
         )
-    if not args.use_distributed_optimizer or args.optimizer not in ("adam", "sgd"):
+    if not args.use_distributed_optimizer or args.optimizer != "adam":
         raise ConfigError(
             "--float32-main-params needs megatron's distributed optimizer: the others copy their "
             "main parameters from the rounded model",
             got=f"--optimizer {args.optimizer}"
             + (" --use-distributed-optimizer" if args.use_distributed_optimizer else ""),
-            allowed="--optimizer adam or sgd, with --use-distributed-optimizer",
+            allowed="--optimizer adam, with --use-distributed-optimizer",
         )
 
 
@@ -155,10 +156,12 @@ def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
     """Check the parallel layout, the datasets and the checkpoint to start from, which it returns.
 
     Raises:
-        ConfigError: the layout cannot run the model; all violations at once.
+        ConfigError: the layout cannot run the model, all violations at once; or see
+            `check_checkpoint_flags`.
         DataError: see `check_datasets`.
         CheckpointError: see `check_start`.
     """
+    check_checkpoint_flags(args)
     _check_layout(args, hf)
     check_datasets(args, hf)
     return check_start(args, hf)

@@ -4,6 +4,9 @@ Depends on megatron-core 0.19, which writes into the checkpoint's own folder and
 tracker before it writes it: killed while it saves an iteration that exists already, it leaves a
 tracker that points at a mixture of two checkpoints, or at nothing. Here a checkpoint is written
 beside its place and moved there when complete, and the tracker is replaced in one step.
+
+It also announces a save where a run that has nothing left to do would replace the checkpoint that
+it started from by the same one. That save is left out, and the log says so.
 """
 
 from __future__ import annotations
@@ -15,23 +18,28 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.training import checkpointing, get_args
+from megatron.training import checkpointing, get_args, training
+from megatron.training.async_utils import maybe_finalize_async_save
+from megatron.training.utils import print_rank_0
 
 from qwen35_mcore import nonfinite
 from qwen35_mcore.checkpoint_files import (
     TRACKER,
+    iteration_folder,
     partial_folder,
     publish,
     remove_leftovers,
     replaced_when_closed,
+    tracked_folder,
 )
 
 
 def install() -> None:
-    """Patch ``megatron.training.checkpointing``; does nothing when called again."""
+    """Patch ``megatron.training``; does nothing when called again."""
     if isinstance(checkpointing.dist_checkpointing, _CheckpointBesideItsPlace):
         return
     checkpointing.dist_checkpointing = _CheckpointBesideItsPlace(checkpointing.dist_checkpointing)
+    training.save_checkpoint = _unless_just_loaded(training.save_checkpoint)
     checkpointing.maybe_msc = _AtomicTracker(checkpointing.maybe_msc)
     filesystem_async.get_write_results_queue = _results_queue(
         filesystem_async.get_write_results_queue
@@ -43,6 +51,7 @@ class _CheckpointBesideItsPlace:
 
     def __init__(self, module: Any) -> None:
         self._module = module
+        self._being_written: set[Path] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -60,19 +69,21 @@ class _CheckpointBesideItsPlace:
         if "://" in str(checkpoint_dir):  # an object store has no folders to move
             return self._module.save(state, checkpoint_dir, *args, **kwargs)
         target = Path(checkpoint_dir)
-        if not async_sharded_save and _just_loaded(target):
-            return None
+        if target in self._being_written:
+            maybe_finalize_async_save(blocking=True)
         partial = partial_folder(target)
         if torch.distributed.get_rank() == 0:
-            if not async_sharded_save:  # the folder of another save may be in use
+            if not self._being_written:
                 remove_leftovers(target.parent)
-            partial.mkdir(exist_ok=True)
+            partial.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         request = self._module.save(state, str(partial), *args, **kwargs)
         if request is None:
             _publish(partial, target)
         else:
+            self._being_written.add(target)
             request.finalize_fns.append(lambda: _publish(partial, target))
+            request.finalize_fns.append(lambda: self._being_written.discard(target))
         return request
 
 
@@ -82,16 +93,30 @@ def _publish(partial: Path, target: Path) -> None:
     torch.distributed.barrier()
 
 
-def _just_loaded(target: Path) -> bool:
-    """Whether the run started from this very checkpoint and took no step since.
+def _unless_just_loaded(original: Any) -> Any:
+    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("non_persistent_ckpt") and _is_just_loaded(iteration):
+            print_rank_0(
+                f"iteration {iteration} is not saved again: {get_args().save} holds it, this run "
+                "started from it and has taken no step since"
+            )
+            return
+        original(iteration, *args, **kwargs)
 
-    A finished run that is started again would replace its last checkpoint by the same one.
-    """
+    return save_checkpoint
+
+
+def _is_just_loaded(iteration: int) -> bool:
+    """Whether the run started from the checkpoint that it is about to save, as the tracker's one,
+    and took no step since. Iterations grow with every step, but where a run starts from a
+    checkpoint's weights alone they begin at 0: the checkpoint of the same name is another."""
     args = get_args()
-    if not args.load or os.path.realpath(args.load) != os.path.realpath(target.parent):
+    if iteration != args.iteration or args.rerun_mode != "disabled" or not args.load:
         return False
-    loaded = f"iter_{checkpointing.get_loaded_iteration() or 0:07d}"
-    return loaded == target.name and (target / "metadata.json").is_file()
+    if os.path.realpath(args.load) != os.path.realpath(args.save):
+        return False
+    loaded = iteration_folder(Path(args.save), checkpointing.get_loaded_iteration() or 0)
+    return loaded == iteration_folder(Path(args.save), iteration) == tracked_folder(Path(args.save))
 
 
 class _AtomicTracker:

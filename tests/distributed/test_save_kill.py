@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 
 from qwen35_mcore import checkpoint_files
 from qwen35_mcore.checkpoint_files import (
@@ -24,6 +24,8 @@ from qwen35_mcore.checkpoint_files import (
     damage,
     partial_folder,
     publish,
+    recover,
+    remove_leftovers,
     tracked_folder,
 )
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
@@ -173,34 +175,60 @@ def write_checkpoint(folder: Path, value: float) -> None:
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
 
 
-@pytest.mark.parametrize("changes", range(6))
-@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize("changes", range(5))
+@pytest.mark.parametrize("linked", [False, True])
 def test_replacing_the_tracked_checkpoint(
-    tmp_path: Path, die_at: Callable[[int], None], changes: int, others: bool
+    tmp_path: Path, die_at: Callable[[int], None], changes: int, linked: bool
 ) -> None:
-    """A run that went back to an earlier iteration saves one again that the tracker names."""
+    """A run that went back to an earlier iteration saves one again that the tracker names, or what
+    a link of that name points to: whenever it dies, one of the two comes back, whole."""
     target = tmp_path / "iter_0000020"
-    write_checkpoint(target, 1.0)
-    if others:
-        write_checkpoint(tmp_path / "iter_0000010", 0.0)
+    old = tmp_path / "elsewhere" if linked else target
+    write_checkpoint(old, 1.0)
+    if linked:
+        target.symlink_to(old)
     (tmp_path / TRACKER).write_text("20")
     write_checkpoint(partial_folder(target), 2.0)
 
-    die_at(changes)
-    try:
-        publish(partial_folder(target), target)
-    except Died:
-        died = True
-    else:
-        died = False
-    assert died == (changes < 4)  # tracker, old away, new in place, old removed
-    tracked = tracked_folder(tmp_path)
-    assert tracked is None or damage(tracked) is None
-    if others:
-        assert tracked is not None
-    if not died:
-        assert complete_checkpoints(tmp_path)[0] == target
-        assert not list(tmp_path.glob(".*"))
+    died = dies(die_at, changes, partial_folder(target), target)
+    assert died == (changes < 3)  # old away, new in place, old removed
+    recover(tmp_path)
+    assert tracked_folder(tmp_path) == target
+    assert damage(target) is None
+    assert value_in(target) == (1.0 if changes == 0 else 2.0)
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    if linked:
+        assert value_in(old) == 1.0  # only the link was ours to replace
+
+
+def dies(die_at: Callable[[int], None], changes: int, partial: Path, target: Path) -> bool:
+    with pytest.MonkeyPatch.context() as undone:
+        undone.setattr(checkpoint_files, "_sync", lambda path: None)
+        die_at(changes)
+        try:
+            publish(partial, target)
+        except Died:
+            return True
+        else:
+            return False
+        finally:
+            die_at(1000)
+
+
+def value_in(folder: Path) -> float:
+    state = {"x": torch.zeros(4)}
+    load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+    return float(state["x"][0])
+
+
+def test_a_new_checkpoint_that_is_not_whole_gives_way_to_the_old(tmp_path: Path) -> None:
+    target = tmp_path / "iter_0000020"
+    write_checkpoint(target.with_name(".iter_0000020.replaced"), 1.0)
+    partial_folder(target).mkdir()
+    remove_leftovers(tmp_path)
+    assert value_in(target) == 1.0
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_tracker_changes_in_one_step(tmp_path: Path, die_at: Callable[[int], None]) -> None:

@@ -27,7 +27,7 @@ pytestmark = [
 ]
 SCRIPT = str(ROOT / "launch" / "slurm.sbatch")
 SIZES = ("--nodes=2", "--ntasks-per-node=1", "--output=job.out")
-STEPS = 200
+STEPS = 120
 TRAIN = [
     *("--split", "80,10,10", "--micro-batch-size", "1", "--global-batch-size", "4"),
     *("--train-iters", str(STEPS), "--lr", "1e-3", "--log-interval", "1"),
@@ -80,6 +80,14 @@ def ranks_of(job: str) -> dict[str, psutil.Process]:
     return found
 
 
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.timeout(2400)
 def test_a_job_lives_through_its_time_limit_and_a_killed_rank(
     slurm: RealSlurm, env: dict[str, str], preset: Path, tmp_path: Path
 ) -> None:
@@ -109,7 +117,7 @@ def test_a_job_lives_through_its_time_limit_and_a_killed_rank(
     ranks["1"].send_signal(signal.SIGKILL)
     slurm.wait(job, "PENDING")
     assert re.search(rf"status [1-9]\d* at iteration {saved}: queued again", output.read_text())
-    assert not ranks["0"].is_running()
+    assert not is_alive(ranks["0"])
 
     # and ends where it should
     slurm.start_queued(job)

@@ -80,11 +80,12 @@ def ranks_of(job: str) -> dict[str, psutil.Process]:
     return found
 
 
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def wait_until_dead(process: psutil.Process, timeout: float = 120) -> None:
+    """Gone, or a zombie of its node."""
+    deadline = time.monotonic() + timeout
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, process
+        time.sleep(0.2)
 
 
 @pytest.mark.timeout(2400)
@@ -117,7 +118,7 @@ def test_a_job_lives_through_its_time_limit_and_a_killed_rank(
     ranks["1"].send_signal(signal.SIGKILL)
     slurm.wait(job, "PENDING")
     assert re.search(rf"status [1-9]\d* at iteration {saved}: queued again", output.read_text())
-    assert not is_alive(ranks["0"])
+    wait_until_dead(ranks["0"])
 
     # and ends where it should
     slurm.start_queued(job)

@@ -6,6 +6,7 @@ is skipped with the packages to install; `.ci/run` installs them.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import sys
@@ -83,9 +84,10 @@ def ranks_of(job: str) -> dict[str, psutil.Process]:
 def wait_until_dead(process: psutil.Process, timeout: float = 120) -> None:
     """Gone, or a zombie of its node."""
     deadline = time.monotonic() + timeout
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, process
-        time.sleep(0.2)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, process
+            time.sleep(0.2)
 
 
 @pytest.mark.timeout(2400)

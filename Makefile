@@ -6,6 +6,7 @@ PYTHON ?=
 ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 export PYTHON
 
@@ -14,7 +15,7 @@ export PYTHON
 
 .PHONY: help
 help:  ## show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 .PHONY: demo
 demo: $(VENV)/.installed-demo  ## train a tiny Qwen3.5 MoE on this CPU, resume it, draw its loss curve
@@ -22,7 +23,11 @@ demo: $(VENV)/.installed-demo  ## train a tiny Qwen3.5 MoE on this CPU, resume i
 
 .PHONY: test
 test: $(VENV)/.installed-test  ## run the tests; ARGS="-k rope" passes flags to pytest, WORKERS=0 runs one at a time
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not exhaustive" $(ARGS)
+
+.PHONY: test-all
+test-all: $(VENV)/.installed-test  ## run the exhaustive tests, too: whole walks and a real SLURM, where installed
+	$(PYTEST) $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.installed-dev  ## formatting, lint, types and import contracts

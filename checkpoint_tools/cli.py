@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from qwen35_mcore import __version__
 from qwen35_mcore.errors import CheckpointError, Qwen35Error
 
 app = typer.Typer(
@@ -48,6 +49,24 @@ Reference = Annotated[
 NoMtp = Annotated[
     bool, typer.Option("--no-mtp", help="Convert without the MTP layer that the config has.")
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qwen35-ckpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _version(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command("import")

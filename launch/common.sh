@@ -33,6 +33,38 @@ read_preset() {
     mapfile -t layout <<<"$words"
 }
 
+# planned PRESET KEY: a number in its plan.json; nothing where there is no such file or key.
+planned() {
+    grep -oE "\"$2\": *[0-9]+" "$1/plan.json" 2>/dev/null | grep -oE '[0-9]+$' | head -n 1 || true
+}
+
+# check_gpus PRESET GPUS FIX: refuse a preset that was planned for another number of GPUs; FIX is
+# what makes this run the right size. A folder with layout.args alone does not say its number.
+check_gpus() {
+    local gpus batch length kind model
+    gpus=$(planned "$1" gpus)
+    [[ -n $gpus && $gpus != "$2" ]] || return 0
+    batch=$(planned "$1" global_batch_size) length=$(planned "$1" seq_length)
+    kind=$(grep -oE '"gpu": *"[^"]+"' "$1/plan.json" | cut -d '"' -f 4 || true)
+    model="${layout[0]} $(printf %q "${layout[1]}")" # a plan begins with it
+    die "the preset is planned for another number of GPUs" \
+        "got: $1 for $gpus GPUs, and a run of $2" "allowed: $gpus GPUs" \
+        "fix: $3; or plan for $2: qwen35 plan $model --gpus $2 --gpu $kind \\" \
+        "    --seq-length $length --global-batch-size $batch --emit DIR"
+}
+
+# check_python: refuse an interpreter that cannot train; which has this package, with torch.
+check_python() {
+    local code='import sys, importlib.util as u
+sys.exit(not all(map(u.find_spec, ("torch", "megatron", "qwen35_mcore"))))'
+    # -P: a package that merely lies in this folder does not count
+    ! "$PYTHON" -P -c "$code" >/dev/null 2>&1 || return 0
+    local venv=$REPO/.venv make=''
+    [[ -e $venv/bin/activate ]] || make="make -C $(printf %q "$REPO") install, then "
+    die "this Python has no qwen35_mcore with megatron-core and torch" "got: PYTHON=$PYTHON" \
+        "fix: ${make}source $(printf %q "$venv/bin/activate"), or set PYTHON to one that has them"
+}
+
 # run_flags: the flags of the paths at the top of a script into the array `paths`.
 run_flags() {
     [[ -n $DATA ]] || die "DATA is not set" \

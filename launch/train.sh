@@ -16,7 +16,7 @@ TENSORBOARD=${TENSORBOARD:-$SAVE/tensorboard}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}       # iterations between checkpoints
 NPROC=${NPROC:-}                          # processes; one for each GPU where not set
 PYTHON=${PYTHON:-python}
-REPO=${REPO:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+REPO=${REPO:-$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)}
 
 # shellcheck source=launch/common.sh
 source "$REPO/launch/common.sh"
@@ -30,16 +30,28 @@ fi
 declare -a layout paths
 read_preset "$PRESET"
 run_flags
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    # devices behind a negative number are hidden
+    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *-/,$d' | grep -c . || true)
+else
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
+fi
 if [[ -z $NPROC ]]; then
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        NPROC=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
-    else
-        NPROC=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
-    fi
-    [[ $NPROC -gt 0 ]] || die "this machine has no GPU" "fix: set NPROC to train on its CPU"
+    NPROC=$gpus
+    ((NPROC > 0)) || die "this machine has no GPU" "fix: set NPROC to train on its CPU"
 fi
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC is no number of processes" "got: $NPROC" \
     "allowed: 1 or more" "fix: correct it, or leave it out for one process on each GPU"
+nodes=$(planned "$PRESET" nodes)
+if ((${nodes:-1} > 1)); then
+    check_gpus "$PRESET" "$NPROC" "submit it to SLURM: $(printf %q "$PRESET/run.sh")"
+else
+    check_gpus "$PRESET" "$NPROC" "set NPROC=$(planned "$PRESET" gpus)"
+fi
+((gpus == 0 || NPROC <= gpus)) || die "there are fewer GPUs here than processes" \
+    "got: NPROC $NPROC, $gpus GPUs" "allowed: 1 to $gpus" \
+    "fix: run it on a machine with $NPROC GPUs, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+check_python
 
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" \
     "$REPO/examples/pretrain_qwen35.py" "${layout[@]}" "${paths[@]}" "$@"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qwen35_mcore import __version__
 from qwen35_mcore.errors import Qwen35Error
 
 app = typer.Typer(
@@ -21,6 +22,24 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Turn text into Megatron's .bin/.idx files.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qwen35 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -124,8 +143,25 @@ def plan(
         str | None, typer.Option(help="Instead: a Hugging Face config.json, or its folder.")
     ] = None,
     gpu: Annotated[
-        str, typer.Option(help="Kind of GPU: h100-80g, h200-141g, b200-180g.")
+        str,
+        typer.Option(help="Kind of GPU: h100-80g, h200-141g, b200-180g, gb200-186g, a100-80g."),
     ] = "h100-80g",
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="GPUs that the job takes of each node. Default: 8, of GB200 4; where --gpus is no "
+            "multiple of that, the next smaller number that divides it.",
+        ),
+    ] = None,
+    headroom: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB",
+            help="Memory of each GPU that a plan leaves free: peaks were measured up to 1.3 GiB "
+            "above their prediction. 0 fills the card. Default: 2.",
+        ),
+    ] = None,
     seq_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,
     calibration: Annotated[
         Path | None,
@@ -159,7 +195,9 @@ def plan(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="bf16, fp8-blockwise, fp8-tensorwise, or all. Default: bf16."),
+        typer.Option(
+            help="bf16, fp8-blockwise, fp8-tensorwise, or all that the GPU has. Default: bf16."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 5,
     explain: Annotated[
@@ -199,6 +237,8 @@ def plan(
         seq_length=seq_length,
         global_batch_size=global_batch_size,
         calibration=calibration,
+        gpus_per_node=gpus_per_node,
+        headroom_gib=command.DEFAULT_HEADROOM_GIB if headroom is None else headroom,
     )
     sizes = {
         "tp": tp,
@@ -215,7 +255,7 @@ def plan(
     space = command.Space(
         **{name: tuple(values or ()) for name, values in sizes.items()},
         recompute=command.recomputations(recompute),
-        precision=command.precisions(precision),
+        precision=command.precisions(precision, job.gpu),
     )
     command.run_search(job, space, top=top, output=output)
 

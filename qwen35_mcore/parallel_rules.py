@@ -334,7 +334,7 @@ def _layout_string(case: Case, text: str) -> Iterator[Violation]:
             reason=problem,
             value=text,
             allowed=allowed,
-            fix="correct the layout string, for example Et*3|(tt|)*2mL",
+            fix="correct it, or take the string that `qwen35 plan --explain` finds for these sizes",
         )
 
     try:

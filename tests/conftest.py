@@ -10,8 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.helpers.distributed import WorkerPool, worker_pool
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 RANKS = Path(__file__).parent / "distributed"
 

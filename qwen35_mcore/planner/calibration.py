@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import PlanError, Qwen35Error
 from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE
-from qwen35_mcore.planner.hardware import get_gpu
+from qwen35_mcore.planner.hardware import Gpu, get_gpu
 
 SCHEMA = 1
 MEASURED = Path(__file__).parent / "calibration"
@@ -136,10 +137,11 @@ def read_calibration(path: Path) -> Calibration:
             allowed='at least one row in "layers"',
             fix=_MEASURE_AGAIN,
         )
+    gpu = _read(content.get("gpu", DEFAULT.gpu), path, _gpu)
     return Calibration(
         source=str(path),
-        gpu=_read(content.get("gpu", DEFAULT.gpu), path, _gpu_name),
-        layers=tuple(_read(row, path, _layer_row) for row in layers),
+        gpu=gpu.name,
+        layers=tuple(_read(row, path, partial(_layer_row, fp8=gpu.has_fp8)) for row in layers),
         runs=tuple(_read(row, path, _run_row) for row in _rows(content, "runs", path)),
     )
 
@@ -182,11 +184,11 @@ def _read(row: Any, path: Path, reader: Any) -> Any:
         ) from error
 
 
-def _gpu_name(name: Any) -> str:
-    return get_gpu(str(name)).name
+def _gpu(name: Any) -> Gpu:
+    return get_gpu(str(name))
 
 
-def _layer_row(row: Mapping[str, Any]) -> LayerRow:
+def _layer_row(row: Mapping[str, Any], *, fp8: bool = True) -> LayerRow:
     overrides = dict(row.get("overrides") or {})
     if row.get("local_experts"):
         overrides["num_experts"] = row["local_experts"]
@@ -199,7 +201,7 @@ def _layer_row(row: Mapping[str, Any]) -> LayerRow:
         model=model_of(row["flavor"], overrides),
         seq_length=_size(row, "seq_length"),
         micro_batch_size=_size(row, "micro_batch_size"),
-        precision=_word(row, "precision", PRECISIONS),
+        precision=_word(row, "precision", PRECISIONS if fp8 else PRECISIONS[:1]),
         forward_s=_milliseconds(row, "forward_ms"),
         backward_s=_milliseconds(row, "backward_ms"),
         saved_bytes=row.get("saved_bytes"),

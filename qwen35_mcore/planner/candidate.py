@@ -28,6 +28,8 @@ class Job:
     global_batch_size: int
     """Sequences per optimizer step."""
     calibration: Calibration
+    headroom_bytes: int = 0
+    """Memory of each GPU that a plan leaves free."""
     model_name: str = ""
     """How the command line names the model, for reports."""
     model_flags: tuple[str, ...] = ()
@@ -36,6 +38,21 @@ class Job:
         init=False, default_factory=dict, compare=False, repr=False
     )
     """Compute times already worked out, see `elements`."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a plan may take of a GPU's memory."""
+        return self.gpu.memory_bytes - self.headroom_bytes
+
+    @property
+    def gpus_of_a_node(self) -> int:
+        """GPUs that the job takes of every node: as many as divide all of them."""
+        most = min(self.gpus, self.gpu.gpus_per_node)
+        return max(size for size in range(1, most + 1) if self.gpus % size == 0)
+
+    @property
+    def nodes(self) -> int:
+        return self.gpus // self.gpus_of_a_node
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from qwen35_mcore.planner.calibration import default_calibration, read_calibrati
 from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Job
 from qwen35_mcore.planner.emit import check_folder, emit, files
 from qwen35_mcore.planner.explain import explain, parse_layout
-from qwen35_mcore.planner.hardware import get_gpu
+from qwen35_mcore.planner.hardware import GIB, Gpu, get_gpu
 from qwen35_mcore.planner.picture import check_target, draw
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.report import (
@@ -26,6 +28,9 @@ from qwen35_mcore.planner.report import (
     print_found,
 )
 from qwen35_mcore.planner.search import Space, search
+
+DEFAULT_HEADROOM_GIB = 2.0
+"""Peaks were measured up to 1.3 GiB above their prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,8 @@ class Output:
         """Refuse now what could not be written after a search.
 
         Raises:
-            PlanError: a folder that exists, a picture of an unknown format or in no folder, or
-                --dry-run or --overwrite without anything to write.
+            PlanError: a folder that exists, a picture of an unknown format, a place that cannot be
+                written, or --dry-run or --overwrite without anything to write.
         """
         if self.dry_run and self.emit is None:
             raise PlanError(
@@ -85,11 +90,14 @@ def make_job(
     seq_length: int,
     global_batch_size: int,
     calibration: Path | None,
+    gpus_per_node: int | None = None,
+    headroom_gib: float = DEFAULT_HEADROOM_GIB,
 ) -> Job:
     """The job that the command line describes.
 
     Raises:
-        PlanError: not exactly one model, an unknown GPU, or a number that is not positive.
+        PlanError: not exactly one model, an unknown GPU, a number that is not positive, nodes that
+            the GPUs do not fill, or more headroom than memory.
         ConfigError: an unknown flavor or a config that cannot be read.
     """
     if (flavor is None) == (hf_config is None):
@@ -108,8 +116,9 @@ def make_job(
         config, model_flags = get_flavor(name), ("--flavor", name)
     else:
         name = str(hf_config)
-        config, model_flags = Qwen35Config.from_hf(name), ("--hf-config", name)
-    kind = get_gpu(gpu)
+        config = Qwen35Config.from_hf(name)
+        model_flags = ("--hf-config", os.path.abspath(name))  # the plan is run from anywhere
+    kind = _in_nodes(get_gpu(gpu), gpus, gpus_per_node)
     return Job(
         config=config,
         gpu=kind,
@@ -119,20 +128,65 @@ def make_job(
         calibration=read_calibration(calibration)
         if calibration
         else default_calibration(kind.name),
+        headroom_bytes=_headroom_bytes(kind, headroom_gib),
         model_name=name,
         model_flags=model_flags,
     )
 
 
-def precisions(text: str | None) -> tuple[str, ...]:
-    """``all``, or one precision, bfloat16 for None.
+def _in_nodes(gpu: Gpu, gpus: int, per_node: int | None) -> Gpu:
+    """The GPU in nodes of so many; None: of as many as it comes in, or the next smaller number that
+    the job fills."""
+    if per_node is None:
+        if gpus <= gpu.gpus_per_node:
+            return gpu
+        fills = range(1, gpu.gpus_per_node + 1)
+        return gpu.in_nodes_of(max(n for n in fills if gpus % n == 0))
+    if per_node < 1:
+        raise PlanError("--gpus-per-node must be at least 1", got=per_node)
+    if gpus > per_node and gpus % per_node:
+        nodes = gpus // per_node
+        divisors = [n for n in range(1, per_node) if gpus % n == 0]
+        raise PlanError(
+            "the GPUs do not fill whole nodes",
+            got=f"--gpus {gpus} --gpus-per-node {per_node}",
+            allowed=f"--gpus-per-node {', '.join(map(str, divisors))}",
+            fix=f"pass --gpus {nodes * per_node} or {(nodes + 1) * per_node}, or another "
+            "--gpus-per-node",
+        )
+    return gpu.in_nodes_of(per_node)
+
+
+def _headroom_bytes(gpu: Gpu, gib: float) -> int:
+    memory = gpu.memory_bytes / GIB
+    if not 0 <= gib < memory:
+        raise PlanError(
+            "--headroom leaves no memory",
+            got=f"{gib:g} GiB of the {memory:.1f} of {gpu.name}",
+            allowed=f"0 to {memory:.1f}, less what a plan needs",
+            fix=f"leave it out for {DEFAULT_HEADROOM_GIB:g} GiB",
+        )
+    return int(gib * GIB)
+
+
+def precisions(text: str | None, gpu: Gpu) -> tuple[str, ...]:
+    """``all`` that the GPU has, or one precision, bfloat16 for None.
 
     Raises:
-        PlanError: another word.
+        PlanError: another word, or FP8 on a GPU without.
     """
+    there = PRECISIONS if gpu.has_fp8 else PRECISIONS[:1]
     if text == "all":
-        return PRECISIONS
-    return (_one_of("precision", text or PRECISIONS[0], PRECISIONS, "all"),)
+        return there
+    precision = _one_of("precision", text or PRECISIONS[0], PRECISIONS, "all")
+    if precision not in there:
+        raise PlanError(
+            f"{gpu.name} has no FP8 tensor cores",
+            got=f"--precision {precision}",
+            allowed=", ".join(there),
+            fix="leave out --precision, or plan for a GPU that has them: --gpu h100-80g",
+        )
+    return (precision,)
 
 
 def recomputations(text: str | None) -> tuple[str, ...]:
@@ -142,7 +196,8 @@ def recomputations(text: str | None) -> tuple[str, ...]:
 
 def _one_of(name: str, text: str, words: tuple[str, ...], *also: str) -> str:
     if text not in words:
-        raise PlanError(f"--{name} is unknown", got=text, allowed=", ".join((*words, *also)))
+        allowed = ", ".join((*words, *also))
+        raise PlanError(f"--{name} is unknown", got=text, allowed=allowed, fix="name one of these")
     return text
 
 
@@ -180,14 +235,19 @@ def run_explain(job: Job, text: str, *, output: Output) -> int:
 
 def _write(prediction: Prediction, output: Output) -> None:
     if output.emit is not None and output.dry_run:
-        for name, text in files(prediction).items():
+        for name, text in files(prediction, output.emit).items():
             print(f"\n{output.emit / name}:\n{text}", file=_messages(output))
     elif output.emit is not None:
         emit(prediction, output.emit, overwrite=output.overwrite)
-        print(f"wrote {output.emit}; run it with {output.emit}/run.sh", file=_messages(output))
-    if output.picture is not None and not output.dry_run:
-        title = f"{prediction.job.model_name} on {prediction.job.gpus} {prediction.job.gpu.name}"
-        draw(prediction.stages, output.picture, title=title)
+        command = shlex.quote(os.path.join(output.emit, "run.sh"))
+        print(
+            f"wrote {output.emit}; run it with DATA=PREFIX SAVE=FOLDER {command}",
+            file=_messages(output),
+        )
+    if output.picture is not None and output.dry_run:
+        print(f"\n{output.picture}: the picture, not drawn", file=_messages(output))
+    elif output.picture is not None:
+        draw(prediction, output.picture)
         print(f"wrote {output.picture}", file=_messages(output))
 
 

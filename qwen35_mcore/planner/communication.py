@@ -24,9 +24,9 @@ class Group:
     size: int
     stride: int = 1
 
-    def per_node(self, gpu: Gpu) -> int:
-        """Members that share a node."""
-        return max(1, min(self.size, gpu.gpus_per_node // self.stride))
+    def joined(self, gpu: Gpu) -> int:
+        """Members that NVLink joins."""
+        return max(1, min(self.size, gpu.nvlink_gpus // self.stride))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def gather(total_bytes: float, group: Group, gpu: Gpu) -> float:
     each link of a ring. Between nodes every member brings its own network card."""
     if group.size == 1:
         return 0.0
-    members = group.per_node(gpu)
+    members = group.joined(gpu)
     rate = gpu.nvlink.bytes_per_s
     alpha = (members - 1) * gpu.nvlink.alpha_s
     nodes = ceil(group.size / members)
@@ -82,7 +82,7 @@ def all_to_all(own_bytes: float, group: Group, gpu: Gpu) -> float:
     NCCL's sends and receives to hundreds of ranks queue up."""
     if group.size == 1:
         return 0.0
-    members = group.per_node(gpu)
+    members = group.joined(gpu)
     share = own_bytes / group.size
     inside = (members - 1) * share / gpu.nvlink.bytes_per_s + gpu.nvlink.alpha_s
     if group.size == members:
@@ -96,5 +96,5 @@ def send(total_bytes: float, group: Group, gpu: Gpu) -> float:
     """From one member to the next."""
     if group.size == 1:
         return 0.0
-    link = gpu.nvlink if group.stride < gpu.gpus_per_node else gpu.network
+    link = gpu.nvlink if group.stride < gpu.nvlink_gpus else gpu.network
     return link.alpha_s + total_bytes / link.bytes_per_s

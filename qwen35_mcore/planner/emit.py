@@ -7,15 +7,18 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.candidate import recompute_modules
+from qwen35_mcore.planner.folders import why_not_writable
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.report import job_data, prediction_data
 
+_CUDNN_TRAINS_HEAD_256 = ("h100-80g", "h200-141g", "b200-180g")
+"""Elsewhere Transformer Engine chooses."""
 _FP8_RECIPES = {"fp8-blockwise": "blockwise", "fp8-tensorwise": "tensorwise"}
 
 Group = tuple[str, list[tuple[str, ...]]]
@@ -60,10 +63,11 @@ def flag_groups(prediction: Prediction) -> Iterator[Group]:
             "tokens travel to their experts with one all-to-all",
             [("--moe-token-dispatcher-type", "alltoall")],
         )
-    yield (
-        "cuDNN's attention: the fast one at head size 256 on this GPU",
-        [("--attention-backend", "fused")],
-    )
+    if job.gpu.name in _CUDNN_TRAINS_HEAD_256:
+        yield (
+            "cuDNN's attention: the fast one at head size 256 on this GPU",
+            [("--attention-backend", "fused")],
+        )
     if job.gpus > 1:
         yield (
             "Python collects garbage on all ranks at the same step instead of one after another",
@@ -154,33 +158,80 @@ def layout_args(prediction: Prediction) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_sh(prediction: Prediction) -> str:
-    """The text of ``run.sh``: the complete command, from the repository's root."""
+_RUN_SH = """\
+#!/usr/bin/env bash
+# {what}. Run it from anywhere, with the paths of
+# launch/README.md set:
+#
+#   {folder}/run.sh [OPTIONS OF sbatch --] [FLAGS OF pretrain_qwen35.py]
+#
+# Flags win over those of layout.args.
+set -euo pipefail
+preset=$(dirname "$(readlink -f "${{BASH_SOURCE[0]}}")")
+repo=${{REPO:-{repository}}}
+[[ -n ${{REPO:-}} || -r $repo/launch/train.sh ]] || repo=$PWD  # moved since this was written
+if [[ ! -r $repo/launch/train.sh ]]; then
+    printf 'error: the repository of qwen35_mcore is not there\\n  got: %s\\n' "$repo" >&2
+    printf '  fix: set REPO to its folder\\n' >&2
+    exit 2
+fi
+REPO=$(cd "$repo" && pwd)
+export REPO
+{unset}options=()
+for ((i = 1; i <= $#; i++)); do
+    if [[ ${{!i}} == -- ]]; then
+{mark}        options=("${{@:1:i-1}}")
+        shift "$i"
+        break
+    fi
+done
+{local}if ! command -v sbatch >/dev/null; then
+    echo 'error: {needs}, and there is no sbatch here' >&2
+    echo '  fix: submit it on a machine of a SLURM cluster' >&2
+    exit 2
+fi
+exec sbatch --nodes={nodes} --gpus-per-node={each} "${{options[@]}}" \\
+    "$REPO/launch/slurm.sbatch" "$preset" "$@"
+"""
+_LOCAL = """\
+if [[ -z $submit ]]; then
+    NPROC=${{NPROC:-{each}}} exec bash "$REPO/launch/train.sh" "$preset" "$@"
+fi
+"""
+
+
+def run_sh(prediction: Prediction, folder: Path) -> str:
+    """The text of ``run.sh`` in a folder: the complete command.
+
+    A plan of one node runs there, and is submitted where options for sbatch are given.
+    """
     job = prediction.job
-    most = job.gpu.gpus_per_node
-    # every node starts the same number of ranks, and together they are all there are
-    node = max(size for size in range(1, most + 1) if job.gpus % size == 0)
-    if job.gpus <= most:
-        command = f'NPROC={job.gpus} exec launch/train.sh "$preset" "$@"'
-    else:
-        nodes = job.gpus // node
-        command = (
-            "if ! command -v sbatch >/dev/null; then\n"
-            f"    echo 'error: this plan runs on {nodes} nodes, and there is no sbatch here' >&2\n"
-            "    echo '  fix: submit it on a machine of a SLURM cluster' >&2\n"
-            "    exit 2\n"
-            "fi\n"
-            f'exec sbatch --nodes={nodes} --gpus-per-node={node} launch/slurm.sbatch "$preset" "$@"'
-        )
-    return (
-        "#!/usr/bin/env bash\n"
-        f"# {job.model_name} on {job.gpus} {job.gpu.name}. Run it from the repository's root, with "
-        "the paths of\n# launch/README.md set; further flags are Megatron's and win over "
-        "layout.args.\n"
-        "set -euo pipefail\n"
-        'preset=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)\n'
-        f"{command}\n"
+    nodes, each = job.nodes, job.gpus_of_a_node
+    alone = nodes == 1
+    where = f"{job.gpus} {job.gpu.name}" + ("" if alone else f", {nodes} nodes of {each}")
+    return _RUN_SH.format(
+        what=f"{job.model_name} on {where}",
+        folder=folder.name,
+        repository=_repository(folder),
+        local=_LOCAL.format(each=each) if alone else "",
+        unset="submit='' " if alone else "",
+        mark="        submit=yes\n" if alone else "",
+        needs="options before -- are for sbatch" if alone else f"this plan runs on {nodes} nodes",
+        nodes=nodes,
+        each=each,
     )
+
+
+def _repository(folder: Path) -> str:
+    """Where run.sh finds the launch scripts: relative to its folder inside the repository, so that
+    both can move; "$PWD" where this package was installed without them."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "launch" / "train.sh").is_file():
+        return "$PWD"
+    folder = folder.resolve()
+    if folder.is_relative_to(root):
+        return os.path.join("$preset", os.path.relpath(root, folder))
+    return shlex.quote(str(root))
 
 
 def plan_json(prediction: Prediction) -> str:
@@ -191,12 +242,12 @@ def plan_json(prediction: Prediction) -> str:
     return json.dumps(_rounded(content), indent=2) + "\n"
 
 
-def files(prediction: Prediction) -> dict[str, str]:
-    """Names and texts of the files of a plan."""
+def files(prediction: Prediction, folder: Path) -> dict[str, str]:
+    """Names and texts of the files of a plan in a folder."""
     return {
         "layout.args": layout_args(prediction),
         "plan.json": plan_json(prediction),
-        "run.sh": run_sh(prediction),
+        "run.sh": run_sh(prediction, folder),
     }
 
 
@@ -204,16 +255,30 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     """Whether a plan may be written there, which costs nothing to know before a search.
 
     Raises:
-        PlanError: the folder exists and must not be overwritten, or is a file.
+        PlanError: the folder exists and must not be overwritten, is a file, or cannot be written.
     """
-    if folder.exists() and not overwrite:
+    there = os.path.lexists(folder)
+    if there and not folder.is_dir():
+        raise PlanError(
+            "the plan needs a folder", got=f"{folder} is a file", fix="choose another name"
+        )
+    if there and not overwrite:
         raise PlanError(
             "the folder for the plan exists already",
             got=str(folder),
             fix="choose another one, or pass --overwrite",
         )
-    if folder.exists() and not folder.is_dir():
-        raise PlanError("the plan needs a folder", got=f"{folder} is a file")
+    refusal = why_not_writable(folder if there else folder.parent)
+    if refusal:
+        raise _cannot_write(folder, refusal)
+
+
+def _cannot_write(folder: Path, reason: object) -> PlanError:
+    return PlanError(
+        "cannot write the plan",
+        got=f"{folder}: {reason}",
+        fix="choose a folder where you may write",
+    )
 
 
 def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> None:
@@ -230,17 +295,17 @@ def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> No
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            _write(prediction, partial)
+            _write(files(prediction, folder), partial)
             _move(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise PlanError("cannot write the plan", got=f"{folder}: {error}") from error
+        raise _cannot_write(folder, error.strerror) from error
 
 
-def _write(prediction: Prediction, folder: Path) -> None:
+def _write(texts: Mapping[str, str], folder: Path) -> None:
     folder.chmod(0o755)
-    for name, text in files(prediction).items():
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "run.sh").chmod(0o755)
 

@@ -21,6 +21,8 @@ from qwen35_mcore.planner.prediction import (
 )
 from qwen35_mcore.planner.search import EVEN_SPLIT_RULE
 
+_LARGEST = 2**20
+"""Of a size; more GPUs than anybody has."""
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "mbs")
 _NAMES = {"mbs": "micro_batch_size"}
 _WORDS = {"recompute": RECOMPUTE, "precision": PRECISIONS}
@@ -66,10 +68,14 @@ def parse_layout(text: str) -> tuple[Candidate, str | None]:
             raise PlanError(f"the layout names {name} more than once", got=text, fix="name it once")
         value = item.partition("=")[2]
         if name == "layout":
-            layout = value or None
+            if not value:
+                raise PlanError(
+                    "layout is empty", got=text, fix="leave it out: the stages are then balanced"
+                )
+            layout = value
         elif name in _WORDS and value in _WORDS[name]:
             values[name] = value
-        elif name in _SIZES and value.isdecimal() and int(value) > 0:
+        elif name in _SIZES and value.isdecimal() and 0 < int(value) <= _LARGEST:
             values[_NAMES.get(name, name)] = int(value)
         else:
             raise _cannot_read(item, name)
@@ -78,15 +84,18 @@ def parse_layout(text: str) -> tuple[Candidate, str | None]:
 
 def _cannot_read(item: str, name: str) -> PlanError:
     if name in _WORDS:
-        return PlanError("cannot read the layout", got=item, allowed=", ".join(_WORDS[name]))
+        allowed = ", ".join(f"{name}={word}" for word in _WORDS[name])
+        fix = "name one of these"
+        return PlanError("cannot read the layout", got=item, allowed=allowed, fix=fix)
     if name in _SIZES:
-        return PlanError("cannot read the layout", got=item, allowed=f"{name}=N with N from 1 on")
+        allowed = f"{name}=N with N from 1 to {_LARGEST}"
+        return PlanError("cannot read the layout", got=item, allowed=allowed, fix=f"write {name}=1")
     near = get_close_matches(name, [*_SIZES, *_WORDS, "layout"], n=1)
     return PlanError(
         "cannot read the layout",
         got=item,
         allowed="NAME=VALUE with NAME one of " + ", ".join([*_SIZES, *_WORDS, "layout"]),
-        fix=f"did you mean {near[0]}?" if near else None,
+        fix=f"did you mean {near[0]}?" if near else "name sizes, such as tp=1,pp=2,ep=8",
     )
 
 
@@ -96,19 +105,7 @@ def explain(job: Job, candidate: Candidate, pipeline_layout: str | None = None) 
     Args:
         pipeline_layout: Megatron's layout string, or None to balance the stages.
     """
-    violations = tuple(
-        violation
-        for violation in check_layout(
-            job.config,
-            candidate.layout(pipeline_layout),
-            seq_length=job.seq_length,
-            world_size=job.gpus,
-            micro_batch_size=candidate.micro_batch_size,
-            global_batch_size=job.global_batch_size,
-            fp8=candidate.fp8,
-        )
-        if pipeline_layout or violation.rule != EVEN_SPLIT_RULE
-    )
+    violations = (*_precision(job, candidate), *_rules(job, candidate, pipeline_layout))
     if violations:
         return Explanation(candidate, violations, "", None)
     try:
@@ -121,23 +118,54 @@ def explain(job: Job, candidate: Candidate, pipeline_layout: str | None = None) 
     return Explanation(candidate, (), missing, None if missing else prediction)
 
 
+def _precision(job: Job, candidate: Candidate) -> tuple[Violation, ...]:
+    if not candidate.fp8 or job.gpu.has_fp8:
+        return ()
+    violation = Violation(
+        rule="precision is one of the GPU's",
+        reason=f"{job.gpu.name} has no FP8 tensor cores",
+        value=f"precision={candidate.precision}",
+        allowed="precision=bf16",
+        fix="leave precision out of the layout, or pass --gpu h100-80g",
+    )
+    return (violation,)
+
+
+def _rules(job: Job, candidate: Candidate, pipeline_layout: str | None) -> tuple[Violation, ...]:
+    return tuple(
+        violation
+        for violation in check_layout(
+            job.config,
+            candidate.layout(pipeline_layout),
+            seq_length=job.seq_length,
+            world_size=job.gpus,
+            micro_batch_size=candidate.micro_batch_size,
+            global_batch_size=job.global_batch_size,
+            fp8=candidate.fp8,
+        )
+        if pipeline_layout or violation.rule != EVEN_SPLIT_RULE
+    )
+
+
 def _set_aside(job: Job, candidate: Candidate) -> str:
     return (
         f"of {job.gpu.memory_bytes / GIB:.1f} GiB, "
         f"{overhead_bytes(job.gpu, job.gpus) / GIB:.1f} are CUDA's, NCCL's and lost to "
-        f"fragmentation, and {Model(job, candidate).transient_bytes / GIB:.1f} are needed within a "
-        "layer's backward pass"
+        f"fragmentation, {job.headroom_bytes / GIB:.1f} stay free (--headroom), and "
+        f"{Model(job, candidate).transient_bytes / GIB:.1f} are needed within a layer's backward "
+        "pass"
     )
 
 
 def _missing_memory(prediction: Prediction) -> str:
     """A sentence for every rank that holds too much."""
-    total = prediction.job.gpu.memory_bytes
+    job = prediction.job
     return "\n".join(
-        f"memory over by {(memory.total - total) / GIB:.1f} GiB on stage {rank}: "
-        f"{_sum_of(memory)} of {total / GIB:.1f} GiB"
+        f"memory over by {(memory.total - job.usable_bytes) / GIB:.1f} GiB on stage {rank}: "
+        f"{_sum_of(memory)} of {job.gpu.memory_bytes / GIB:.1f} GiB, of which "
+        f"{job.headroom_bytes / GIB:.1f} stay free (--headroom)"
         for rank, memory in enumerate(prediction.memory())
-        if memory.total > total
+        if memory.total > job.usable_bytes
     )
 
 

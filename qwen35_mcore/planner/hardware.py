@@ -4,6 +4,8 @@ Peaks and bandwidths are the vendors' figures for dense products; what is reache
 calibration's business. Links are alpha-beta models: a message of n bytes takes
 ``alpha_s + n / bytes_per_s``. Bandwidths are what a large NCCL transfer reaches, about 80 % of the
 nominal NVLink rate and 90 % of the nominal network rate.
+
+One H100 is measured (see `calibration`); figures of the others are taken from their data sheets.
 """
 
 from __future__ import annotations
@@ -34,23 +36,38 @@ class Gpu:
     bf16_flops: float
     """Dense tensor-core operations a second."""
     fp8_flops: float
+    """0: it has no FP8 tensor cores."""
     memory_bytes: int
     """What the driver reports as total."""
     bytes_per_s: float
     """Memory bandwidth."""
     nvlink: Link
-    """Between the GPUs of a node."""
+    """Between the GPUs of a node, or of a rack that NVLink joins."""
     network: Link
-    """Between nodes, for each GPU's own network card."""
+    """Beyond them, for each GPU's own network card."""
     gpus_per_node: int = 8
+    nvlink_gpus: int = 8
+    """How many GPUs NVLink joins: those of a node, or of a rack."""
+
+    @property
+    def has_fp8(self) -> bool:
+        return self.fp8_flops > 0
+
+    def in_nodes_of(self, gpus: int) -> Gpu:
+        """The same in nodes of so many GPUs; NVLink that leaves nodes joins as many as before."""
+        joins_racks = self.nvlink_gpus > self.gpus_per_node
+        joined = self.nvlink_gpus if joins_racks else gpus
+        return replace(self, gpus_per_node=gpus, nvlink_gpus=joined)
 
     def peak_flops(self, precision: str) -> float:
         """Peak of a precision name of `candidate.PRECISIONS`."""
         return self.bf16_flops if precision == "bf16" else self.fp8_flops
 
 
+_NVLINK3 = Link(alpha_s=8e-6, bytes_per_s=240e9)
 _NVLINK4 = Link(alpha_s=8e-6, bytes_per_s=360e9)
 _NVLINK5 = Link(alpha_s=8e-6, bytes_per_s=720e9)
+_HDR200 = Link(alpha_s=18e-6, bytes_per_s=22.5e9)
 _NDR400 = Link(alpha_s=18e-6, bytes_per_s=45e9)
 
 _H100 = Gpu(
@@ -63,6 +80,16 @@ _H100 = Gpu(
     nvlink=_NVLINK4,
     network=_NDR400,
 )
+_B200 = replace(
+    _H100,
+    name="b200-180g",
+    card="NVIDIA B200",
+    bf16_flops=2250e12,
+    fp8_flops=4500e12,
+    memory_bytes=183_359 * 2**20,
+    bytes_per_s=8.0e12,
+    nvlink=_NVLINK5,
+)
 
 GPUS: dict[str, Gpu] = {
     "h100-80g": _H100,
@@ -73,18 +100,31 @@ GPUS: dict[str, Gpu] = {
         memory_bytes=143_771 * 2**20,
         bytes_per_s=4.8e12,
     ),
-    "b200-180g": replace(
+    "b200-180g": _B200,
+    "gb200-186g": replace(
+        _B200,
+        name="gb200-186g",
+        card="NVIDIA GB200",
+        bf16_flops=2500e12,
+        fp8_flops=5000e12,
+        memory_bytes=189_471 * 2**20,
+        gpus_per_node=4,
+        nvlink_gpus=72,
+    ),
+    "a100-80g": replace(
         _H100,
-        name="b200-180g",
-        card="NVIDIA B200",
-        bf16_flops=2250e12,
-        fp8_flops=4500e12,
-        memory_bytes=183_359 * 2**20,
-        bytes_per_s=8.0e12,
-        nvlink=_NVLINK5,
+        name="a100-80g",
+        card="NVIDIA A100-SXM4-80GB",
+        bf16_flops=312e12,
+        fp8_flops=0.0,
+        memory_bytes=81_251 * 2**20,
+        bytes_per_s=2.039e12,
+        nvlink=_NVLINK3,
+        network=_HDR200,
     ),
 }
-"""Nodes of eight GPUs with NVSwitch and one 400 Gbit/s InfiniBand card for each GPU."""
+"""Nodes of eight GPUs with NVSwitch and one 400 Gbit/s InfiniBand card for each GPU, 200 Gbit/s for
+an A100; of GB200, trays of four in racks of 72 (NVL72)."""
 
 
 def get_gpu(name: str) -> Gpu:
@@ -102,5 +142,5 @@ def get_gpu(name: str) -> Gpu:
         "there is no such GPU",
         got=name,
         allowed=", ".join(GPUS),
-        fix=f"did you mean {' or '.join(near)}?" if near else None,
+        fix=f"did you mean {' or '.join(near)}?" if near else "name the nearest of these",
     )

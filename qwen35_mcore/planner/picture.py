@@ -1,4 +1,4 @@
-"""Draws a pipeline plan: which rank computes what when, and what it holds.
+"""Draws a plan: which rank computes what when, and what it holds, in the numbers of the tables.
 
 Needs matplotlib (the extra `demo`), imported only when something is drawn.
 """
@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from qwen35_mcore.errors import PlanError
+from qwen35_mcore.planner.folders import why_not_writable
+from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.pipeline import Event, Simulation
-from qwen35_mcore.planner.stages import StagePlan
+from qwen35_mcore.planner.prediction import Prediction, StageMemory
 
 FORMATS = (".png", ".svg")
-_GIB = 2**30
 _INK, _MUTED, _IDLE = "#1f2430", "#6b7280", "#eef0f3"
-_STATIC, _SAVED, _LIMIT = "#8d99ae", "#7fb685", "#c1121f"
+_STATIC, _SAVED, _BESIDE, _LIMIT = "#8d99ae", "#7fb685", "#c9b7d6", "#c1121f"
+_AFTER = "#6d597a"
 # a hue per direction, darker with every chunk
 _FORWARD = ("#a6cee8", "#6aaed6", "#3d8cc4", "#1f6aa5", "#154f80", "#0d3a61", "#082a48", "#051d33")
 _BACKWARD = ("#fdd0a2", "#fdae6b", "#f58b3c", "#de6a17", "#b95008", "#933d05", "#702d04", "#502002")
@@ -48,12 +51,12 @@ class Window:
         return self.end_s - self.begin_s
 
 
-def draw(plan: StagePlan, path: str | os.PathLike[str], *, title: str = "Pipeline plan") -> None:
+def draw(prediction: Prediction, path: str | os.PathLike[str]) -> None:
     """Draw the schedule of a plan and, beside it, the memory of its ranks.
 
     Args:
-        path: file to write; its suffix, .png or .svg, is the format.
-        title: headline.
+        path: file to write; its suffix, .png or .svg, is the format. Its folder is made where it
+            is missing.
 
     Raises:
         PlanError: another suffix, the file cannot be written, or matplotlib is not installed.
@@ -65,9 +68,10 @@ def draw(plan: StagePlan, path: str | os.PathLike[str], *, title: str = "Pipelin
     settings = {"svg.fonttype": "none", "svg.hashsalt": "plan", "font.family": "DejaVu Sans"}
     partial = target.with_name(f"{target.name}.partial")
     with rc_context(settings):
-        figure = _figure(figure_class, plan, title)
+        figure = _figure(figure_class, prediction)
         metadata = {"Date": None} if suffix == ".svg" else {}
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(partial, format=suffix[1:], dpi=150, metadata=metadata)
             partial.replace(target)
         except OSError as error:
@@ -78,15 +82,23 @@ def check_target(target: Path) -> str:
     """The suffix of a picture, in lower case; what costs nothing to know before a search.
 
     Raises:
-        PlanError: it is none of `FORMATS`, or the folder is not there.
+        PlanError: it is none of `FORMATS`, matplotlib is not installed, or the file cannot be
+            written there.
     """
     suffix = target.suffix.lower()
     if suffix not in FORMATS:
-        raise PlanError("the picture has no known format", got=target.name, allowed="*.png, *.svg")
+        raise PlanError(
+            "the picture has no known format",
+            got=str(target),
+            allowed="*.png, *.svg",
+            fix=f"name it {target.with_suffix('.svg')}" if target.name else "name a file",
+        )
+    _matplotlib()
     if os.path.isdir(target):  # false for a name that is too long, where Path.is_dir raises
         raise _cannot_write(target, "it is a folder")
-    if not os.path.isdir(target.parent):
-        raise _cannot_write(target, f"there is no folder {target.parent}")
+    refusal = why_not_writable(target.parent)
+    if refusal:
+        raise _cannot_write(target, refusal)
     return suffix
 
 
@@ -94,7 +106,7 @@ def _cannot_write(target: Path, reason: str | None) -> PlanError:
     return PlanError(
         "the picture cannot be written",
         got=f"{target}: {reason}",
-        fix="make the folder first, or name another file",
+        fix="name a file in a folder that you may write to",
     )
 
 
@@ -105,7 +117,7 @@ def _matplotlib() -> tuple[Any, Any]:
     except ImportError as error:
         raise PlanError(
             "drawing needs matplotlib, which is not installed",
-            fix="pip install 'qwen35-mcore[demo]'",
+            fix="pip install matplotlib",
         ) from error
     return Figure, rc_context
 
@@ -133,13 +145,16 @@ def windows(simulation: Simulation) -> list[Window]:
     ]
 
 
-def _figure(figure_class: Any, plan: StagePlan, title: str) -> Any:
+def _figure(figure_class: Any, prediction: Prediction) -> Any:
+    plan = prediction.stages
     shape = plan.simulation.shape
     layout = wrap(plan.layout, 190, break_on_hyphens=False)
     top, bottom = 1.25 + 0.17 * len(layout), 0.9
     height = top + bottom + _ROW * shape.pp
     figure = figure_class(figsize=(_WIDTH, height), facecolor="white")
     parts, gap = windows(plan.simulation), 0.42
+    # after the pipeline comes what the step takes beside it
+    parts[-1] = replace(parts[-1], end_s=prediction.step_s)
     room = _WIDTH - _LABELS - _MEMORY_WIDTH - 0.9 - gap * (len(parts) - 1)
     scale = room / sum(part.length_s for part in parts)
     left = _LABELS
@@ -151,16 +166,16 @@ def _figure(figure_class: Any, plan: StagePlan, title: str) -> Any:
         _schedule(axes, plan.simulation, part, inches_per_s=scale)
         axes.set_title(part.name, loc="left", fontsize=9, color=_MUTED, pad=5)
         if index == 0:
-            _rank_labels(axes, plan)
+            _rank_labels(axes, prediction)
         left += width + gap
     for before, after in pairwise(parts):
         _mark_cut(figure, figure.axes[parts.index(after)], after.begin_s - before.end_s, gap)
     box = (left + 0.2) / _WIDTH, bottom / height, _MEMORY_WIDTH / _WIDTH, _ROW * shape.pp / height
     memory = figure.add_axes(box)
     _rows(memory, shape.pp)
-    _memory(memory, plan)
-    _headline(figure, plan, title, layout, height)
-    _legend(figure, plan, height)
+    _memory(memory, prediction)
+    _headline(figure, prediction, layout, height)
+    _legend(figure, prediction, height)
     return figure
 
 
@@ -174,9 +189,11 @@ def _rows(axes: Any, ranks: int) -> None:
 
 
 def _schedule(axes: Any, simulation: Simulation, part: Window, *, inches_per_s: float) -> None:
-    shape = simulation.shape
+    shape, pipeline_s = simulation.shape, simulation.step_s
     for rank in range(shape.pp):
         axes.barh(rank, part.length_s, 0.82, part.begin_s, color=_IDLE, linewidth=0)
+        if part.end_s > pipeline_s:
+            axes.barh(rank, part.end_s - pipeline_s, 0.82, pipeline_s, color=_AFTER, linewidth=0)
     bars: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
     for event in simulation.events:
         if event.end_s <= part.begin_s or event.start_s >= part.end_s:
@@ -221,11 +238,12 @@ def _number(axes: Any, event: Event, part: Window, inches_per_s: float, light: b
     )
 
 
-def _rank_labels(axes: Any, plan: StagePlan) -> None:
+def _rank_labels(axes: Any, prediction: Prediction) -> None:
+    plan = prediction.stages
     simulation = plan.simulation
     shape = simulation.shape
     for rank in range(shape.pp):
-        busy = simulation.busy_s[rank] / simulation.step_s
+        busy = (simulation.busy_s[rank] + prediction.after_s) / prediction.step_s
         chunks = " ".join(_short(stage) for stage in plan.stages[rank :: shape.pp])
         for text, rise, size, colour in (
             (f"rank {rank} · {busy:.0%} busy", -0.2, 8.5, _INK),
@@ -266,52 +284,61 @@ def _mark_cut(figure: Any, axes: Any, seconds: float, gap: float) -> None:
     )
 
 
-def _memory(axes: Any, plan: StagePlan) -> None:
-    ranks = range(plan.simulation.shape.pp)
-    static = [size / _GIB for size in plan.static_bytes]
-    whole = [size / _GIB for size in plan.stage_bytes]
-    limit = plan.capacity_bytes / _GIB
-    limited = limit != float("inf")
-    right = max([*whole, limit] if limited else whole) * 1.04
-    axes.barh(ranks, right, 0.82, color=_IDLE, linewidth=0)
-    axes.barh(ranks, static, 0.82, color=_STATIC, linewidth=0)
-    saved = [all_ - fixed for all_, fixed in zip(whole, static, strict=True)]
-    axes.barh(ranks, saved, 0.82, static, color=_SAVED, linewidth=0)
-    for rank, (fixed, all_) in enumerate(zip(static, whole, strict=True)):
-        if fixed > 0.16 * right:
-            axes.text(
-                fixed / 2, rank, f"{fixed:.1f}", ha="center", va="center", color="white", size=8
-            )
-        outside = all_ < 0.75 * right
+_MEMORY_PARTS: tuple[tuple[str, str, Callable[[StageMemory], float]], ...] = (
+    (
+        "weights, gradients, optimizer",
+        _STATIC,
+        lambda memory: memory.weights + memory.gradients + memory.optimizer,
+    ),
+    ("activations in flight", _SAVED, lambda memory: memory.activations),
+    ("workspace, CUDA, NCCL", _BESIDE, lambda memory: memory.workspace + memory.overhead),
+)
+
+
+def _memory(axes: Any, prediction: Prediction) -> None:
+    memories = prediction.memory()
+    limit = prediction.job.usable_bytes / GIB
+    right = max(limit, *(memory.total / GIB for memory in memories)) * 1.04
+    for rank, memory in enumerate(memories):
+        axes.barh(rank, right, 0.82, color=_IDLE, linewidth=0)
+        left = 0.0
+        for _, colour, size_of in _MEMORY_PARTS:
+            size = size_of(memory) / GIB
+            axes.barh(rank, size, 0.82, left, color=colour, linewidth=0)
+            left += size
+        static = _MEMORY_PARTS[0][2](memory) / GIB
+        if static > 0.16 * right:
+            text = {"ha": "center", "va": "center", "color": "white", "size": 8}
+            axes.text(static / 2, rank, f"{static:.1f}", **text)
+        outside = left < 0.75 * right
         axes.text(
-            all_ + (0.015 if outside else -0.015) * right,
+            left + (0.015 if outside else -0.015) * right,
             rank,
-            f"{all_:.1f}",
+            f"{memory.total / GIB:.1f}",
             ha="left" if outside else "right",
             va="center",
             size=8,
             weight="bold",
             color=_INK,
         )
-    if limited:
-        axes.axvline(limit, color=_LIMIT, linewidth=1.6)
+    axes.axvline(limit, color=_LIMIT, linewidth=1.6)
     axes.set_xlim(0, right)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} GiB")
     axes.locator_params(axis="x", nbins=4)
     axes.set_title("memory at its fullest", loc="left", fontsize=9, color=_MUTED, pad=5)
 
 
-def _headline(figure: Any, plan: StagePlan, title: str, layout: list[str], height: float) -> None:
-    simulation, shape = plan.simulation, plan.simulation.shape
-    idle = 1 - sum(simulation.busy_s) / (shape.pp * simulation.step_s)
+def _headline(figure: Any, prediction: Prediction, layout: list[str], height: float) -> None:
+    job, shape = prediction.job, prediction.stages.simulation.shape
     facts = [
-        f"{_seconds(simulation.step_s)} a step",
-        f"{idle:.1%} of it idle",
+        f"step {prediction.step_s:.2f} s",
+        f"bubble {prediction.bubble:.2f}",
         f"{shape.pp} ranks",
         f"{shape.vpp} chunks each, interleaved" if shape.vpp > 1 else "1F1B",
         f"{shape.microbatches} microbatches",
     ]
-    facts += _against_even(plan)
+    facts += _against_even(prediction)
+    title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
     left, va = 0.25 / _WIDTH, "center"
     figure.text(left, 1 - 0.3 / height, title, size=15, weight="bold", color=_INK, va=va)
     figure.text(left, 1 - 0.6 / height, "   ·   ".join(facts), size=10.5, color=_INK, va=va)
@@ -322,32 +349,31 @@ def _headline(figure: Any, plan: StagePlan, title: str, layout: list[str], heigh
         )
 
 
-def _against_even(plan: StagePlan) -> list[str]:
-    if plan.even is None:
+def _against_even(prediction: Prediction) -> list[str]:
+    if prediction.stages.even is None or prediction.candidate.pp == 1:
         return []
-    if max(plan.even.stage_bytes) > plan.capacity_bytes:
-        return ["the even split does not fit"]
-    gain = 1 - plan.simulation.step_s / plan.even.simulation.step_s
-    return [f"{gain:.1%} shorter than the even split"] if gain >= 0.0005 else []
+    even = prediction.even_step_s()
+    return ["the even split does not fit" if even is None else f"split evenly {even:.2f} s"]
 
 
-def _legend(figure: Any, plan: StagePlan, height: float) -> None:
+def _legend(figure: Any, prediction: Prediction, height: float) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    vpp = plan.simulation.shape.vpp
+    job, vpp = prediction.job, prediction.stages.simulation.shape.vpp
     entries: list[Any] = [
         Patch(color=palette[_shade(chunk, vpp)], label=_pass_name(name, chunk, vpp))
         for name, palette in (("forward", _FORWARD), ("backward", _BACKWARD))
         for chunk in range(vpp)
     ]
     entries.append(Patch(color=_IDLE, label="idle"))
-    entries.append(Patch(color=_STATIC, label="parameters, gradients, optimizer"))
-    entries.append(Patch(color=_SAVED, label="activations in flight"))
-    if plan.capacity_bytes != float("inf"):
-        limit = f"limit, {plan.capacity_bytes / _GIB:.1f} GiB"
-        entries.append(Line2D([], [], color=_LIMIT, linewidth=1.6, label=limit))
-    columns = len(entries) if len(entries) <= 8 else -(-len(entries) // 2)
+    entries.append(Patch(color=_AFTER, label="after the pipeline: dp, optimizer"))
+    entries += [Patch(color=colour, label=name) for name, colour, _ in _MEMORY_PARTS]
+    limit = f"limit {job.usable_bytes / GIB:.1f} GiB"
+    if job.headroom_bytes:
+        limit += f", {job.headroom_bytes / GIB:.1f} below the card's"
+    entries.append(Line2D([], [], color=_LIMIT, linewidth=1.6, label=limit))
+    columns = len(entries) if len(entries) <= 6 else -(-len(entries) // 2)
     figure.legend(
         handles=entries,
         loc="lower left",

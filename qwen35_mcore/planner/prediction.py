@@ -196,8 +196,8 @@ class Prediction:
 
 def capacity_bytes(model: Model) -> float:
     """What weights, gradients, optimizer and activations may take on a GPU."""
-    gpu, gpus = model.job.gpu, model.job.gpus
-    return gpu.memory_bytes - overhead_bytes(gpu, gpus) - model.transient_bytes
+    job = model.job
+    return job.usable_bytes - overhead_bytes(job.gpu, job.gpus) - model.transient_bytes
 
 
 def predict(job: Job, candidate: Candidate, *, passes: int = 2_000_000) -> Prediction:

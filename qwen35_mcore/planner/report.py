@@ -8,7 +8,7 @@ from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
 from qwen35_mcore.planner.coverage import coverage
 from qwen35_mcore.planner.explain import Explanation
-from qwen35_mcore.planner.hardware import GIB
+from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.memory import overhead_bytes
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.search import Found
@@ -21,6 +21,9 @@ def job_data(job: Job, candidate: Candidate) -> dict[str, Any]:
         "model": job.model_name,
         "gpus": job.gpus,
         "gpu": job.gpu.name,
+        "nodes": job.nodes,
+        "gpus_per_node": job.gpus_of_a_node,
+        "headroom_bytes": job.headroom_bytes,
         "seq_length": job.seq_length,
         "global_batch_size": job.global_batch_size,
         "calibration": calibration.source,
@@ -125,11 +128,21 @@ def print_sources(job: Job, candidate: Candidate) -> None:
             f"Measured on {calibration.gpu}, carried over to {job.gpu.name}: what is above the "
             "launches by peak and bandwidth."
         )
+    if job.nodes > 1:
+        lines.append(f"{job.nodes} nodes of {job.gpus_of_a_node} GPUs{_other_nodes(job)}.")
     lines.append(
         f"Memory of each GPU includes {overhead_bytes(job.gpu, job.gpus) / GIB:.1f} GiB for "
-        "CUDA, NCCL and fragmentation."
+        f"CUDA, NCCL and fragmentation; {job.headroom_bytes / GIB:.1f} GiB of "
+        f"{job.gpu.memory_bytes / GIB:.1f} stay free (--headroom)."
     )
     Console().print("\n".join(lines), soft_wrap=True, highlight=False)
+
+
+def _other_nodes(job: Job) -> str:
+    usual = get_gpu(job.gpu.name).gpus_per_node
+    if job.gpus_of_a_node == usual:
+        return ""
+    return f", where a node of {job.gpu.name} has {usual}: --gpus-per-node says how many are used"
 
 
 def print_prediction(prediction: Prediction) -> None:
@@ -141,8 +154,9 @@ def print_prediction(prediction: Prediction) -> None:
     console.print(f"\n[bold]{candidate}[/bold], dp={candidate.dp(job)}", soft_wrap=True)
     console.print(f"pipeline layout  {prediction.stages.layout}", soft_wrap=True, markup=False)
     even = prediction.even_step_s()
-    if even is not None and candidate.pp > 1:
-        console.print(f"step {prediction.step_s:.2f} s; split evenly {even:.2f} s")
+    beside = f"; split evenly {even:.2f} s" if even is not None and candidate.pp > 1 else ""
+    fullest = max(memory.total for memory in prediction.memory()) / GIB
+    console.print(f"step {prediction.step_s:.2f} s{beside}; {fullest:.1f} GiB on the fullest GPU")
     console.print(_seconds(prediction))
     console.print(_memory(prediction))
 
@@ -217,7 +231,8 @@ def _seconds(prediction: Prediction) -> Any:
 def _memory(prediction: Prediction) -> Any:
     from rich.table import Table
 
-    title = f"GiB by pipeline rank, of {prediction.job.gpu.memory_bytes / GIB:.1f}"
+    job = prediction.job
+    title = f"GiB by pipeline rank, up to {job.usable_bytes / GIB:.1f}"
     table = Table(title=title, title_justify="left")
     memories = prediction.memory()
     stages, pp = prediction.stages.stages, prediction.candidate.pp

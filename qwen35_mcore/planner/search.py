@@ -227,9 +227,8 @@ def broken_rules(job: Job, candidate: Candidate) -> list:
 def _sizes(job: Job, space: Space) -> Iterator[Candidate]:
     """Parallel sizes whose products fit the number of GPUs."""
     config, gpus = job.config, job.gpus
-    node = job.gpu.gpus_per_node
     powers = [2**i for i in range(5)]
-    every_tp = [size for size in powers if size <= node]
+    every_tp = [size for size in powers if size <= job.gpu.nvlink_gpus]
     every_cp = [n for n in powers if n == 1 or job.seq_length // n >= LEAST_LOCAL_SEQUENCE]
     for tp, cp in product(space.tp or every_tp, space.cp or every_cp):
         if gpus % (tp * cp):
@@ -322,18 +321,22 @@ def _nothing_fits(job: Job, space: Space, allowed: list[Candidate]) -> PlanError
     nearest = min(allowed, key=lambda c: (limits.plain(c).excess_bytes, str(c)))
     missing = limits.plain(nearest).excess_bytes
     more = _smallest_that_fits(job, space)
+    fixes = [f"pass --gpus {more}" if more else "pass a larger GPU or a shorter --seq-length"]
+    if job.headroom_bytes and _fits(replace(job, headroom_bytes=0), space, job.gpus):
+        fixes.append("--headroom 0, which fills the card")
     return PlanError(
         f"{job.model_name or 'the model'} fits on {job.gpus} {job.gpu.name} in no layout",
         got=f"nearest: {nearest}, {missing / GIB:.1f} GiB short on every GPU"
         if missing
         else f"nearest: {nearest}, on no split of its layers",
         allowed=f"{more} GPUs of this kind" if more else None,
-        fix=f"pass --gpus {more}" if more else "pass a larger GPU or a shorter --seq-length",
+        fix=", or ".join(fixes),
     )
 
 
 def _smallest_that_fits(job: Job, space: Space) -> int | None:
-    """The smallest larger number of GPUs, in whole nodes, on which the leanest layouts fit."""
+    """The smallest larger number of GPUs on which the leanest layouts fit: a power of two within a
+    node, or whole nodes."""
     lean = replace(
         space,
         vpp=(1,),
@@ -341,7 +344,7 @@ def _smallest_that_fits(job: Job, space: Space) -> int | None:
         recompute=space.recompute or ("full",),
     )
     node = job.gpu.gpus_per_node
-    doubled = [node * 2**i for i in range(10)]
+    doubled = [*(2**i for i in range(1, 8) if 2**i < node), *(node * 2**i for i in range(10))]
     enough = next((n for n in doubled if n > job.gpus and _fits(job, lean, n)), None)
     if enough is None:
         return None

@@ -17,6 +17,7 @@ from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.calibration import default_calibration, read_calibration
 
 ROOT = Path(__file__).parents[2]
+GIB = 2**30
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow", "matplotlib")
 SMALL = ("--flavor", "35b-a3b", "--gpus", "16", "--global-batch-size", "512")
 LARGE = ("--flavor", "397b-a17b", "--gpus", "512", "--global-batch-size", "1024")
@@ -66,6 +67,107 @@ def test_explaining_ends_with_1_where_the_layout_cannot_run() -> None:
     assert "tp divides num_attention_heads" in bad.stdout
 
 
+def test_table_and_picture_tell_one_story(tmp_path: Path) -> None:
+    """The step and the memory of every rank, printed twice from one prediction."""
+    picture = tmp_path / "not there yet" / "plan.svg"
+    done = run(*PINNED, "--json", "--picture", str(picture))
+    assert done.returncode == 0, done.stderr
+    best = json.loads(done.stdout)["plans"][0]
+    drawn, table = picture.read_text(), run(*PINNED).stdout
+    for text in (f"step {best['step_s']:.2f} s", f"bubble {best['bubble']:.2f}"):
+        assert text in drawn
+        assert text.split()[1] in table
+    for rank in best["memory"]:
+        total = f"{rank['total'] / GIB:.1f}"
+        assert f">{total}<" in drawn
+        assert total in table
+
+
+def test_two_gib_stay_free_unless_another_headroom_is_asked_for(tmp_path: Path) -> None:
+    """In a search, in what it emits, and in --explain, which refuses what a search would."""
+    card = 81_559 * 2**20
+    fullest = {}
+    for given in ((), ("--headroom", "0"), ("--headroom", "12.5")):
+        found = json.loads(run(*SMALL, "--tp", "1", "--vpp", "1", *given, "--json").stdout)
+        left = found["headroom_bytes"]
+        assert left == (float(given[1]) if given else 2) * GIB
+        for one in found["plans"]:
+            assert max(rank["total"] for rank in one["memory"]) <= card - left
+        fullest[left] = found["plans"][0]
+    full = fullest[0]
+    layout = f"pp={full['pp']},ep={full['ep']},mbs={full['micro_batch_size']}"
+    layout += f",recompute={full['recompute']},layout={full['pipeline_layout']}"
+    used = max(rank["total"] for rank in full["memory"])
+    free = (card - used) / GIB
+    good = run(*SMALL, "--explain", layout, "--headroom", f"{free - 0.01:.2f}")
+    assert good.returncode == 0, good.stdout
+    bad = run(*SMALL, "--explain", layout, "--headroom", f"{free + 0.1:.2f}")
+    assert bad.returncode == 1
+    assert f"{free + 0.1:.1f} stay free (--headroom)" in bad.stdout
+
+
+def test_a_job_that_fits_without_headroom_is_told_so() -> None:
+    """What the error advises works."""
+    asked = ("--flavor", "35b-a3b", "--gpus", "8", "--global-batch-size", "64", "--gpu", "h200")
+    done = run(*asked, "--headroom", "60")
+    assert done.returncode == 2, done.stdout
+    assert "--headroom 0" in done.stderr
+    assert run(*asked, "--headroom", "0").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "nodes", "each"),
+    [
+        (20, (), 4, 5),
+        (20, ("--gpus-per-node", "4"), 5, 4),
+        (20, ("--gpus-per-node", "10"), 2, 10),
+        (8, ("--gpus-per-node", "4"), 2, 4),
+        (4, ("--gpus-per-node", "8"), 1, 4),
+        (16, ("--gpu", "gb200"), 4, 4),
+        (16, ("--gpu", "a100"), 2, 8),
+    ],
+)
+def test_nodes_are_those_that_were_asked_for_and_said(
+    gpus: int, given: tuple[str, ...], nodes: int, each: int, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan"
+    asked = ("--flavor", "2b", "--gpus", str(gpus), "--global-batch-size", "240", "--pp", "1")
+    done = run(*asked, *given, "--tp", "1", "--emit", str(plan))
+    assert done.returncode == 0, done.stderr
+    assert nodes == 1 or f"{nodes} nodes of {each} GPUs" in done.stdout
+    assert f"--nodes={nodes} --gpus-per-node={each} " in (plan / "run.sh").read_text()
+    written = json.loads((plan / "plan.json").read_text())
+    assert (written["nodes"], written["gpus_per_node"]) == (nodes, each)
+
+
+def test_a_gpu_that_nobody_measured_is_scaled_and_says_so() -> None:
+    for gpu, precisions in (("a100", {"bf16"}), ("gb200", {"bf16", "fp8-blockwise"})):
+        asked = ("--flavor", "9b", "--gpus", "8", "--global-batch-size", "64", "--gpu", gpu)
+        done = run(*asked, "--precision", "all", "--tp", "1", "--json", "--top", "40")
+        assert {one["precision"] for one in json.loads(done.stdout)["plans"]} >= precisions
+        if gpu == "a100":
+            assert "fp8" not in done.stdout
+        assert "Measured on h100-80g, carried over to" in run(*asked, "--tp", "1").stdout
+        assert gpu in run("--help").stdout
+    bad = run(*SMALL, "--gpu", "a100", "--explain", "pp=4,ep=4,precision=fp8-tensorwise")
+    assert bad.returncode == 1
+    assert "a100-80g has no FP8" in bad.stdout
+
+
+def test_an_error_leaves_standard_output_to_json_alone() -> None:
+    for wrong in (("--gpu", "h10"), ("--tp", "3"), ("--picture", "plan")):
+        done = run(*SMALL, "--json", *wrong)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ")
+
+
+def test_a_dry_run_names_everything_that_it_does_not_write(tmp_path: Path) -> None:
+    plan, picture = tmp_path / "a plan", tmp_path / "plan.svg"
+    done = run(*PINNED, "--emit", str(plan), "--picture", str(picture), "--dry-run")
+    assert f"{picture}: the picture, not drawn" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_emit_and_its_dry_run(tmp_path: Path) -> None:
     folder = tmp_path / "plan"
     dry = run(*PINNED, "--emit", str(folder), "--dry-run")
@@ -113,10 +215,24 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
         ((*SMALL, "--dry-run"), ["add --emit DIR"]),
         ((*SMALL, "--overwrite"), ["add --emit DIR"]),
         ((*SMALL, "--picture", "plan.jpg"), ["no known format", "*.svg"]),
+        ((*SMALL, "--picture", "plan"), ["no known format", "fix: name it plan.svg"]),
+        ((*LARGE, "--picture", "README.md/plan.svg"), ["README.md is no folder", "fix: "]),
+        ((*LARGE, "--emit", "README.md/plan"), ["README.md is no folder", "fix: "]),
+        ((*SMALL, "--headroom", "90"), ["--headroom", "90 GiB of the 79.6", "fix: "]),
+        ((*SMALL, "--headroom", "-1"), ["--headroom", "fix: "]),
+        ((*SMALL, "--headroom", "nan"), ["--headroom", "fix: "]),
         (
-            (*LARGE, "--picture", "nowhere/plan.svg"),
-            ["nowhere/plan.svg: there is no folder nowhere", "make the folder first"],
+            (*SMALL, "--gpus", "20", "--gpus-per-node", "8"),
+            ["do not fill whole nodes", "--gpus 16 or 24", "1, 2, 4, 5"],
         ),
+        (
+            (*SMALL, "--gpu", "a100", "--precision", "fp8-tensorwise"),
+            ["a100-80g has no FP8", "allowed: bf16", "fix: leave out --precision"],
+        ),
+        ((*SMALL, "--explain", "tp=2,layout="), ["layout is empty", "fix: "]),
+        ((*SMALL, "--explain", "tp"), ["got: tp", "tp=N"]),
+        ((*SMALL, "--explain", "tp=99999999999999999999999999"), ["got: tp=9999"]),
+        ((*SMALL, "--explain", "=4"), ["cannot read the layout", "NAME=VALUE"]),
         ((*SMALL, "--emit", "pyproject.toml", "--overwrite"), ["is a file"]),
     ],
 )
@@ -158,7 +274,8 @@ LAYER = {
         {"schema": 1, "layers": 5},
         {"schema": 1, "layers": None},
         {"schema": 1, "layers": [LAYER], "runs": {}},
-        {"schema": 1, "layers": [LAYER], "gpu": "a100"},
+        {"schema": 1, "layers": [LAYER], "gpu": "v100"},
+        {"schema": 1, "layers": [LAYER | {"precision": "fp8-tensorwise"}], "gpu": "a100"},
         {"schema": 1, "layers": [{"part": "gdn"}]},
         *(
             {"schema": 1, "layers": [LAYER | wrong]}

@@ -1,4 +1,5 @@
-"""Every command of the two READMEs parses: flags that exist, a layout that is allowed."""
+"""Every command of the READMEs works: flags that exist, a layout that is allowed, folders that are
+there; plans are made as in a fresh clone."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from qwen35_mcore import data
 from qwen35_mcore.flavors import FLAVORS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "examples/README.md")
-NOT_OURS = ("pip", "tensorboard")
+DOCUMENTS = ("README.md", "examples/README.md", "launch/README.md")
+NOT_OURS = ("pip", "tensorboard", "...")
 PARSE = """
 import json, os, sys
 from qwen35_mcore import cpu
@@ -36,14 +37,17 @@ for world, argv in json.load(sys.stdin):
 """
 
 
-def commands() -> list[list[str]]:
-    """The words of every command in a ```bash block."""
+def commands(*documents: str) -> list[list[str]]:
+    """The words of every command in a ```bash block, without the variables that are set for it."""
     found = []
-    for document in DOCUMENTS:
+    for document in documents or DOCUMENTS:
         text = (ROOT / document).read_text()
         for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-            lines = block.replace("\\\n", " ").splitlines()
-            found += [words for line in lines if (words := shlex.split(line, comments=True))]
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    del words[0]
+                found += [words] if words else []
     return found
 
 
@@ -115,6 +119,11 @@ def test_training_commands_parse(workspace: Path) -> None:
         if "--pretrained-checkpoint" in flags:  # its file would have to be there
             at = flags.index("--pretrained-checkpoint")
             del flags[at : at + 2]
+    parse_training(runs, workspace)
+
+
+def parse_training(runs: list[tuple[int, list[str]]], workspace: Path) -> None:
+    """Megatron's parser and checks take every run's flags, with its number of ranks."""
     done = subprocess.run(
         [sys.executable, "-c", PARSE],
         input=json.dumps(runs),
@@ -125,6 +134,81 @@ def test_training_commands_parse(workspace: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_plans_are_made_and_started_as_written(workspace: Path) -> None:
+    """In order, in a folder that holds nothing of this repository; then every command that starts
+    a plan finds one for its number of GPUs, and Megatron takes the flags."""
+    start = [sys.executable, "-m", "qwen35_mcore.cli"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "DATA": "data/corpus", "SAVE": "run"}
+    for words in commands():
+        if words[:2] == ["qwen35", "plan"]:
+            done = subprocess.run(
+                [*start, *words[1:]], cwd=workspace, env=env, capture_output=True, text=True
+            )
+            # --explain ends with 1 where the layout cannot run
+            assert done.returncode in ((0, 1) if "--explain" in words else (0,)), done.stderr
+            assert done.stderr == ""
+    runs = []
+    for words in commands():
+        if words[:2] == ["bash", "launch/train.sh"]:
+            runs.append(started_here(words, workspace, env))
+        elif words[0] == "sbatch":
+            runs.append(submitted(words[1:], workspace))
+        elif words[0].endswith("/run.sh"):
+            runs.append(submitted(run_sh(words, workspace, env), workspace))
+    assert len(runs) >= 6
+    for _, flags in runs:
+        flags += ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
+    parse_training(runs, workspace)
+
+
+def started_here(words: list[str], folder: Path, env: dict[str, str]) -> tuple[int, list[str]]:
+    """What train.sh gives to torchrun on a node with the plan's GPUs."""
+    gpus = json.loads((folder / words[2] / "plan.json").read_text())["gpus"]
+    visible = ",".join(map(str, range(gpus)))
+    done = subprocess.run(
+        ["bash", ROOT / words[1], *words[2:]],
+        cwd=folder,
+        env=env | {"PYTHON": "echo", "CUDA_VISIBLE_DEVICES": visible},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    given = shlex.split(done.stdout)
+    flags = given[given.index(str(ROOT / "examples" / "pretrain_qwen35.py")) + 1 :]
+    at = flags.index("--data-path")
+    return gpus, flags[:at] + flags[at + 2 :]
+
+
+def run_sh(words: list[str], folder: Path, env: dict[str, str]) -> list[str]:
+    """What a plan's run.sh gives to sbatch, from another folder."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir(exist_ok=True)
+    (bin_folder / "sbatch").write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    (bin_folder / "sbatch").chmod(0o755)
+    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [ROOT / words[0], *words[1:]],
+        cwd=folder,
+        env=env | {"PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def submitted(words: list[str], folder: Path) -> tuple[int, list[str]]:
+    """Ranks and flags of a job of slurm.sbatch, whose preset has to be made for so many."""
+    script_at = next(at for at, word in enumerate(words) if word.endswith("launch/slurm.sbatch"))
+    options = dict(word.split("=", 1) for word in words[:script_at])
+    gpus = int(options["--nodes"]) * int(options["--gpus-per-node"])
+    preset = ROOT / words[script_at + 1]
+    assert json.loads((preset / "plan.json").read_text())["gpus"] == gpus
+    layout = shlex.split((preset / "layout.args").read_text(), comments=True)
+    return gpus, [*layout, *words[script_at + 2 :]]
 
 
 def test_the_demo_prints_a_documented_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,5 +228,9 @@ def test_every_command_is_checked_or_known() -> None:
                 assert (ROOT / words[1]).exists(), words
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+        elif words[0] == "sbatch" or words[0].endswith("/run.sh"):
+            assert any((ROOT / word).exists() for word in words), words
+        elif words[0] == "source":  # made by make
+            assert words == ["source", ".venv/bin/activate"]
         else:
             assert words[0] in ("qwen35", "qwen35-ckpt", "torchrun", *NOT_OURS), words

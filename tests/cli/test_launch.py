@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.planner.calibration import DEFAULT
+from qwen35_mcore.planner.candidate import Candidate, Job
+from qwen35_mcore.planner.emit import emit
+from qwen35_mcore.planner.hardware import get_gpu
+from qwen35_mcore.planner.prediction import predict
 from tests.helpers.slurm import LAYOUT, ROOT, Slurm, train_sh
 
 LAUNCH = ROOT / "launch"
@@ -160,7 +167,8 @@ def test_a_number_of_processes_that_is_none(tmp_path: Path, preset: Path, number
 
 
 def test_without_slurm_what_needs_it_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "dirname").symlink_to(str(shutil.which("dirname")))
+    for name in ("dirname", "readlink"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
     environment = {name: value for name, value in os.environ.items() if name[:6] != "SLURM_"}
     for script in (LAUNCH / "rank.sh", *LAUNCH.glob("presets/*/run.sh")):
         done = subprocess.run(
@@ -176,9 +184,181 @@ def test_without_slurm_what_needs_it_is_one_error(tmp_path: Path) -> None:
         assert "\n  fix: submit " in done.stderr
 
 
+def test_the_job_script_outside_slurm_is_one_error(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name[:6] != "SLURM_"}
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sbatch"],
+        cwd=ROOT,
+        env=environment | {"SLURM_CONF": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: this is no SLURM job\n  fix: submit it with sbatch")
+
+
 def test_one_process_for_each_visible_gpu(tmp_path: Path, preset: Path) -> None:
     env = {"DATA": "mock", "SAVE": str(tmp_path), "PYTHON": "echo", "CUDA_VISIBLE_DEVICES": "0,3"}
     assert "--nproc-per-node 2 " in train_sh(preset, **env).stdout
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """A plan of two GPUs, in a folder whose name has a space."""
+    return emitted(tmp_path / "a plan", gpus=2)
+
+
+def emitted(folder: Path, *, gpus: int, per_node: int = 8) -> Path:
+    gpu = get_gpu("h100-80g").in_nodes_of(per_node)
+    job = Job(
+        config=get_flavor("tiny-moe"),
+        gpu=gpu,
+        gpus=gpus,
+        seq_length=64,
+        global_batch_size=2 * gpus,
+        calibration=DEFAULT,
+        model_name="tiny-moe",
+        model_flags=("--flavor", "tiny-moe"),
+    )
+    emit(predict(job, Candidate()), folder)
+    return folder
+
+
+def run_sh(
+    script: Path, *words: str, cwd: Path, sbatch: bool = True, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a plan's run.sh; sbatch prints REPO and the words that it gets, and Python its own."""
+    tools = cwd / "tools"
+    tools.mkdir(exist_ok=True)
+    if sbatch:
+        (tools / "sbatch").write_text('#!/bin/sh\necho "$REPO"; for word; do echo "$word"; done\n')
+        (tools / "sbatch").chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [script, *words],
+        cwd=cwd,
+        env=os.environ
+        | {"PATH": path, "PYTHON": "echo", "DATA": "mock", "SAVE": "run"}
+        | {"CUDA_VISIBLE_DEVICES": ""}
+        | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("preset", sorted((LAUNCH / "presets").iterdir()), ids=lambda p: p.name)
+def test_run_sh_submits_from_anywhere_with_options_for_sbatch(preset: Path, tmp_path: Path) -> None:
+    link = tmp_path / "go"
+    link.symlink_to(preset / "run.sh")
+    options, flags = ["--time=1:00:00", "--comment=two words"], ["--lr", "1 e-4"]
+    done = run_sh(link, *options, "--", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    repo, nodes, each, *words = done.stdout.splitlines()
+    assert repo == str(ROOT)
+    sizes = [int(word.partition("=")[2]) for word in (nodes, each)]
+    assert sizes[0] * sizes[1] == json.loads((preset / "plan.json").read_text())["gpus"]
+    assert words == [*options, str(LAUNCH / "slurm.sbatch"), str(preset), *flags]
+    without = run_sh(link, *flags, cwd=tmp_path).stdout.splitlines()
+    assert without[3:] == [str(LAUNCH / "slurm.sbatch"), str(preset), *flags]
+
+
+def test_run_sh_of_one_node_trains_here_or_is_submitted(plan: Path, tmp_path: Path) -> None:
+    here = run_sh(plan / "run.sh", "--lr", "1", cwd=tmp_path)
+    assert f"--nproc-per-node 2 {ROOT}/examples/pretrain_qwen35.py --flavor tiny-moe" in here.stdout
+    assert here.stdout.endswith("--lr 1\n")
+    submitted = run_sh(plan / "run.sh", "--time=5", "--", "--lr", "1", cwd=tmp_path)
+    assert submitted.stdout.splitlines()[1:4] == ["--nodes=1", "--gpus-per-node=2", "--time=5"]
+
+
+def test_run_sh_that_was_moved_asks_for_the_repository(tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(LAUNCH / "presets" / "35b-a3b-16xh100", moved)
+    for env in ({}, {"REPO": "/nowhere"}):
+        done = run_sh(moved / "run.sh", cwd=tmp_path, **env)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: the repository of qwen35_mcore is not there")
+        assert "fix: set REPO" in done.stderr
+    assert run_sh(moved / "run.sh", cwd=tmp_path, REPO=str(ROOT)).returncode == 0
+
+
+def test_a_preset_for_another_number_of_gpus_is_refused(
+    plan: Path, tmp_path: Path, slurm: Slurm
+) -> None:
+    """And what the error advises is accepted."""
+    env = {"DATA": "mock", "SAVE": "run", "PYTHON": "echo", "cwd": tmp_path}
+    wrong = train_sh(plan, **env, NPROC="4")
+    visible = train_sh(plan, **env, CUDA_VISIBLE_DEVICES="0,1,2")
+    for done, number in ((wrong, 4), (visible, 3)):
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: the preset is planned for another number of GPUs")
+        assert f"got: {plan} for 2 GPUs, and a run of {number}" in done.stderr
+        assert "fix: set NPROC=2; or plan for" in done.stderr
+        assert done.stderr.count("error: ") == 1
+    assert train_sh(plan, **env, NPROC="2").returncode == 0
+    assert train_sh(plan, **env, NPROC="2", CUDA_VISIBLE_DEVICES="0,1,2").returncode == 0
+    advised = wrong.stderr.partition("qwen35 plan ")[2].replace("\\\n", " ").replace("DIR", "new")
+    again = subprocess.run(
+        [sys.executable, "-m", "qwen35_mcore.cli", "plan", *shlex.split(advised)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert again.returncode == 0, again.stderr
+    assert train_sh("new", **env, NPROC="4").returncode == 0
+
+    job = slurm.sbatch(env={"PRESET": str(plan), "DATA": "mock", "SAVE": "run"}, nodes=2)
+    assert (job.status, job.starts) == (2, 1)
+    assert job.output.startswith("error: the preset is planned for another number of GPUs")
+    assert "sbatch --nodes=1 --gpus-per-node=2" in job.output
+
+
+def test_a_plan_of_several_nodes_is_for_slurm(tmp_path: Path) -> None:
+    plan = emitted(tmp_path / "plan", gpus=4, per_node=2)
+    done = train_sh(plan, DATA="mock", SAVE="run", NPROC="2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"fix: submit it to SLURM: {plan}/run.sh" in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path: Path, preset: Path) -> None:
+    env = {"DATA": "mock", "SAVE": "run", "PYTHON": "echo", "NPROC": "2", "cwd": tmp_path}
+    done = train_sh(preset, **env, CUDA_VISIBLE_DEVICES="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there are fewer GPUs here than processes")
+    assert "CUDA_VISIBLE_DEVICES= to train on the CPU" in done.stderr
+    assert train_sh(preset, **env, CUDA_VISIBLE_DEVICES="").returncode == 0
+    hidden = train_sh(preset, **env | {"NPROC": ""}, CUDA_VISIBLE_DEVICES="-1")
+    assert hidden.stderr.startswith("error: this machine has no GPU")
+
+
+def test_a_python_that_cannot_train_is_named(tmp_path: Path, preset: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')  # no installed packages
+    bare.chmod(0o755)
+    env = {"DATA": "mock", "SAVE": "run", "NPROC": "1", "cwd": ROOT}
+    for python in (bare, "no-such-python"):
+        done = train_sh(preset, **env, PYTHON=str(python))
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: this Python has no qwen35_mcore with megatron-core")
+        assert f"got: PYTHON={python}" in done.stderr
+        assert f"source {ROOT}/.venv/bin/activate" in done.stderr
+
+
+def test_train_sh_runs_through_a_link(tmp_path: Path, preset: Path) -> None:
+    (tmp_path / "train").symlink_to(LAUNCH / "train.sh")
+    done = subprocess.run(
+        ["bash", "train", preset],
+        cwd=tmp_path,
+        env=os.environ | {"DATA": "mock", "SAVE": "run", "NPROC": "1", "PYTHON": "echo"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{ROOT}/examples/pretrain_qwen35.py" in done.stdout
 
 
 def test_later_starts_continue_from_what_the_first_one_saved(tmp_path: Path) -> None:

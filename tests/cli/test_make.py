@@ -94,6 +94,13 @@ def test_make_installs_once(tmp_path: Path) -> None:
     assert "tools/venv.sh" in make("-n", "check", venv)
 
 
+def test_only_all_tests_are_exhaustive(tmp_path: Path) -> None:
+    (tmp_path / ".installed-test").touch()
+    venv = f"VENV={tmp_path}"
+    assert '-m "not exhaustive" -k rope' in make("-n", "test", venv, "ARGS=-k rope")
+    assert "exhaustive" not in make("-n", "test-all", venv)
+
+
 def test_make_without_a_target_lists_the_targets() -> None:
     listed = [line.split()[1] for line in make().splitlines()]
-    assert listed == ["help", "demo", "test", "check", "format", "install", "clean"]
+    assert listed == [*("help", "demo", "test", "test-all", "check", "format", "install", "clean")]

@@ -139,6 +139,36 @@ def test_gpus_on_the_node_give_the_number_of_ranks(played: Played) -> None:
     assert [path.name for path in played.log("").iterdir()] == ["rank-00000.txt"]
 
 
+def test_a_job_may_be_submitted_from_anywhere(played: Played, tmp_path: Path) -> None:
+    """Paths are relative to that folder; the script knows from SLURM where its own are."""
+    script = "print(os.getcwd(), sys.argv[1])"
+    env = {"PREFLIGHT": "skip", "SAVE": "here", "DATA": "mock"}
+    job = played.run(script, env=env, cwd=tmp_path)
+    assert (job.status, job.starts) == (0, 1), job.output
+    log = tmp_path / "here" / "logs" / f"{JOB_ID}.0" / "rank-00000.txt"
+    assert log.read_text().split() == [str(tmp_path), str(ROOT / "examples/pretrain_qwen35.py")]
+
+
+def test_a_job_that_cannot_be_sized_or_written_is_one_error(played: Played) -> None:
+    (played.folder / "file").write_text("")
+    for env, message, fix in (
+        ({"SLURM_CPUS_ON_NODE": "1"}, "a node has fewer CPUs than ranks", "--mincpus=2"),
+        ({"MAX_FAILURES": "x"}, "MAX_FAILURES is no number of starts", "leave it out"),
+        ({"LOGS": str(played.folder / "file")}, "the folder of the logs cannot be made", "LOGS"),
+        ({"REPO": "/nowhere"}, "REPO is not the repository", "set REPO"),
+    ):
+        job = played.run("", env=env)
+        assert (job.status, job.starts) == (2, 1), job.output
+        assert f"error: {message}" in job.output
+        assert fix in job.output.partition("fix: ")[2]
+
+
+def test_a_preflight_that_does_not_start_is_shown(played: Played) -> None:
+    job = played.run("", preflight="sys.exit('No module named qwen35_mcore')")
+    assert job.status == 1
+    assert "No module named qwen35_mcore" in job.output
+
+
 def test_a_job_without_sizes_is_one_error(played: Played) -> None:
     job = played.run("", env={"SLURM_NTASKS_PER_NODE": ""})
     assert (job.status, job.starts) == (2, 1)

@@ -70,6 +70,7 @@ sys.exit(max(code if code >= 0 else 128 - code for code in (task.wait() for task
 SCONTROL = """
 case "$1 $2" in
 "show hostnames") printf '127.0.0.1\\nnode1\\n' ;;
+"show job") printf '   Command=%s a b\n' "$STAND_IN_SCRIPT" ;;
 "requeue $SLURM_JOB_ID") touch "$STAND_IN/requeue" ;;
 *) echo "scontrol: $*" >&2 && exit 1 ;;
 esac
@@ -105,6 +106,7 @@ class Slurm:
         nodes: int = 1,
         per_node: int = 2,
         env: Mapping[str, str],
+        cwd: Path = ROOT,
         at_start: Callable[[int, subprocess.Popen[str]], None] | None = None,
         most_starts: int = 10,
         timeout: float = 30,
@@ -114,6 +116,7 @@ class Slurm:
         Args:
             flags: of the script.
             env: what the user exports.
+            cwd: where the user submits.
             at_start: called with the number of the start and the running batch shell.
             most_starts: a job that is queued more often fails the test.
             timeout: seconds for each start, after which the test fails.
@@ -121,12 +124,13 @@ class Slurm:
         spooled = self.folder / "slurm_script"  # SLURM runs a copy, from the submission's folder
         spooled.write_bytes((ROOT / "launch" / "slurm.sbatch").read_bytes())
         (self.folder / "tasks").unlink(missing_ok=True)
-        output, job_env = "", self._environment(env, nodes, per_node)
+        place = {"SLURM_SUBMIT_DIR": str(cwd)}
+        output, job_env = "", self._environment(place | env, nodes, per_node)
         for start in range(most_starts):
             with (self.folder / "job.out").open("w+") as file:
                 job = subprocess.Popen(
                     ["bash", spooled, *flags],
-                    cwd=ROOT,
+                    cwd=cwd,
                     env=job_env | ({"SLURM_RESTART_COUNT": str(start)} if start else {}),
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -168,7 +172,7 @@ class Slurm:
                 "SLURM_JOB_ID": JOB_ID,
                 "SLURM_JOB_NUM_NODES": str(nodes),
                 "SLURM_JOB_NODELIST": "node[0-1]",
-                "SLURM_SUBMIT_DIR": str(ROOT),
+                "STAND_IN_SCRIPT": str(ROOT / "launch" / "slurm.sbatch"),
                 "SLURM_NTASKS_PER_NODE": str(per_node),
                 "SLURM_CPUS_ON_NODE": "2",
                 "MASTER_PORT": str(free_port()),
@@ -208,12 +212,14 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def train_sh(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+def train_sh(
+    *arguments: object, cwd: Path = ROOT.parent, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run launch/train.sh, with no GPU to be seen."""
     without = {k: v for k, v in os.environ.items() if k not in ("DATA", "SAVE", "NPROC")}
     return subprocess.run(
         ["bash", ROOT / "launch" / "train.sh", *map(str, arguments)],
-        cwd=ROOT.parent,  # from anywhere
+        cwd=cwd,
         env=without
         | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         | env,

@@ -17,9 +17,10 @@ from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
 from qwen35_mcore.planner.calibration import DEFAULT, default_calibration
 from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job, recompute_modules
+from qwen35_mcore.planner.command import DEFAULT_HEADROOM_GIB
 from qwen35_mcore.planner.emit import emit, files, flags, layout_args
 from qwen35_mcore.planner.explain import parse_layout
-from qwen35_mcore.planner.hardware import get_gpu
+from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.prediction import Prediction, predict
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,8 @@ def preset_prediction(folder: Path) -> Prediction:
     """The plan of a preset, predicted again."""
     asked = json.loads((folder / "plan.json").read_text())
     job = job_of(asked["model"], asked["gpus"], asked["global_batch_size"])
+    assert asked["headroom_bytes"] == DEFAULT_HEADROOM_GIB * GIB
+    job = replace(job, headroom_bytes=asked["headroom_bytes"])
     if asked["measured"]:
         job = replace(job, calibration=default_calibration(job.gpu.name))
     assert asked["calibration"] == job.calibration.source
@@ -55,7 +58,7 @@ def preset_prediction(folder: Path) -> Prediction:
 def test_presets_are_what_the_planner_writes(folder: Path) -> None:
     """To write them again: qwen35 plan ... --explain LAYOUT --emit FOLDER --overwrite, with the
     layout in plan.json; without --explain the layout is searched anew."""
-    expected = files(preset_prediction(folder))
+    expected = files(preset_prediction(folder), folder)
     assert {file.name: file.read_text() for file in folder.iterdir()} == expected
     assert os.access(folder / "run.sh", os.X_OK)
 
@@ -165,11 +168,9 @@ def test_the_command_starts_as_many_ranks_as_there_are_gpus(
     gpus: int, nodes: int, each: int
 ) -> None:
     job = job_of("2b", gpus, 240)
-    text = files(predict(job, Candidate()))["run.sh"]
-    if nodes:
-        assert f"exec sbatch --nodes={nodes} --gpus-per-node={each} launch/slurm.sbatch" in text
-    else:
-        assert f'NPROC={each} exec launch/train.sh "$preset" "$@"' in text
+    text = files(predict(job, Candidate()), Path("plan"))["run.sh"]
+    assert f"exec sbatch --nodes={nodes or 1} --gpus-per-node={each} " in text
+    assert (f"NPROC=${{NPROC:-{each}}} exec" in text) == (nodes == 0)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -193,7 +194,7 @@ def test_an_existing_folder_is_refused_and_its_other_files_stay(tmp_path: Path) 
         emit(prediction, folder)
     assert [file.name for file in folder.iterdir()] == ["notes.txt"]
     emit(prediction, folder, overwrite=True)
-    assert {file.name for file in folder.iterdir()} == {"notes.txt", *files(prediction)}
+    assert {file.name for file in folder.iterdir()} == {"notes.txt", *files(prediction, folder)}
     assert (folder / "notes.txt").read_text() == "mine"
     assert [file.name for file in tmp_path.iterdir()] == ["plan"]
 

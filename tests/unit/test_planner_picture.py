@@ -13,13 +13,16 @@ from xml.etree import ElementTree
 import pytest
 
 from qwen35_mcore.errors import PlanError
+from qwen35_mcore.planner.candidate import Candidate
+from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.picture import draw, windows
-from qwen35_mcore.planner.stages import StagePlan, balance
-from tests.unit.test_planner_stages import GIB, hybrid
+from qwen35_mcore.planner.prediction import Prediction, predict
+from tests.unit.test_planner_search import job_of
 
 
-def plan(pp: int, vpp: int, microbatches: int, **more: float) -> StagePlan:
-    return balance(hybrid(12), pp=pp, vpp=vpp, microbatches=microbatches, passes=10_000, **more)
+def plan(pp: int, vpp: int, microbatches: int, *, flavor: str = "2b") -> Prediction:
+    job = replace(job_of(flavor, pp, microbatches), headroom_bytes=2 * GIB)
+    return predict(job, Candidate(pp=pp, vpp=vpp), passes=10_000)
 
 
 def texts(path: Path) -> list[str]:
@@ -41,30 +44,32 @@ def test_png_is_an_image_of_the_size_that_the_ranks_need(tmp_path: Path) -> None
 
 
 def test_a_short_schedule_is_drawn_whole(tmp_path: Path) -> None:
-    drawn = plan(3, 2, 6, capacity_bytes=50 * GIB)
-    draw(drawn, tmp_path / "plan.svg", title="tiny")
+    drawn = plan(3, 2, 6)
+    draw(drawn, tmp_path / "plan.svg")
     words = texts(tmp_path / "plan.svg")
-    assert "tiny" in words
-    assert drawn.layout in words
+    assert "2b on 3 h100-80g (predicted)" in words
+    assert drawn.stages.layout in words
     assert "the whole step" in words
     assert any("6 microbatches" in word and "interleaved" in word for word in words)
     assert {f"forward, chunk {chunk}" for chunk in (0, 1)} <= set(words)
-    assert "limit, 50.0 GiB" in words
-    for rank, held in enumerate(drawn.stage_bytes):
-        busy = drawn.simulation.busy_s[rank] / drawn.simulation.step_s
-        assert f"rank {rank} · {busy:.0%} busy" in words
-        assert f"{held / GIB:.1f}" in words
+    assert "limit 77.6 GiB, 2.0 below the card's" in words
+    assert any(f"step {drawn.step_s:.2f} s" in word for word in words)
+    for rank, held in enumerate(drawn.memory()):
+        busy = drawn.stages.simulation.busy_s[rank] + drawn.after_s
+        assert f"rank {rank} · {busy / drawn.step_s:.0%} busy" in words
+        assert f"{held.total / GIB:.1f}" in words
     # every stage runs every microbatch forward and backward, and the passes are long enough to say
     assert all(words.count(str(micro)) >= 2 * 6 for micro in range(1, 6))
 
 
 def test_the_even_split_is_named_beside_the_choice(tmp_path: Path) -> None:
-    free = plan(4, 1, 16)
-    assert free.even is not None
-    gain = 1 - free.simulation.step_s / free.even.simulation.step_s
-    tight = replace(free, capacity_bytes=max(free.even.stage_bytes) - 1)
+    full = Candidate(pp=4, ep=4, micro_batch_size=4, recompute="full")
+    free, tight = plan(4, 1, 16), predict(job_of("35b-a3b", 16, 512), full, passes=10_000)
+    assert free.even_step_s() is not None
+    assert tight.stages.even is not None
+    assert tight.even_step_s() is None
     for drawn, words in (
-        (free, f"{gain:.1%} shorter than the even split"),
+        (free, f"split evenly {free.even_step_s():.2f} s"),
         (tight, "the even split does not fit"),
     ):
         draw(drawn, tmp_path / "plan.svg")
@@ -73,14 +78,15 @@ def test_the_even_split_is_named_beside_the_choice(tmp_path: Path) -> None:
 
 def test_a_long_schedule_says_what_is_cut(tmp_path: Path) -> None:
     drawn = plan(4, 1, 64)
-    shown = windows(drawn.simulation)
+    simulation = drawn.stages.simulation
+    shown = windows(simulation)
     assert [window.name for window in shown] == ["warm-up", "steady state", "cool-down"]
     assert shown[0].begin_s == 0
-    assert shown[-1].end_s == drawn.simulation.step_s
+    assert shown[-1].end_s == simulation.step_s
     hidden = [b.begin_s - a.end_s for a, b in pairwise(shown)]
     assert min(hidden) > 0
     # all of the warm-up, up to the first rank's first backward pass, and all of the cool-down
-    first_rank = [event for event in drawn.simulation.events if event.rank == 0]
+    first_rank = [event for event in simulation.events if event.rank == 0]
     assert shown[0].end_s > next(event.end_s for event in first_rank if event.kind == "B")
     last_forward = max(event.start_s for event in first_rank if event.kind == "F")
     assert shown[-1].begin_s < last_forward
@@ -101,8 +107,9 @@ def test_drawing_twice_gives_the_same_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="no known format"):
-        draw(plan(2, 1, 4), tmp_path / "plan.jpg")
+    for name in ("plan.jpg", "plan"):
+        with pytest.raises(PlanError, match=r"no known format(.|\n)*fix: name it .*/plan\.svg"):
+            draw(plan(2, 1, 4), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -110,18 +117,27 @@ def test_without_matplotlib_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(PlanError, match=r"qwen35-mcore\[demo\]"):
+    with pytest.raises(PlanError, match="pip install matplotlib"):
         draw(plan(2, 1, 4), tmp_path / "plan.png")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.svg").mkdir()
     for target, reason in (
-        (tmp_path / "missing" / "plan.png", f"there is no folder {tmp_path / 'missing'}"),
+        (tmp_path / "file" / "plan.png", f"{tmp_path / 'file'} is no folder"),
         (tmp_path / ("x" * 300 + ".svg"), "File name too long"),
+        (tmp_path / ("x" * 300) / "plan.svg", "File name too long"),
+        (tmp_path / "folder.svg", "it is a folder"),
     ):
         with pytest.raises(PlanError, match="cannot be written") as caught:
             draw(plan(2, 1, 4), target)
-        assert f"got: {target}: {reason}\n  fix: make the folder first" in str(caught.value)
+        assert f"got: {target}: {reason}\n  fix: name a file in" in str(caught.value)
+
+
+def test_a_missing_folder_is_made(tmp_path: Path) -> None:
+    draw(plan(2, 1, 4), tmp_path / "plans" / "here" / "plan.svg")
+    assert [path.name for path in (tmp_path / "plans" / "here").iterdir()] == ["plan.svg"]
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:

@@ -37,6 +37,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from qwen35_mcore.arguments import parse_arguments
+from qwen35_mcore.data_checks import check_batch
 from qwen35_mcore.job_errors import reported_once
 from qwen35_mcore.mcore_compat import prepare_training
 from qwen35_mcore.planner.flops import training_flops
@@ -67,6 +68,7 @@ def get_batch(data_iterator: Any, model: Any, vp_stage: int | None) -> dict[str,
     batch: dict[str, Any] = {}
     if tp_rank == 0:
         batch = dict(next(data_iterator))
+        check_batch(batch["tokens"], batch["labels"], args.padded_vocab_size)
         for key in BATCH_KEYS:
             value = batch.get(key)
             batch[key] = None if value is None else value.cuda(non_blocking=True)

@@ -15,10 +15,12 @@ from qwen35_mcore import cpu
 from qwen35_mcore.backends import choose_experts
 from qwen35_mcore.checkpoint_checks import Start, check_start
 from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.data_checks import check_datasets
+from qwen35_mcore.data_checks import check_datasets, check_tokenizer_flags
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.number_checks import check_numbers
 from qwen35_mcore.parallel import ParallelLayout, check_layout
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
+from qwen35_mcore.written_folders import check_written_folders
 
 REFUSED = {
     "yaml_cfg": "the model comes from --flavor or --hf-config",
@@ -86,8 +88,9 @@ def check_flags(args: Namespace, architecture: dict[str, Any]) -> None:
     if args.num_experts:
         _check_fp8_experts(args)
         _check_graph(args, _experts(args))
-    _check_warmup(args)
     _check_needed(args)
+    check_numbers(args)
+    _check_warmup(args)
 
 
 def _check_main_params(args: Namespace) -> None:
@@ -187,13 +190,17 @@ def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
     """Check the parallel layout, the datasets and the checkpoint to start from, which it returns.
 
     Raises:
-        ConfigError: the layout cannot run the model; all violations at once.
-        DataError: see `check_datasets`.
+        ConfigError: the layout cannot run the model, all violations at once; a folder that the run
+            writes to cannot be made.
+        DataError: see `check_tokenizer_flags` and `check_datasets`.
         CheckpointError: see `check_start`.
     """
     _check_layout(args, hf)
+    check_tokenizer_flags(args)
     check_datasets(args, hf)
-    return check_start(args, hf)
+    start = check_start(args, hf)
+    check_written_folders(args)
+    return start
 
 
 def _check_layout(args: Namespace, hf: Qwen35Config) -> None:

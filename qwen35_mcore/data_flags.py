@@ -68,19 +68,22 @@ def split_data(args: Namespace) -> dict[str, SplitData]:
             got=f"--split {args.split} with {_flag(source or 'no data')}",
             fix="drop --split",
         )
+    return {
+        name: SplitData(name, given, *_blend(given, words))
+        for name, (given, words) in zip(SPLITS, _apart(args, source), strict=True)
+        if words is not None
+    }
+
+
+def _apart(args: Namespace, source: str | None) -> list[tuple[str, Any]]:
+    """For each split, the flag that gives it data of its own and what it gives."""
     if source == "per_split_data_args_path":
         flag = _flag(source)
         blends = _per_split_file(flag, args.per_split_data_args_path)
-        named = [(name, f"{flag}: {key}", blends[key]) for name, key in zip(SPLITS, _KEYS)]
-    elif source == PER_SPLIT[0]:
-        named = [(name, _flag(key), getattr(args, key)) for name, key in zip(SPLITS, PER_SPLIT)]
-    else:
-        return {}
-    return {
-        name: SplitData(name, given, *_blend(given, words))
-        for name, given, words in named
-        if words is not None
-    }
+        return [(f"{flag}: {key}", blends[key]) for key in _KEYS]
+    if source == PER_SPLIT[0]:
+        return [(_flag(name), getattr(args, name)) for name in PER_SPLIT]
+    return [("", None)] * len(SPLITS)
 
 
 def dataset_prefixes(args: Namespace) -> list[str]:
@@ -189,7 +192,9 @@ def _per_split_file(flag: str, path: str) -> dict[str, list[str] | None]:
     try:
         value = json.loads(_read(flag, path))
     except ValueError as error:
-        raise DataError(f"{flag}: {path} is not JSON", got=str(error), fix=_PER_SPLIT_FIX) from error
+        raise DataError(
+            f"{flag}: {path} is not JSON", got=str(error), fix=_PER_SPLIT_FIX
+        ) from error
     if not isinstance(value, dict) or set(value) != set(_KEYS):
         got = f"keys {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
         raise DataError(f"{flag}: {path} does not name the splits", got=got, fix=_PER_SPLIT_FIX)

@@ -20,8 +20,14 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _TYPES = {
-    **{1: "uint8", 2: "int8", 3: "int16", 4: "int32"},
-    **{5: "int64", 6: "float64", 7: "float32", 8: "uint16"},
+    1: "uint8",
+    2: "int8",
+    3: "int16",
+    4: "int32",
+    5: "int64",
+    6: "float64",
+    7: "float32",
+    8: "uint16",
 }
 _AGAIN = "copy both files again, or make the dataset again with `qwen35 data tokenize`"
 

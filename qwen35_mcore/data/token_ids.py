@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -39,19 +39,18 @@ def check_ids(index: IndexFile, *, vocab_size: int, budget: int = LOOKED_AT) -> 
 def _blocks(index: IndexFile, budget: int) -> Iterator[tuple[int, int]]:
     length = _BLOCK // index.dtype.itemsize
     wanted = max(2, budget // _BLOCK)
-    last = max(0, index.tokens - length)
-    starts = range(0, index.tokens, length)
-    if len(starts) > wanted:
-        evenly = np.linspace(0, last, wanted)
-        starts = evenly.astype(np.int64).tolist()
+    starts: Iterable[int] = range(0, index.tokens, length)
+    if index.tokens > wanted * length:
+        starts = np.linspace(0, index.tokens - length, wanted).astype(np.int64).tolist()
     return ((begin, min(begin + length, index.tokens)) for begin in starts)
 
 
 def _outside(index: IndexFile, at: int, found: int, vocab_size: int) -> DataError:
-    sequence = index.sequence_of(at)
+    document = index.sequence_of(at)
+    place = at - index.first_token(document)
     return DataError(
         f"{index.prefix}.bin holds ids that the model does not have",
-        got=f"{found}, token {at - index.first_token(sequence)} of document {sequence}, both from 0",
+        got=f"{found}, token {place} of document {document}, both from 0",
         allowed=f"0 to {vocab_size - 1}, the model's vocab_size less one",
         fix="tokenize with the model's own tokenizer, or choose a flavor with this vocabulary",
     )

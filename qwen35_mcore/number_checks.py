@@ -30,7 +30,7 @@ def check_numbers(args: Namespace) -> None:
         ConfigError: with the first that is too small.
     """
     lowest = {name: 1 for name in vars(args) if name.endswith(_ENDING)} | _AT_LEAST
-    lowest["train_iters"] = 0 if args.skip_train else 1
+    lowest["train_iters"] = 0 if getattr(args, "skip_train", False) else 1
     for name, least in lowest.items():
         value = getattr(args, name, None)
         fraction = isinstance(value, float) and name.endswith(_ENDING)  # seconds

@@ -96,7 +96,7 @@ def _check_needed_splits(args: Namespace, data: Mapping[str, SplitData]) -> None
     if TRAINING not in data and not args.skip_train:
         raise DataError(
             "there are no training data",
-            got=", ".join(split.given for split in data.values()),
+            got=", ".join(dict.fromkeys(split.given for split in data.values())),
             fix=f"give some with {_SHARE[TRAINING]}, or pass --skip-train to evaluate alone",
         )
     evaluates = args.full_validation or args.eval_iters

@@ -192,12 +192,12 @@ def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
     Raises:
         ConfigError: the layout cannot run the model, all violations at once; a folder that the run
             writes to cannot be made.
-        DataError: see `check_tokenizer_flags` and `check_datasets`.
+        DataError: see `check_datasets` and `check_tokenizer_flags`.
         CheckpointError: see `check_start`.
     """
     _check_layout(args, hf)
-    check_tokenizer_flags(args)
     check_datasets(args, hf)
+    check_tokenizer_flags(args)
     start = check_start(args, hf)
     check_written_folders(args)
     return start

@@ -43,12 +43,37 @@ def test_an_evaluation_without_data(source: str) -> None:
     script_server().run([*arguments, "--eval-iters", "0"])
 
 
-def test_whole_validation_sets() -> None:
-    sets = ["--train-data-path", small_dataset(), "--valid-data-path", small_dataset()]
-    arguments = without_data(*sets, "--seq-length", "4096", "--full-validation")
+@pytest.fixture(scope="module")
+def validation(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prefix of a dataset of a few sequences."""
+    folder = tmp_path_factory.mktemp("validation")
+    (folder / "a.txt").write_text("some text " * 30)
+    tokenize(
+        inputs=[folder / "a.txt"],
+        output_prefix=folder / "x",
+        tokenizer="byte",
+        workers=1,
+        quiet=True,
+    )
+    return str(folder / "x")
+
+
+def test_whole_validation_sets(validation: str) -> None:
+    sets = ["--train-data-path", small_dataset(), "--valid-data-path", validation]
+    arguments = without_data(*sets, "--full-validation")
     assert "pass both, or drop --full-validation" in error_of(arguments)
-    run = script_server().run([*arguments, "--multiple-validation-sets", "--seq-length", "16384"])
+    run = script_server().run([*arguments, "--multiple-validation-sets"])
     assert "validation-0 loss" in run.output()
+
+
+def test_whole_validation_sets_under_tensor_parallelism(validation: str) -> None:
+    sets = ["--train-data-path", small_dataset(), "--valid-data-path", validation]
+    tensor = ["--tensor-model-parallel-size", "2", "--micro-batch-size", "2"]
+    whole = ["--global-batch-size", "2", "--full-validation", "--multiple-validation-sets"]
+    arguments = without_data(*sets, *tensor, *whole)
+    assert "2 sequences a microbatch of an evaluation" in error_of(arguments, 2)
+    advised = ["--eval-micro-batch-size", "1"]
+    assert "validation-0 loss" in script_server().run([*arguments, *advised], 2).output()
 
 
 def test_ids_outside_the_vocabulary_without_a_sidecar(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from qwen35_mcore.arguments import parse_arguments
+from qwen35_mcore.data_checks import check_batch
 from qwen35_mcore.job_errors import reported_once
 from qwen35_mcore.mcore_compat import prepare_training
 from qwen35_mcore.planner.flops import training_flops
@@ -67,6 +68,7 @@ def get_batch(data_iterator: Any, model: Any, vp_stage: int | None) -> dict[str,
     batch: dict[str, Any] = {}
     if tp_rank == 0:
         batch = dict(next(data_iterator))
+        check_batch(batch["tokens"], batch["labels"], args.padded_vocab_size)
         for key in BATCH_KEYS:
             value = batch.get(key)
             batch[key] = None if value is None else value.cuda(non_blocking=True)
@@ -79,7 +81,7 @@ def get_batch(data_iterator: Any, model: Any, vp_stage: int | None) -> dict[str,
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size if model.training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=has_mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,

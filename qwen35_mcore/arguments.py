@@ -20,7 +20,8 @@ from qwen35_mcore.carried_files import take_over
 from qwen35_mcore.checkpoint_checks import Start
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data import read_sidecar
-from qwen35_mcore.data_checks import check_tokenizer, dataset_prefixes
+from qwen35_mcore.data_checks import check_tokenizer, tokenizer_error
+from qwen35_mcore.data_flags import dataset_prefixes
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.flags import check_classes_while_parsing
 from qwen35_mcore.flavors import get_flavor
@@ -76,7 +77,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         validate_args(args)
         check_resume(args, start)
         config_from_arguments(args, Qwen35TransformerConfig)
-        set_global_variables(args)
+    try:
+        with as_config_errors(args):
+            set_global_variables(args)
+    except ConfigError as error:
+        raise tokenizer_error(args, error) from error
     check_tokenizer(args, hf, get_tokenizer())
     return args, hf
 
@@ -248,6 +253,7 @@ def _tokenizer_from_sidecar(args: argparse.Namespace) -> None:
     sidecar = read_sidecar(prefixes[0])
     if sidecar is None:
         return
+    args.qwen35_tokenizer_sidecar = f"{prefixes[0]}.json"
     flags = sidecar.megatron_flags()
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
         name = flag.removeprefix("--").replace("-", "_")

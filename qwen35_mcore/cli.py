@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -96,6 +96,18 @@ def tokenize(
     json_key: Annotated[
         str, typer.Option(help="The jsonl key or parquet column that holds the text.")
     ] = "text",
+    form: Annotated[
+        Literal["text", "jsonl", "parquet"] | None,
+        typer.Option("--format", help="What every input file is. Default: by its name."),
+    ] = None,
+    split_text: Annotated[
+        str,
+        typer.Option(
+            metavar="none|blank-lines|bytes:N",
+            help="Cut text files into documents: at blank lines, or into at most N bytes at line "
+            "ends. none: a file is one document.",
+        ),
+    ] = "none",
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
     append_eod: Annotated[
         bool, typer.Option(help="End every document with the end-of-document token.")
@@ -104,7 +116,7 @@ def tokenize(
         bool, typer.Option("--overwrite", help="Replace an existing dataset.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress bar, and no word when it is done.")
+        bool, typer.Option("--quiet", help="Say nothing about what is read, left out and written.")
     ] = False,
     stdlib: Annotated[
         bool, typer.Option("--stdlib", help="The same as the input 'stdlib'.")
@@ -123,14 +135,19 @@ def tokenize(
         output_prefix=output_prefix,
         tokenizer=tokenizer,
         text_key=json_key,
+        form=form,
+        split_text=split_text,
         workers=workers,
         append_eod=append_eod,
         overwrite=overwrite,
         quiet=quiet,
     )
     if not quiet:
+        nothing = {"empty documents": report.empty_documents, "blank lines": report.blank_lines}
+        skipped = ", ".join(f"{count:,} {what}" for what, count in nothing.items() if count)
         typer.echo(
             f"wrote {output_prefix}.bin: {report.documents:,} documents, {report.tokens:,} tokens"
+            + (f"; left out: {skipped}" if skipped else "")
         )
 
 

@@ -16,11 +16,13 @@ from qwen35_mcore.backends import choose_experts
 from qwen35_mcore.checkpoint_checks import Start, check_start
 from qwen35_mcore.checkpoint_flags import check_checkpoint_flags
 from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.data_checks import check_datasets
+from qwen35_mcore.data_checks import check_datasets, check_tokenizer_flags
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.flags.flex import check_flex
+from qwen35_mcore.number_checks import check_numbers
 from qwen35_mcore.parallel import ParallelLayout, check_layout
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
+from qwen35_mcore.written_folders import check_written_folders
 
 NEEDED = {
     "micro_batch_size": "sequences per forward pass and data parallel rank",
@@ -55,8 +57,9 @@ def check_flags(args: Namespace) -> None:
         check_flex(args)
         _check_fp8_experts(args)
         _check_graph(args, _experts(args))
-    _check_warmup(args)
     _check_needed(args)
+    check_numbers(args)
+    _check_warmup(args)
 
 
 def _check_main_params(args: Namespace) -> None:
@@ -156,15 +159,18 @@ def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
     """Check the parallel layout, the datasets and the checkpoint to start from, which it returns.
 
     Raises:
-        ConfigError: the layout cannot run the model, all violations at once; or see
-            `check_checkpoint_flags`.
-        DataError: see `check_datasets`.
+        ConfigError: the layout cannot run the model, all violations at once; a folder that the run
+            writes to cannot be made; or see `check_checkpoint_flags`.
+        DataError: see `check_datasets` and `check_tokenizer_flags`.
         CheckpointError: see `check_start`.
     """
     check_checkpoint_flags(args)
     _check_layout(args, hf)
     check_datasets(args, hf)
-    return check_start(args, hf)
+    check_tokenizer_flags(args)
+    start = check_start(args, hf)
+    check_written_folders(args)
+    return start
 
 
 def _check_layout(args: Namespace, hf: Qwen35Config) -> None:

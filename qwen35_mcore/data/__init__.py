@@ -6,9 +6,11 @@ command lines that only check a dataset start in milliseconds.
 
 from __future__ import annotations
 
+from qwen35_mcore.data.index_file import IndexFile, read_index
 from qwen35_mcore.data.pipeline import TokenizeReport, tokenize
 from qwen35_mcore.data.sidecar import Sidecar, check_dataset, read_sidecar
 from qwen35_mcore.data.sources import STDLIB
+from qwen35_mcore.data.token_ids import check_ids
 from qwen35_mcore.data.tokenizers import (
     BYTE,
     ByteTokenizer,
@@ -22,11 +24,14 @@ __all__ = [
     "STDLIB",
     "ByteTokenizer",
     "HuggingFaceTokenizer",
+    "IndexFile",
     "Sidecar",
     "TokenizeReport",
     "Tokenizer",
     "check_dataset",
+    "check_ids",
     "load_tokenizer",
+    "read_index",
     "read_sidecar",
     "tokenize",
 ]

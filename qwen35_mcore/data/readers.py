@@ -6,15 +6,18 @@ records is left to :func:`document_text`, so that worker processes do it.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple, cast
 
 from qwen35_mcore.data.sources import Form, Source
+from qwen35_mcore.data.text_split import TextSplit
 from qwen35_mcore.errors import DataError
 
 # Megatron's index stores lengths as int32, and a document is held in memory whole.
@@ -22,7 +25,13 @@ MAX_DOCUMENT_BYTES = 2**30
 
 _CHUNK_BYTES = 2**20
 _CHUNK_RECORDS = 4096
-_BOM = b"\xef\xbb\xbf"
+_BOM = "\ufeff"
+_OTHER_BOMS = {  # the longer ones first: one begins with the other
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 class Record(NamedTuple):
@@ -30,7 +39,7 @@ class Record(NamedTuple):
 
     Attributes:
         path: file it comes from.
-        number: line or row, from 1; 0 where the document is the whole file.
+        number: line or row, from 1, the first of several; 0 where the document is the whole file.
         form: how ``raw`` is to be parsed.
         raw: bytes of a file or line, text of a row (None where the row has none).
         consumed: bytes on disk read since the record before, for progress.
@@ -43,26 +52,33 @@ class Record(NamedTuple):
     consumed: int
 
     @property
+    def is_blank(self) -> bool:
+        """A line of a jsonl file with white space alone, which is no document."""
+        return self.form == "jsonl" and not cast(bytes, self.raw).strip()
+
+    @property
     def where(self) -> str:
         if self.form == "parquet":
             return f"{self.path}, row {self.number}"
         return f"{self.path}:{self.number}" if self.number else self.path
 
 
-def read_chunks(sources: Iterable[Source], *, text_key: str) -> Iterator[list[Record]]:
+def read_chunks(
+    sources: Iterable[Source], *, text_key: str, text_split: TextSplit | None = None
+) -> Iterator[list[Record]]:
     """Records of all sources in order, in lists of about 1 MiB.
 
     Where a list ends depends on the files alone, so that results do not depend on the number
     of workers.
 
     Raises:
-        DataError: a file cannot be read, is corrupt, holds a document above 1 GiB, or is a
-            parquet file without a text column called ``text_key``.
+        DataError: a file cannot be read, changes meanwhile, is corrupt, holds a document above
+            1 GiB, or is a parquet file without a text column called ``text_key``.
     """
     chunk: list[Record] = []
     size = 0
     for source in sources:
-        for record in read_records(source, text_key=text_key):
+        for record in read_records(source, text_key=text_key, text_split=text_split):
             chunk.append(record)
             size += len(record.raw or "")
             if size >= _CHUNK_BYTES or len(chunk) >= _CHUNK_RECORDS:
@@ -72,28 +88,38 @@ def read_chunks(sources: Iterable[Source], *, text_key: str) -> Iterator[list[Re
         yield chunk
 
 
-def read_records(source: Source, *, text_key: str) -> Iterator[Record]:
+def read_records(
+    source: Source, *, text_key: str, text_split: TextSplit | None = None
+) -> Iterator[Record]:
     """Records of one file. Raises DataError as :func:`read_chunks` does."""
     with _reading(source):
         if source.form == "parquet":
             yield from _parquet_records(source, text_key)
         elif source.form == "jsonl":
             yield from _line_records(source)
+        elif text_split:
+            yield from _cut_records(source, text_split)
         else:
             yield _whole_file(source)
+        _check_unchanged(source)
 
 
 def document_text(record: Record, *, text_key: str) -> str:
     """Text of a record; empty where it holds none (an empty file, ``null``).
+
+    A byte order mark before the text is no part of it.
 
     Raises:
         DataError: the record is not UTF-8, not a JSON object, or lacks text at ``text_key``.
             The message names file and line.
     """
     if record.form == "parquet":
-        return str(record.raw or "")
-    text = _decode(record, cast(bytes, record.raw))
-    return _json_text(record, text, text_key) if record.form == "jsonl" else text
+        return str(record.raw or "").removeprefix(_BOM)
+    text = _decode(record, cast(bytes, record.raw)).removeprefix(_BOM)
+    if record.form == "jsonl":
+        return _json_text(record, text, text_key).removeprefix(_BOM)
+    _refuse_nul(record, text)
+    return text
 
 
 @contextmanager
@@ -123,6 +149,27 @@ def _opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield raw, raw
 
 
+def _check_unchanged(source: Source) -> None:
+    status = os.stat(source.path)
+    if (status.st_size, status.st_mtime_ns) != (source.size, source.modified):
+        raise DataError(
+            f"{source.path} changed while it was read",
+            got=f"{status.st_size} bytes, {source.size} when the run began",
+            fix="tokenize again when nothing writes to it",
+        )
+
+
+def _cut_records(source: Source, split: TextSplit) -> Iterator[Record]:
+    with _opened(source) as (raw, stream):
+        before = 0
+        for number, text in split.cut(stream, MAX_DOCUMENT_BYTES):
+            position = raw.tell()
+            record = Record(str(source.path), number, "text", text, position - before)
+            before = position
+            _check_size(record)
+            yield record
+
+
 def _whole_file(source: Source) -> Record:
     with _opened(source) as (_, stream):
         data = stream.read(MAX_DOCUMENT_BYTES + 1)
@@ -136,13 +183,10 @@ def _line_records(source: Source) -> Iterator[Record]:
         number = position = 0
         while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
-            if number == 1:
-                line = line.removeprefix(_BOM)
             before, position = position, raw.tell()
             record = Record(str(source.path), number, "jsonl", line, position - before)
             _check_size(record)
-            if line.strip():
-                yield record
+            yield record
 
 
 def _parquet_records(source: Source, text_key: str) -> Iterator[Record]:
@@ -205,7 +249,7 @@ def _check_size(record: Record) -> None:
         raise DataError(
             f"{record.where} is a single document above 1 GiB",
             allowed="documents of at most 1 GiB",
-            fix="split it into documents, for example one JSON object per line",
+            fix="split it: one JSON object per line, or for plain text --split-text blank-lines",
         )
 
 
@@ -213,13 +257,37 @@ def _decode(record: Record, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        line = record.number or data.count(b"\n", 0, error.start) + 1
+        _refuse_other_encodings(record, data)
+        line = max(record.number, 1) + data.count(b"\n", 0, error.start)
         raise DataError(
             f"{record.path}:{line} is not valid UTF-8",
             got=f"{error.reason}: byte 0x{data[error.start]:02x} at offset {error.start}",
             allowed="UTF-8 text, .jsonl and .json (one object per line), .parquet",
             fix="convert it to UTF-8, or leave the file out if it is not text",
         ) from error
+
+
+def _refuse_other_encodings(record: Record, data: bytes) -> None:
+    for mark, encoding in _OTHER_BOMS.items():
+        if data.startswith(mark) and record.number <= 1:
+            raise DataError(
+                f"{record.path} is {encoding}, not UTF-8",
+                got=f"the byte order mark {mark.hex(' ')}",
+                allowed="UTF-8 text, with or without a byte order mark",
+                fix=f"convert it: iconv -f {encoding} -t UTF-8 {record.path} > OUT",
+            )
+
+
+def _refuse_nul(record: Record, text: str) -> None:
+    at = text.find("\0")
+    if at >= 0:
+        raise DataError(
+            f"{record.path}:{max(record.number, 1) + text.count(chr(10), 0, at)} holds a NUL byte",
+            got=repr(text[max(0, at - 20) : at + 20]),
+            allowed="plain text",
+            fix="leave the file out if it is binary; convert UTF-16 with iconv -f UTF-16LE -t "
+            "UTF-8; remove stray ones with tr -d '\\0'",
+        )
 
 
 def _json_text(record: Record, line: str, text_key: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen35_mcore.data.index_file import read_index
 from qwen35_mcore.data.tokenizers import BYTE, ByteTokenizer
 from qwen35_mcore.errors import DataError
 
@@ -20,7 +21,9 @@ class Sidecar:
     """What a dataset holds. Nothing in it depends on when or with how many workers it was made.
 
     Attributes:
-        tokenizer: ``byte``, or the Hugging Face tokenizer's name as it was given.
+        tokenizer: ``byte``, a name on the Hugging Face hub, or a folder. The file holds a folder
+            as its absolute path, or from ``./`` on where it lies beside or below the file;
+            `read_sidecar` returns it absolute.
         vocab_size: one more than the largest id the tokenizer can produce.
         eod_id: end-of-document id of the tokenizer, None if it has none.
         append_eod: whether every document ends with it.
@@ -62,6 +65,27 @@ class Sidecar:
         return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer]
 
 
+def name_beside(prefix: Path, tokenizer: str) -> str:
+    """How the sidecar of ``prefix`` names a tokenizer: see `Sidecar.tokenizer`."""
+    folder = Path(tokenizer).expanduser()
+    if tokenizer == BYTE or not folder.is_dir():
+        return tokenizer
+    folder, home = folder.resolve(), prefix.parent.resolve()
+    return f"./{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
+
+
+def _resolved(path: Path, tokenizer: str) -> str:
+    """A folder is looked for beside the sidecar, then from the current directory, where the paths
+    of older sidecars begin."""
+    if tokenizer == BYTE or Path(tokenizer).is_absolute():
+        return tokenizer
+    beside = (path.parent / tokenizer).resolve()
+    for folder in (beside, Path(tokenizer).expanduser()):
+        if folder.is_dir():
+            return str(folder.resolve())
+    return str(beside) if tokenizer.startswith(".") else tokenizer
+
+
 def read_sidecar(prefix: Path | str) -> Sidecar | None:
     """The sidecar of a dataset; None where another tool wrote the dataset without one.
 
@@ -75,7 +99,7 @@ def read_sidecar(prefix: Path | str) -> Sidecar | None:
         value = json.loads(path.read_bytes())
         if value["format"] != _FORMAT:
             raise ValueError(f"format {value['format']}")
-        return Sidecar(**value)
+        return Sidecar(**value | {"tokenizer": _resolved(path, value["tokenizer"])})
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{path} does not describe a dataset",
@@ -90,19 +114,28 @@ def check_dataset(
 ) -> Sidecar | None:
     """Check, in milliseconds, that a dataset can train a model of ``vocab_size`` tokens.
 
+    Its ids are not looked at: `check_ids` does.
+
     Args:
         prefix: one path of ``--data-path``, without ``.bin`` or ``.idx``.
         vocab_size: rows of the model's embedding.
         eod_id: end-of-document id that training will use, where it is known.
 
     Raises:
-        DataError: the dataset does not exist or is incomplete, its tokenizer is larger than the
-            vocabulary, or it ends documents with another id.
+        DataError: the dataset does not exist or is incomplete, its files do not fit each other,
+            its tokenizer is larger than the vocabulary, or it ends documents with another id.
     """
     _check_files(prefix)
     sidecar = read_sidecar(prefix)
-    if sidecar is None:
-        return None
+    if sidecar is not None:
+        _check_sidecar(prefix, sidecar, vocab_size, eod_id)
+    read_index(prefix)
+    return sidecar
+
+
+def _check_sidecar(
+    prefix: Path | str, sidecar: Sidecar, vocab_size: int, eod_id: int | None
+) -> None:
     stored = Path(f"{prefix}.bin").stat().st_size
     expected = sidecar.tokens * np.dtype(sidecar.dtype).itemsize
     if stored != expected:
@@ -115,7 +148,7 @@ def check_dataset(
     if sidecar.vocab_size > vocab_size:
         raise DataError(
             f"the tokenizer of {prefix} is larger than the model's vocabulary",
-            got=f"tokenizer {sidecar.tokenizer!r} with {sidecar.vocab_size} ids",
+            got=f"tokenizer {sidecar.tokenizer!r} with {sidecar.vocab_size} ids ({prefix}.json)",
             allowed=f"at most {vocab_size}, the model's vocab_size",
             fix="tokenize with the model's own tokenizer, or choose a flavor with this vocabulary",
         )
@@ -125,7 +158,6 @@ def check_dataset(
             got=f"{sidecar.eod_id} in the data, {eod_id} in training",
             fix=f"train with {' '.join(sidecar.megatron_flags())}",
         )
-    return sidecar
 
 
 def _check_files(prefix: Path | str) -> None:

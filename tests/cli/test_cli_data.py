@@ -46,6 +46,28 @@ def test_files_and_folders_with_workers(tmp_path: Path, corpus: Path) -> None:
     assert (sidecar.documents, sidecar.tokens, sidecar.files) == (3, 15, 2)
 
 
+def test_what_is_read_and_left_out_is_said(tmp_path: Path, corpus: Path) -> None:
+    for name in ("README.md", "LICENSE", "lines.jsonl.sha256", "more.jsonl.xz", ".DS_Store"):
+        (corpus / name).write_text("no document")
+    (corpus / "lines.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n')
+    done = run(corpus, "--output-prefix", tmp_path / "out")
+    assert done.stdout.endswith(
+        ": 2 documents, 11 tokens; left out: 1 empty documents, 1 blank lines\n"
+    )
+    assert (
+        "reading 2 files: 1 .jsonl, 1 .txt; left out: 1 .jsonl.xz, 1 .md, 1 .sha256, 1 hidden, "
+        "1 no suffix\n" in done.stderr
+    )
+    assert "unpack what is packed otherwise than .gz and .zst: .jsonl.xz with unxz" in done.stderr
+    asked = run(corpus / "README.md", "--output-prefix", tmp_path / "md", status=2)
+    assert "fix: pass --format text" in asked.stderr
+    run(corpus / "README.md", "--output-prefix", tmp_path / "md", "--format", "text")
+    split = ("--split-text", "bytes:16", "--quiet")
+    (corpus / "note.txt").write_text("a note\n" * 4)
+    run(corpus / "note.txt", "--output-prefix", tmp_path / "cut", *split)
+    assert json.loads((tmp_path / "cut.json").read_text())["documents"] == 2
+
+
 def test_stdlib_and_no_eod(tmp_path: Path) -> None:
     run("stdlib", "--output-prefix", tmp_path / "out", "--workers", 2, "--no-append-eod")
     sidecar = data.check_dataset(tmp_path / "out", vocab_size=257)
@@ -80,7 +102,11 @@ def test_overwrite_is_asked_for(tmp_path: Path, corpus: Path) -> None:
 
 def test_options_that_errors_advise_exist() -> None:
     code = "".join(path.read_text() for path in (ROOT / "qwen35_mcore" / "data").glob("*.py"))
-    advised = set(re.findall(r"--(?:json-key|output-prefix|overwrite|workers|no-append-eod)", code))
-    assert len(advised) == 5
+    advised = set(
+        re.findall(
+            r"--(?:json-key|output-prefix|overwrite|workers|no-append-eod|format|split-text)", code
+        )
+    )
+    assert len(advised) == 7
     usage = run("--help").stdout
     assert not {option for option in advised if option not in usage}

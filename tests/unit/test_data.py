@@ -98,7 +98,7 @@ class TestForms:
             tokenize([packed], tmp_path / "cut")
 
     def test_mixed_inputs_keep_their_order(self, tmp_path: Path) -> None:
-        note = tmp_path / "note.md"
+        note = tmp_path / "note.txt"
         note.write_text("note")
         inputs: list[Path | str] = [
             write_parquet(tmp_path / "z.parquet", ["p1", "p2"]),
@@ -116,6 +116,7 @@ class TestForms:
         report = tokenize([lines, tmp_path / "empty.txt", rows], tmp_path / "out")
         assert texts_of(tmp_path / "out") == ["a", "b", "c"]
         assert (report.documents, report.empty_documents, report.files) == (3, 5, 3)
+        assert report.blank_lines == 1
 
     def test_dictionary_and_large_columns(self, tmp_path: Path) -> None:
         for kind in (pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
@@ -156,7 +157,7 @@ class TestFolders:
 
     def test_stdlib(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = data_sources.expand_inputs([data.STDLIB], output_prefix=tmp_path / "out")
-        names = [source.name for source in found]
+        names = [source.name for source in found.sources]
         assert "stdlib/os.py" in names
         assert "stdlib/json/decoder.py" in names
         assert len(names) > 300
@@ -370,6 +371,7 @@ class TestSidecar:
             data.check_dataset(prefix, vocab_size=257, eod_id=0)
         with pytest.raises(DataError, match=r"no dataset at prefix[^$]*v1\.5"):
             data.check_dataset(prefix.with_name("v2"), vocab_size=257)
+        whole = Path(f"{prefix}.bin").read_bytes()
         Path(f"{prefix}.bin").write_bytes(b"cut")
         with pytest.raises(DataError, match=r"v1\.5\.bin is not the file"):
             data.check_dataset(prefix, vocab_size=257)
@@ -377,6 +379,9 @@ class TestSidecar:
         with pytest.raises(DataError, match="does not describe a dataset"):
             data.check_dataset(prefix, vocab_size=257)
         Path(f"{prefix}.json").unlink()
+        with pytest.raises(DataError, match=r"v1\.5\.bin is not the file that .*v1\.5\.idx"):
+            data.check_dataset(prefix, vocab_size=1)
+        Path(f"{prefix}.bin").write_bytes(whole)
         assert data.check_dataset(prefix, vocab_size=1) is None
 
 
@@ -398,3 +403,4 @@ def test_a_folder_with_links_to_its_own_files_holds_each_once(tmp_path: Path) ->
         inputs=[folder], output_prefix=tmp_path / "out", tokenizer="byte", workers=1, quiet=True
     )
     assert report.files == 1
+    assert report.left_out == {"a second link to a file": 1}

@@ -1,0 +1,48 @@
+"""Numbers that megatron divides by, counts with, or leaves out in silence when they are 0."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from qwen35_mcore.errors import ConfigError
+
+_ENDING = "_interval"
+_AT_LEAST = {
+    **dict.fromkeys(("micro_batch_size", "global_batch_size", "seq_length", "train_samples"), 1),
+    **dict.fromkeys(("eval_micro_batch_size", "eval_global_batch_size"), 1),
+    **dict.fromkeys(("num_dataset_builder_threads", "exit_duration_in_mins"), 1),
+    **dict.fromkeys(("eval_iters", "num_workers", "start_eval_at_iter"), 0),
+    "mid_level_dataset_surplus": 0,
+    **dict.fromkeys(("manual_gc_interval", "inference_logging_step_interval"), 0),  # 0: never
+}
+_OFF = {
+    "eval_interval": "to evaluate never, pass --eval-iters 0",
+    "save_interval": "to save never, drop --save",
+    "tensorboard_log_interval": "to log never, drop --tensorboard-dir",
+    "log_interval": "to log seldom, pass a large one",
+}
+
+
+def check_numbers(args: Namespace) -> None:
+    """Check steps between things, sizes and amounts.
+
+    Raises:
+        ConfigError: with the first that is too small.
+    """
+    lowest = {name: 1 for name in vars(args) if name.endswith(_ENDING)} | _AT_LEAST
+    lowest["train_iters"] = 0 if getattr(args, "skip_train", False) else 1
+    for name, least in lowest.items():
+        value = getattr(args, name, None)
+        fraction = isinstance(value, float) and name.endswith(_ENDING)  # seconds
+        if value is None or fraction or value >= least:
+            continue
+        flag = "--" + name.replace("_", "-")
+        fix = _OFF.get(name)
+        if name.endswith(_ENDING) and fix is None:
+            fix = f"drop {flag} to leave out what it is for"
+        raise ConfigError(
+            f"{flag} is too small",
+            got=f"{flag} {value}",
+            allowed=f"at least {least}",
+            fix=fix or f"pass {flag} {least} or more",
+        )

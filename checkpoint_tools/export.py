@@ -20,6 +20,7 @@ from checkpoint_tools.mcore_io import MegatronCheckpoint
 from checkpoint_tools.names import MTP_PREFIX, Naming
 from checkpoint_tools.origin import Origin, read_origin
 from checkpoint_tools.progress import Progress
+from checkpoint_tools.tokenizer import OtherFiles, other_files_of, set_special_ids
 from checkpoint_tools.views import DtypeChoice, ModelView, has_mtp, main_parameter, model_keys
 from checkpoint_tools.workers import run_parallel
 from qwen35_mcore.config import Qwen35Config
@@ -36,6 +37,7 @@ class ExportPlan:
     view: ModelView
     config: Qwen35Config
     origin: Origin | None
+    other: OtherFiles
     choice: DtypeChoice
 
     def outputs(self) -> list[Output]:
@@ -63,13 +65,15 @@ class ExportPlan:
             if self.origin.naming.mtp == bool(trained.mtp_num_hidden_layers):
                 # transformers leaves the MTP layer in the config of a checkpoint without one
                 trained = replace(trained, mtp_num_hidden_layers=original.mtp_num_hidden_layers)
-            if trained == original and self.choice == "original":
+            unchanged = trained == original and not self.other.special_ids
+            if unchanged and self.choice == "original":
                 return self.origin.config.read_bytes()
             content = trained.to_hf()
             if trained == original:
                 content = json.loads(self.origin.config.read_text())
         else:
             content = self.config.to_hf()
+        set_special_ids(content, self.other.special_ids)
         _set_dtype(content, self._main_dtype())
         return json.dumps(content, indent=2).encode() + b"\n"
 
@@ -119,7 +123,10 @@ def plan_export(
         _need_main_parameters(checkpoint)
     dtypes = origin.dtypes if origin is not None else {}
     view = ModelView(checkpoint, config, naming, dtypes, choice)
-    return ExportPlan(checkpoint=checkpoint, view=view, config=config, origin=origin, choice=choice)
+    other = other_files_of(checkpoint, origin, by_reference=reference is not None)
+    return ExportPlan(
+        checkpoint=checkpoint, view=view, config=config, origin=origin, other=other, choice=choice
+    )
 
 
 def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Report:
@@ -129,8 +136,7 @@ def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Repor
     """
     outputs = plan.outputs()
     shards = plan_shards(outputs, options.max_shard_bytes, "model")
-    files = dict(plan.origin.files) if plan.origin else {}
-    files.pop(_CONFIG, None)
+    files = plan.other.paths
     report = Report(
         source=str(plan.checkpoint.folder),
         target=str(target),
@@ -138,6 +144,7 @@ def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Repor
         bytes=sum(output.nbytes for output in outputs),
         carried=len(plan.origin.carried_names) if plan.origin else 0,
         files=sorted([*shards, *files, _CONFIG]),
+        notes=[plan.other.note] if plan.other.note else [],
     )
     if options.dry_run:
         return report

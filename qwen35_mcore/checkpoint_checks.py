@@ -37,6 +37,8 @@ class Start:
     """Whether the run goes on with the optimizer, not only with the weights."""
     origin: str
     """Name of the folder beside it that holds what its import carried along; often empty."""
+    tokenizer: str
+    """Name of the folder beside it that holds the tokenizer of its data; often empty."""
 
 
 def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
@@ -61,12 +63,13 @@ def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
             fix="choose another one with --ckpt-step N",
         )
     saved = _saved_arguments(folder)
-    _check_model(Qwen35Config.from_hf(json.loads(saved.qwen35_hf_config)), folder, hf)
+    check_same_model(Qwen35Config.from_hf(json.loads(saved.qwen35_hf_config)), folder, hf)
     weights_only = args.finetune or args.no_load_optim or args.skip_train
     resumes = resumes and folder.name != "release" and not weights_only
     if resumes:
         _check_optimizer(saved, folder, args)
-    return Start(folder, resumes, getattr(saved, "qwen35_origin", ""))
+    carried = (getattr(saved, name, "") for name in ("qwen35_origin", "qwen35_tokenizer"))
+    return Start(folder, resumes, *carried)
 
 
 def _starting_point(args: Namespace) -> tuple[Path | None, bool]:
@@ -109,13 +112,19 @@ def _pretrained(path: Path) -> Path:
         raise CheckpointError(
             "--pretrained-checkpoint names a folder without a checkpoint",
             got=f"{path} ({'no tracker file ' + TRACKER if path.is_dir() else 'does not exist'})",
-            allowed=f"a folder with {TRACKER}, as `qwen35-ckpt import` writes it",
-            fix="correct the path; for an imported model it is the output folder of the import",
+            allowed=f"a folder with {TRACKER}, as `qwen35-ckpt import` writes it, or one of "
+            "Hugging Face's with config.json and safetensors",
+            fix="correct the path",
         )
     return folder
 
 
-def _check_model(saved: Qwen35Config, folder: Path, hf: Qwen35Config) -> None:
+def check_same_model(saved: Qwen35Config, folder: Path, hf: Qwen35Config) -> None:
+    """Check that a checkpoint's model is the run's.
+
+    Raises:
+        CheckpointError: they differ in the architecture.
+    """
     names = [f.name for f in fields(Qwen35Config) if f.name not in MAY_DIFFER]
     different = [name for name in names if getattr(saved, name) != getattr(hf, name)]
     if different:

@@ -17,6 +17,7 @@ from qwen35_mcore.checkpoint_checks import Start, check_start
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data_checks import check_datasets
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.hf_start import import_start
 from qwen35_mcore.parallel import ParallelLayout, check_layout
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
 
@@ -189,10 +190,11 @@ def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
     Raises:
         ConfigError: the layout cannot run the model; all violations at once.
         DataError: see `check_datasets`.
-        CheckpointError: see `check_start`.
+        CheckpointError: see `import_start` and `check_start`.
     """
     _check_layout(args, hf)
     check_datasets(args, hf)
+    import_start(args, hf)
     return check_start(args, hf)
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import qwen35_mcore
 from qwen35_mcore.checkpoint_checks import check_same_model
-from qwen35_mcore.checkpoint_files import TRACKER, complete_checkpoints, tracked_folder
+from qwen35_mcore.checkpoint_files import TRACKER, complete_checkpoints, damage, tracked_folder
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 from qwen35_mcore.file_lock import try_lock
@@ -64,6 +64,15 @@ def import_start(args: argparse.Namespace, hf: Qwen35Config) -> None:
     source = _hf_folder(args.pretrained_checkpoint) if args.pretrained_checkpoint else None
     if source is None or _resumes(args):
         return
+    without_mtp = _check_source(args, source, hf)
+    name = _name(args.pretrained_checkpoint, source, without_mtp)
+    target = _shelf(Path(args.save)) / name
+    _Import(source, target, ("--no-mtp",) * without_mtp).wait()
+    args.pretrained_checkpoint = str(target)
+
+
+def _check_source(args: argparse.Namespace, source: Path, hf: Qwen35Config) -> bool:
+    """Check source and target before anything is imported; returns whether MTP is left out."""
     if not args.save:
         raise CheckpointError(
             "--pretrained-checkpoint names a Hugging Face folder, whose import goes beside --save",
@@ -81,10 +90,16 @@ def import_start(args: argparse.Namespace, hf: Qwen35Config) -> None:
     without_mtp = bool(published.mtp_num_hidden_layers) and not hf.mtp_num_hidden_layers
     if without_mtp:
         published = replace(published, mtp_num_hidden_layers=0)
-    check_same_model(published, source, hf)
-    name = _name(args.pretrained_checkpoint, source, without_mtp)
-    _Import(source, _shelf(Path(args.save)) / name, ("--no-mtp",) * without_mtp).wait()
-    args.pretrained_checkpoint = str(_shelf(Path(args.save)) / name)
+    try:
+        check_same_model(published, source, hf)
+    except CheckpointError as error:
+        raise CheckpointError(
+            "--pretrained-checkpoint names a Hugging Face folder of another model than the flags",
+            got=error.got,
+            allowed=error.allowed,
+            fix="drop --flavor, --hf-config and --override: without them the folder is the model",
+        ) from error
+    return without_mtp
 
 
 def _hf_folder(given: str) -> Path | None:
@@ -158,7 +173,9 @@ class _Import:
 
     def wait(self) -> None:
         """Import, or wait until another rank or run has."""
-        if tracked_folder(self.target) is not None:
+        there = tracked_folder(self.target)
+        if there is not None:
+            self._check_there(there)
             _say(f"starting from {self.target}, imported before from {self.source}")
             return
         try:
@@ -171,6 +188,15 @@ class _Import:
                 fix=f"import it with `{self._command_line('OUT_DIR')}`, and name OUT_DIR as "
                 "--pretrained-checkpoint",
             ) from error
+
+    def _check_there(self, there: Path) -> None:
+        problem = damage(there)
+        if problem is not None:
+            raise CheckpointError(
+                f"the import of {self.source} is not complete any more",
+                got=problem,
+                fix=f"delete {self.target} and start again: it is imported anew",
+            )
 
     def _take_turns(self) -> None:
         seen, report = len(self._failures()), _Report(self)

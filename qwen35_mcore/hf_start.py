@@ -248,7 +248,8 @@ class _Import:
         before, found, message = errors.strip().rpartition("error: ")
         if not found or status != 2:
             end = f"signal {-status}" if status < 0 else f"status {status}"
-            message = f"it ended with {end}: {(before + message).splitlines()[-1:]}"
+            last = "".join((before + found + message).splitlines()[-1:])
+            message = f"it ended with {end}\n  got: {last or 'no message'}"
             message += "\n  fix: start again: it goes on where it stopped"
         text = f"importing {self.source} failed: {message}"
         if "--no-mtp" in message:

@@ -23,6 +23,7 @@ from checkpoint_tools.names import Naming
 from checkpoint_tools.origin import Origin, read_origin
 from checkpoint_tools.progress import Progress
 from checkpoint_tools.tensor_names import HEAD, MTP_PREFIX
+from checkpoint_tools.tokenizer import OtherFiles, other_files_of, set_special_ids
 from checkpoint_tools.views import DtypeChoice, ModelView, has_mtp, main_parameter, model_keys
 from checkpoint_tools.workers import run_parallel
 from qwen35_mcore.config import Qwen35Config
@@ -39,6 +40,7 @@ class ExportPlan:
     view: ModelView
     config: Qwen35Config
     origin: Origin | None
+    other: OtherFiles
     choice: DtypeChoice
 
     def outputs(self) -> list[Output]:
@@ -71,6 +73,7 @@ class ExportPlan:
     def config_bytes(self) -> bytes:
         """The config.json: the original where it says the truth, else with what differs."""
         content, original = self._config_content()
+        set_special_ids(content, self.other.special_ids)
         if original and self.choice == "original":
             assert self.origin is not None
             if content == json.loads(self.origin.config.read_text()):
@@ -147,7 +150,10 @@ def plan_export(
         _need_main_parameters(checkpoint)
     dtypes = origin.dtypes if origin is not None else {}
     view = ModelView(checkpoint, config, naming, dtypes, choice)
-    return ExportPlan(checkpoint=checkpoint, view=view, config=config, origin=origin, choice=choice)
+    other = other_files_of(checkpoint, origin, by_reference=reference is not None)
+    return ExportPlan(
+        checkpoint=checkpoint, view=view, config=config, origin=origin, other=other, choice=choice
+    )
 
 
 def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Report:
@@ -158,8 +164,7 @@ def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Repor
     refuse_overlap(plan.checkpoint.folder, target)
     outputs = plan.outputs()
     shards = plan_shards(outputs, options.max_shard_bytes, "model")
-    files = dict(plan.origin.files) if plan.origin else {}
-    files.pop(_CONFIG, None)
+    files = plan.other.paths
     report = Report(
         source=str(plan.checkpoint.folder),
         target=str(target),
@@ -167,6 +172,7 @@ def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Repor
         bytes=sum(output.nbytes for output in outputs),
         carried=len(plan.origin.carried_names) if plan.origin else 0,
         files=sorted([*shards, *files, _CONFIG]),
+        notes=[plan.other.note] if plan.other.note else [],
     )
     if options.dry_run:
         return report

@@ -17,6 +17,7 @@ from typing import Any
 
 from qwen35_mcore import cpu
 from qwen35_mcore.carried_files import take_over
+from qwen35_mcore.carried_tokenizer import carry_tokenizer
 from qwen35_mcore.checkpoint_checks import Start
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data import read_sidecar
@@ -25,6 +26,7 @@ from qwen35_mcore.data_flags import dataset_prefixes
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.flags import check_classes_while_parsing
 from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.hf_start import describe, model_of_start
 from qwen35_mcore.mcore_compat import config_from_arguments
 from qwen35_mcore.megatron_refusals import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.ops.dispatch import BACKENDS
@@ -57,6 +59,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
             parse_args(_with_readable_help)  # prints the help and exits
     _run_alone_without_a_launcher()
     early, _ = _model_parser().parse_known_args(argv)
+    if early.flavor is None and early.hf_config is None:
+        early.hf_config = model_of_start(argv)
     hf = choose_model(early.flavor, early.hf_config, early.override)
 
     def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -83,6 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     except ConfigError as error:
         raise tokenizer_error(args, error) from error
     check_tokenizer(args, hf, get_tokenizer())
+    carry_tokenizer(args, hf, start, get_tokenizer())
     return args, hf
 
 
@@ -98,7 +103,8 @@ def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]
         raise ConfigError(
             "a run needs exactly one model",
             got=f"--flavor {flavor} --hf-config {hf_config}",
-            allowed="--flavor NAME, or --hf-config PATH of a config.json",
+            allowed="--flavor NAME, --hf-config PATH of a config.json, or a Hugging Face folder as "
+            "--pretrained-checkpoint",
             fix="see `qwen35 flavors` for the names",
         )
     hf = get_flavor(flavor) if flavor else Qwen35Config.from_hf(str(hf_config))
@@ -213,6 +219,7 @@ def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """argparse formats help texts with %, and one of megatron's has a bare percent sign."""
     _add_model_arguments(parser)
     for action in parser._actions:
+        describe(action)
         try:
             _ = (action.help or "") % vars(action)
         except (ValueError, TypeError, KeyError):

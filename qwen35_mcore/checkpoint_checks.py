@@ -55,6 +55,11 @@ class Start:
         """Name of the folder beside it that holds what its import carried along; often empty."""
         return str(getattr(self.saved, "qwen35_origin", ""))
 
+    @property
+    def tokenizer(self) -> str:
+        """Name of the folder beside it that holds the tokenizer of its data; often empty."""
+        return str(getattr(self.saved, "qwen35_tokenizer", ""))
+
 
 def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
     """Check ``--load``, ``--pretrained-checkpoint`` and ``--ckpt-step``; None to start from random.
@@ -81,7 +86,7 @@ def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
         )
     common = _common_state(folder)
     model = Qwen35Config.from_hf(json.loads(common["args"].qwen35_hf_config))
-    _check_model(model, folder, hf)
+    check_same_model(model, folder, hf)
     if not resumes or folder.name == "release" or args.finetune:
         return Start(folder, common, 0, loads_optimizer=False)
     iteration = args.override_ckpt_iteration
@@ -148,13 +153,19 @@ def _pretrained(path: Path) -> Path:
         raise CheckpointError(
             "--pretrained-checkpoint names a folder without a checkpoint",
             got=f"{path} ({'no tracker file ' + TRACKER if path.is_dir() else 'does not exist'})",
-            allowed=f"a folder with {TRACKER}, as `qwen35-ckpt import` writes it",
-            fix="correct the path; for an imported model it is the output folder of the import",
+            allowed=f"a folder with {TRACKER}, as `qwen35-ckpt import` writes it, or one of "
+            "Hugging Face's with config.json and safetensors",
+            fix="correct the path",
         )
     return folder
 
 
-def _check_model(saved: Qwen35Config, folder: Path, hf: Qwen35Config) -> None:
+def check_same_model(saved: Qwen35Config, folder: Path, hf: Qwen35Config) -> None:
+    """Check that a checkpoint's model is the run's.
+
+    Raises:
+        CheckpointError: they differ in the architecture.
+    """
     names = [f.name for f in fields(Qwen35Config) if f.name not in MAY_DIFFER]
     different = [name for name in names if getattr(saved, name) != getattr(hf, name)]
     if different:

@@ -19,6 +19,7 @@ from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data_checks import check_datasets, check_tokenizer_flags
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.flags.flex import check_flex
+from qwen35_mcore.hf_start import import_start
 from qwen35_mcore.number_checks import check_numbers
 from qwen35_mcore.parallel import ParallelLayout, check_layout
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
@@ -162,12 +163,13 @@ def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
         ConfigError: the layout cannot run the model, all violations at once; a folder that the run
             writes to cannot be made; or see `check_checkpoint_flags`.
         DataError: see `check_datasets` and `check_tokenizer_flags`.
-        CheckpointError: see `check_start`.
+        CheckpointError: see `import_start` and `check_start`.
     """
     check_checkpoint_flags(args)
     _check_layout(args, hf)
     check_datasets(args, hf)
     check_tokenizer_flags(args)
+    import_start(args, hf)
     start = check_start(args, hf)
     check_written_folders(args)
     return start

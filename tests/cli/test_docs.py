@@ -119,6 +119,8 @@ def test_training_commands_parse(workspace: Path) -> None:
         if "--pretrained-checkpoint" in flags:  # its file would have to be there
             at = flags.index("--pretrained-checkpoint")
             del flags[at : at + 2]
+            if not {"--flavor", "--hf-config"} & set(flags):  # that file is the model, too
+                flags += ["--flavor", "35b-a3b"]
     parse_training(runs, workspace)
 
 

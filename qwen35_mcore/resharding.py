@@ -41,22 +41,30 @@ def fit_to_run(state: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
     numbers = sorted(key for key in state if isinstance(key, int))
     plain = {key: value for key, value in state.items() if not isinstance(key, int)}
     if len(optimizers) == 1:
+        parts = [plain, *(state[number] for number in numbers)]
         whole = state[numbers[0]] | plain if numbers else state
-        return _with_groups(whole, optimizers[0])
+        return _with_groups(whole, optimizers[0], parts)
     return {
-        number: _with_groups(plain | state[number], optimizer)
+        number: _with_groups(plain | state[number], optimizer, [plain, state[number]])
         for number, optimizer in enumerate(optimizers)
     }
 
 
-def _with_groups(part: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
+def _with_groups(
+    part: dict[Any, Any], optimizer: Any, saved: list[dict[Any, Any]]
+) -> dict[Any, Any]:
     """One optimizer's state with the parameter groups of this run, at the checkpoint's step."""
     if isinstance(optimizer, ChainedOptimizer):  # it fits its own parts
         return part
-    nested = "optimizer" in part  # megatron's optimizers nest the groups or do not
-    inner = part["optimizer"] if nested else part
-    steps = {group["step"] for group in inner["param_groups"] if "step" in group}
+    steps = {group["step"] for other in saved for group in _groups(other) if "step" in group}
     step = {"step": max(steps)} if steps else {}
     groups = [group | step for group in optimizer.optimizer.state_dict()["param_groups"]]
-    inner = inner | {"param_groups": groups}
-    return part | {"optimizer": inner} if nested else inner
+    if "optimizer" in part:
+        return part | {"optimizer": part["optimizer"] | {"param_groups": groups}}
+    return part | {"param_groups": groups}
+
+
+def _groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The parameter groups in one optimizer's state: megatron's optimizers nest them or do not."""
+    groups: list[dict[str, Any]] = part.get("optimizer", part).get("param_groups", [])
+    return groups

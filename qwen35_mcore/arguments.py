@@ -26,6 +26,7 @@ from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.mcore_compat import config_from_arguments
 from qwen35_mcore.megatron_refusals import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.ops.dispatch import BACKENDS
+from qwen35_mcore.packed_checks import lengths_vary
 from qwen35_mcore.parallel import GDN_CONTEXT_PARALLEL
 from qwen35_mcore.run_checks import check_flags, check_run
 from qwen35_mcore.transformer_config import Qwen35TransformerConfig, architecture_arguments
@@ -70,6 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     _take_over_origin(args, check_run(args, hf))
     with as_config_errors(args):
         validate_args(args)
+        args.variable_seq_lengths = lengths_vary(args)
         config_from_arguments(args, Qwen35TransformerConfig)
         set_global_variables(args)
     check_tokenizer(args, hf, get_tokenizer())
@@ -123,6 +125,7 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
         "eval_interval": 1000,  # megatron divides by it and has no default
         "create_attention_mask_in_dataloader": False,
         "attention_softmax_in_fp32": True,
+        "calculate_per_token_loss": True,  # else unequal masks weigh tokens by their rank
         "rerun_mode": "disabled",  # see nonfinite
     }
     if hf.is_moe:
@@ -188,6 +191,16 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default="auto",
         help="Routed experts on a GPU: one grouped_mm kernel, bf16 also in an FP8 run, or "
         "Transformer Engine's, in FP8 where the run is. auto: grouped_mm wherever it can run.",
+    )
+    group.add_argument(
+        "--loss-per-microbatch",
+        action="store_false",
+        dest="calculate_per_token_loss",
+        help="Megatron's own default: a step's loss is the mean over ranks and microbatches of "
+        "their mean losses. Without this flag it is the mean over the step's counted tokens. The "
+        "two differ where loss masks do (--eod-mask-loss, padding): a token then counts more in a "
+        "microbatch, or on a context-parallel rank, that has fewer of them, so the gradients "
+        "depend on the microbatch size and the parallel layout.",
     )
     group.add_argument(
         "--float32-main-params",

@@ -17,6 +17,7 @@ from qwen35_mcore.checkpoint_checks import Start, check_start
 from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.data_checks import check_datasets
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.packed_checks import check_packing
 from qwen35_mcore.parallel import ParallelLayout, check_layout
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
 
@@ -187,11 +188,13 @@ def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
     """Check the parallel layout, the datasets and the checkpoint to start from, which it returns.
 
     Raises:
-        ConfigError: the layout cannot run the model; all violations at once.
+        ConfigError: the layout cannot run the model, all violations at once; or see
+            `check_packing`.
         DataError: see `check_datasets`.
         CheckpointError: see `check_start`.
     """
     _check_layout(args, hf)
+    check_packing(args, _virtual_stages(args, hf))
     check_datasets(args, hf)
     return check_start(args, hf)
 

@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         CheckpointError: no checkpoint where the run must start from one, or one of another model.
     """
     from megatron.training import get_tokenizer
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import parse_args
     from megatron.training.global_vars import set_global_variables
 
     argv = sys.argv[1:] if argv is None else argv
@@ -56,26 +56,38 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     _run_alone_without_a_launcher()
     early, _ = _model_parser().parse_known_args(argv)
     hf = choose_model(early.flavor, early.hf_config, early.override)
-    architecture = architecture_arguments(hf)
+    args = read_flags(argv, hf)
+    check_flags(args, architecture_arguments(hf))
+    _complete(args, hf)
+    _take_over_origin(args, check_run(args, hf))
+    with as_config_errors(args):
+        validated_config(args)
+        set_global_variables(args)
+    check_tokenizer(args, hf, get_tokenizer())
+    return args, hf
+
+
+def read_flags(argv: list[str], hf: Qwen35Config, on_cpu: bool | None = None) -> argparse.Namespace:
+    """megatron's namespace: its defaults, `run_defaults` for the model, and the flags."""
+    from megatron.training.arguments import parse_args
 
     def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         raise_instead_of_usage(parser)
         _add_model_arguments(parser)
-        parser.set_defaults(**run_defaults(hf), **architecture)
+        parser.set_defaults(**run_defaults(hf, on_cpu), **architecture_arguments(hf))
         return parser
 
     with _argv(argv):
-        args = parse_args(add_ours)
-    check_flags(args, architecture)
-    _complete(args, hf)
-    _take_over_origin(args, check_run(args, hf))
-    with as_config_errors(args):
-        validate_args(args)
-        args.variable_seq_lengths = lengths_vary(args)
-        config_from_arguments(args, Qwen35TransformerConfig)
-        set_global_variables(args)
-    check_tokenizer(args, hf, get_tokenizer())
-    return args, hf
+        return parse_args(add_ours)
+
+
+def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
+    """The model's TransformerConfig (without YaRN); completes the namespace as megatron does."""
+    from megatron.training.arguments import validate_args
+
+    validate_args(args)
+    args.variable_seq_lengths = lengths_vary(args)
+    return config_from_arguments(args, Qwen35TransformerConfig)
 
 
 def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]) -> Qwen35Config:
@@ -127,12 +139,13 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
         "attention_softmax_in_fp32": True,
         "calculate_per_token_loss": True,  # else unequal masks weigh tokens by their rank
         "rerun_mode": "disabled",  # see nonfinite
+        # without experts, too: megatron lets no sequences of several lengths beside allgather
+        "moe_token_dispatcher_type": "alltoall",
     }
     if hf.is_moe:
         defaults |= {
             "moe_router_load_balancing_type": "global_aux_loss",
             "moe_aux_loss_coeff": hf.router_aux_loss_coef,
-            "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": True,
         }
     if cpu.is_needed() if on_cpu is None else on_cpu:

@@ -15,11 +15,16 @@ GLOBAL_LOSS = "global_load_balancing_loss"
 
 
 class Router(TopKRouter):
-    """megatron's TopKRouter with three corrections.
+    """megatron's TopKRouter with four corrections.
 
-    Padding: where losses are per token, megatron weighs a rank's balancing loss by the tokens of
-    this rank. Ranks that share a sequence hold different amounts of padding, so here it is the mean
-    over those ranks.
+    Padding: where losses are per token, megatron weighs a rank's balancing loss by its number of
+    tokens, for which it takes that of all ranks as soon as there is a padding mask (its sum over
+    the ranks is in place). Ranks that share a sequence hold different amounts of padding, so here
+    it is the mean over those ranks.
+
+    The global loss's weight: a rank's part of it is a mean over the tokens of all ranks, and then
+    the gradients are averaged over data parallel ranks once more, so the coefficient would be
+    smaller the more of them there are. Here it is the coefficient that was asked for.
 
     The global loss in the log: megatron adds up what each forward pass saw, and the first pass of a
     step has seen few tokens, more of them the more data parallel ranks there are. Here it is the
@@ -32,6 +37,7 @@ class Router(TopKRouter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._tokens: torch.Tensor | None = None  # a rank's without padding, where there is any
         if self.global_tokens_per_expert is None:
             return
         for name in ("global_tokens_per_expert", "ga_steps"):
@@ -39,6 +45,14 @@ class Router(TopKRouter):
             self._non_persistent_buffers_set.discard(name)
             setattr(self, name, counts)
         self.global_scores = torch.zeros_like(self.global_tokens_per_expert)
+
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
+        self._tokens = None
+        if padding_mask is not None:
+            self._tokens = (~padding_mask).sum().float()
+            torch.distributed.all_reduce(self._tokens, group=self.tp_cp_group)
+            self._tokens /= self.tp_cp_group.size()
+        return super().routing(logits, padding_mask)
 
     def _apply_global_aux_loss(
         self,
@@ -55,16 +69,26 @@ class Router(TopKRouter):
 
     def attach_and_log_load_balancing_loss(
         self,
+        activation: torch.Tensor,
+        aux_loss_coeff: float,
+        aux_loss: torch.Tensor,
+        aux_loss_name: str,
         *args: Any,
         valid_token_count: int | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if isinstance(valid_token_count, torch.Tensor):  # not all tokens count
-            valid_token_count = valid_token_count.detach().clone()
-            torch.distributed.all_reduce(valid_token_count, group=self.tp_cp_group)
-            valid_token_count /= self.tp_cp_group.size()
+        if aux_loss_name == GLOBAL_LOSS:
+            aux_loss = aux_loss * (self.tp_dp_cp_group.size() // self.tp_cp_group.size())
+        if self._tokens is not None:
+            valid_token_count = self._tokens
         return super().attach_and_log_load_balancing_loss(
-            *args, valid_token_count=valid_token_count, **kwargs
+            activation,
+            aux_loss_coeff,
+            aux_loss,
+            aux_loss_name,
+            *args,
+            valid_token_count=valid_token_count,
+            **kwargs,
         )
 
     def reset_global_aux_loss_tracker(self) -> None:

@@ -152,8 +152,10 @@ def comparison(request: pytest.FixtureRequest, pool: WorkerPool) -> Comparison:
     return Comparison(
         reference=Trace.of_reference(model, tokens[:, :-1]),
         ours=ours,
-        loss=(float(result.token_loss[0, 0].double().mean()), float(loss)),
-        mtp_loss=None if mtp_loss is None else (float(result.mtp_loss[0]), float(mtp_loss)),
+        loss=(float(result.token_loss[0, 0][1].double().mean()), float(loss)),
+        mtp_loss=None
+        if mtp_loss is None
+        else (float(result.logged["mtp_1 loss"]), float(mtp_loss)),
         gradients={
             key: (our_gradients[key], expected[key], expected_exact[key]) for key in expected
         },

@@ -44,7 +44,9 @@ def batch_on_this_cp_rank(
         count padding.
     """
     batch["padding_mask"] = None
-    if batch.get("cu_seqlens") is None or cp_group.size() == 1:
+    if cp_group.size() == 1:
+        return batch
+    if batch.get("cu_seqlens") is None:
         return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
     bounds = batch["cu_seqlens"][0]
     whole = 2 * cp_group.size()

@@ -125,7 +125,12 @@ CASES += [
     Case("DP2, unequal masks, global_aux_loss", 2, Layout(), PLAIN, masked=True),
     Case("CP2, documents", 2, Layout(cp=2, packed=True), MOE, masked=True),
     Case("CP2, documents, microbatch of 2", 2, Layout(cp=2, packed=True), MOE, 2, masked=True),
-    Case("CP2, documents, aux_loss", 2, Layout(cp=2, packed=True, run=_aux("aux_loss")), MOE),
+    Case(
+        "CP2, documents, seq_aux_loss and z-loss",
+        2,
+        Layout(cp=2, packed=True, run=_aux("seq_aux_loss") | {"moe_z_loss_coeff": 1e-2}),
+        MOE,
+    ),
     Case("CP2 dense, documents", 2, Layout(cp=2, packed=True), DENSE, masked=True),
     Case("CP4, documents", 4, Layout(cp=4, packed=True), PLAIN),
     Case("CP2 x TP2, documents", 4, Layout(cp=2, tp=2, packed=True), MOE, masked=True),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -145,7 +144,7 @@ def initialize(layout: Layout, seed: int = 123) -> None:
 def config_for(hf: Qwen35Config, layout: Layout) -> Qwen35TransformerConfig:
     """What a user's run on a CPU gets who asks for this layout: defaults, flags and megatron's
     completion of them, with the layout's ``run`` on top."""
-    with _world(layout), contextlib.redirect_stdout(io.StringIO()):
+    with _world(), contextlib.redirect_stdout(io.StringIO()):
         args = read_flags(_flags(layout), hf, on_cpu=True)
         for name, value in layout.run.items():
             setattr(args, _ARGUMENTS.get(name, name), value)
@@ -191,11 +190,9 @@ def _flags(layout: Layout) -> list[str]:
 
 
 @contextlib.contextmanager
-def _world(layout: Layout) -> Iterator[None]:
+def _world() -> Iterator[None]:
     """The environment from which megatron reads the number of ranks."""
-    smallest = layout.pp * math.lcm(layout.tp * layout.cp, layout.ep * layout.etp)
-    ranks = dist.get_world_size() if dist.is_initialized() else smallest
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    ranks, rank = dist.get_world_size(), dist.get_rank()
     with mock.patch.dict(os.environ, {"WORLD_SIZE": str(ranks), "RANK": str(rank)}):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         yield

@@ -135,7 +135,7 @@ CASES += [
     Case("CP4, documents", 4, Layout(cp=4, packed=True), PLAIN),
     Case("CP2 x TP2, documents", 4, Layout(cp=2, tp=2, packed=True), MOE, masked=True),
     Case("CP2 x PP2, documents", 4, Layout(cp=2, pp=2, packed=True), MOE, masked=True),
-    Case("CP2 x EP2, documents", 4, Layout(cp=2, ep=4, packed=True), PLAIN, masked=True),
+    Case("CP2 x EP4, documents", 4, Layout(cp=2, ep=4, packed=True), PLAIN, masked=True),
 ]
 
 

@@ -23,13 +23,11 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
-    get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
@@ -40,6 +38,7 @@ from qwen35_mcore.arguments import parse_arguments
 from qwen35_mcore.data_checks import check_batch
 from qwen35_mcore.job_errors import reported_once
 from qwen35_mcore.mcore_compat import prepare_training
+from qwen35_mcore.packed_documents import batch_on_this_cp_rank, packed_sequences
 from qwen35_mcore.planner.flops import training_flops
 from qwen35_mcore.provider import make_model_provider
 
@@ -63,7 +62,7 @@ def get_batch(data_iterator: Any, model: Any, vp_stage: int | None) -> dict[str,
     layout = get_attr_wrapped_model(model, "config").pipeline_model_parallel_layout
     has_mtp = mtp_on_this_rank(layout, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
     if not (is_first_or_last_pipeline_stage(vp_stage) or has_mtp or packed):
-        return dict.fromkeys(BATCH_KEYS)
+        return dict.fromkeys((*BATCH_KEYS, "padding_mask"))
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
     if tp_rank == 0:
@@ -88,23 +87,11 @@ def get_batch(data_iterator: Any, model: Any, vp_stage: int | None) -> dict[str,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(False, vp_stage),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(False, vp_stage),
     )
-    batch = flatten_batch_for_packed_sequences(batch)
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
-
-
-def packed_sequences(batch: dict[str, Any]) -> PackedSeqParams | None:
-    """Document boundaries for attention and GDN, when the loader masks between documents."""
-    if batch["cu_seqlens"] is None:
-        return None
-    cu_seqlens, longest = batch["cu_seqlens"][0], int(batch["max_seqlen"][0])
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+    return batch_on_this_cp_rank(
+        flatten_batch_for_packed_sequences(batch),
+        mpu.get_context_parallel_group(),
+        args.tensor_model_parallel_size,
+        fp8=bool(args.fp8),
     )
 
 
@@ -134,6 +121,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
         packed_seq_params=packed_sequences(batch),
+        padding_mask=batch["padding_mask"],
     )
     return output, partial(loss_function, batch["loss_mask"])
 

@@ -30,6 +30,7 @@ from qwen35_mcore.hf_start import describe, model_of_start
 from qwen35_mcore.mcore_compat import config_from_arguments
 from qwen35_mcore.megatron_refusals import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.ops.dispatch import BACKENDS
+from qwen35_mcore.packed_checks import lengths_vary
 from qwen35_mcore.parallel import GDN_CONTEXT_PARALLEL
 from qwen35_mcore.resume_checks import check_resume
 from qwen35_mcore.run_checks import check_flags, check_run
@@ -50,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         CheckpointError: no checkpoint where the run must start from one, or one of another model.
     """
     from megatron.training import get_tokenizer
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import parse_args
     from megatron.training.global_vars import set_global_variables
 
     argv = sys.argv[1:] if argv is None else argv
@@ -62,25 +63,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     if early.flavor is None and early.hf_config is None:
         early.hf_config = model_of_start(argv)
     hf = choose_model(early.flavor, early.hf_config, early.override)
-
-    def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        raise_instead_of_usage(parser)
-        megatrons = [action.dest for action in parser._actions]
-        _add_model_arguments(parser)
-        parser.set_defaults(**run_defaults(hf), **architecture_arguments(hf))
-        check_classes_while_parsing(parser, megatrons, on_cpu=cpu.is_needed())
-        return parser
-
-    with _argv(argv):
-        args = parse_args(add_ours)
+    args = read_flags(argv, hf)
     check_flags(args)
     _complete(args, hf)
     start = check_run(args, hf)
     _take_over_origin(args, start)
     with as_config_errors(args):
-        validate_args(args)
-        check_resume(args, start)
-        config_from_arguments(args, Qwen35TransformerConfig)
+        validated_config(args)
+    check_resume(args, start)
     try:
         with as_config_errors(args):
             set_global_variables(args)
@@ -89,6 +79,37 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     check_tokenizer(args, hf, get_tokenizer())
     carry_tokenizer(args, hf, start, get_tokenizer())
     return args, hf
+
+
+def read_flags(argv: list[str], hf: Qwen35Config, on_cpu: bool | None = None) -> argparse.Namespace:
+    """megatron's namespace: its defaults, `run_defaults` for the model, and the flags.
+
+    Raises:
+        ConfigError: a flag that does not exist, or whose class refuses it.
+    """
+    from megatron.training.arguments import parse_args
+
+    on_cpu = cpu.is_needed() if on_cpu is None else on_cpu
+
+    def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        raise_instead_of_usage(parser)
+        megatrons = [action.dest for action in parser._actions]
+        _add_model_arguments(parser)
+        parser.set_defaults(**run_defaults(hf, on_cpu), **architecture_arguments(hf))
+        check_classes_while_parsing(parser, megatrons, on_cpu=on_cpu)
+        return parser
+
+    with _argv(argv):
+        return parse_args(add_ours)
+
+
+def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
+    """The model's TransformerConfig (without YaRN); completes the namespace as megatron does."""
+    from megatron.training.arguments import validate_args
+
+    validate_args(args)
+    args.variable_seq_lengths = lengths_vary(args)
+    return config_from_arguments(args, Qwen35TransformerConfig)
 
 
 def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]) -> Qwen35Config:
@@ -139,13 +160,15 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
         "eval_interval": 1000,  # megatron divides by it and has no default
         "create_attention_mask_in_dataloader": False,
         "attention_softmax_in_fp32": True,
+        "calculate_per_token_loss": True,  # else unequal masks weigh tokens by their rank
         "rerun_mode": "disabled",  # see nonfinite
+        # without experts, too: megatron lets no sequences of several lengths beside allgather
+        "moe_token_dispatcher_type": "alltoall",
     }
     if hf.is_moe:
         defaults |= {
             "moe_router_load_balancing_type": "global_aux_loss",
             "moe_aux_loss_coeff": hf.router_aux_loss_coef,
-            "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": True,
         }
     if cpu.is_needed() if on_cpu is None else on_cpu:
@@ -204,6 +227,16 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default="auto",
         help="Routed experts on a GPU: one grouped_mm kernel, bf16 also in an FP8 run, or "
         "Transformer Engine's, in FP8 where the run is. auto: grouped_mm wherever it can run.",
+    )
+    group.add_argument(
+        "--loss-per-microbatch",
+        action="store_false",
+        dest="calculate_per_token_loss",
+        help="Megatron's own default: a step's loss is the mean over ranks and microbatches of "
+        "their mean losses. Without this flag it is the mean over the step's counted tokens. The "
+        "two differ where loss masks do (--eod-mask-loss, padding): a token then counts more in a "
+        "microbatch, or on a context-parallel rank, that has fewer of them, so the gradients "
+        "depend on the microbatch size and the parallel layout.",
     )
     group.add_argument(
         "--float32-main-params",

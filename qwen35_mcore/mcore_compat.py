@@ -45,6 +45,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
+    scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -52,9 +53,14 @@ from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-from megatron.core.transformer.multi_token_prediction import roll_tensor
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionLayer,
+    roll_tensor,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -66,6 +72,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.tested_versions import MEGATRON_CORE, release
@@ -83,12 +90,14 @@ __all__ = [
     "MoEAlltoAllTokenDispatcher",
     "MoELayer",
     "ModuleSpec",
+    "MultiTokenPredictionLayer",
     "PackedSeqParams",
     "SelfAttention",
     "SelfAttentionSubmodules",
     "ShardedObject",
     "ShardedTensor",
     "ShardedTensorFactory",
+    "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
@@ -97,14 +106,17 @@ __all__ = [
     "compiled",
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
+    "get_batch_on_this_cp_rank",
     "get_bias_dropout_add",
     "get_cuda_rng_tracker",
     "get_default_pg_collection",
     "get_gpt_mtp_block_spec_for_backend",
     "get_mlp_module_spec_for_backend",
+    "get_moe_metrics_tracker",
     "get_moe_module_spec_for_backend",
     "get_parameter_local_cp",
     "roll_tensor",
+    "scatter_to_sequence_parallel_region",
     "split_tensor_factory",
 ]
 
@@ -184,6 +196,18 @@ def scatter_heads(
     return _gdn.tensor_a2a_hp2cp(
         y_sbc, seq_dim=0, head_dim=-1, cp_group=cp_group, redo_attention_load_balancing=not packed
     )
+
+
+def zigzag_of_documents(cu_seqlens: torch.Tensor, cp_size: int, length: int) -> torch.Tensor:
+    """Positions ``[cp, length / cp]`` of the packed tokens that each context-parallel rank holds.
+
+    The order that `gather_heads` undoes, and that of Transformer Engine's
+    ``thd_get_partitioned_indices``, which needs a GPU.
+
+    Args:
+        cu_seqlens: boundaries of the documents; every length is a multiple of ``2 * cp``.
+    """
+    return _gdn._build_thd_cp_a2a_perm(cu_seqlens, cp_size, length)[1].view(cp_size, -1)
 
 
 def expert_rng() -> Any:

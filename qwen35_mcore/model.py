@@ -9,9 +9,11 @@ import torch
 
 from qwen35_mcore.mcore_compat import (
     GPTModel,
+    PackedSeqParams,
     YarnRotaryEmbedding,
     output_layer_without_fusion,
     roll_tensor,
+    scatter_to_sequence_parallel_region,
 )
 
 
@@ -24,7 +26,10 @@ class Qwen35Model(GPTModel):
     MTP: the last position of a sequence has no token after next. megatron weighs the rest up for
     it, by the counts of the rank at hand; of the context-parallel ranks only one lost a position,
     so their gradients are weighed differently from a serial run (2 % at 64 tokens, 1e-3 at a few
-    thousand). Here the weight is corrected to the counts of the whole sequence.
+    thousand), and a rank with no counted token of its own loses the one that it looks ahead to.
+    Here the weight is that of the whole sequence.
+
+    Padding mask: pipeline stages after the first get their sequence-parallel part of it, too.
 
     Tied embeddings: the last of several pipeline stages holds a copy of the embedding for MTP and
     computes its logits from it. megatron allocates an output weight there all the same, which
@@ -59,34 +64,50 @@ class Qwen35Model(GPTModel):
             cp_group=self.pg_collection.cp,
         )
 
+    def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._preprocess(*args, **kwargs)
+        padding_mask = prepared[5]
+        if self.pre_process or padding_mask is None or not self.config.sequence_parallel:
+            return prepared
+        by_sequence = padding_mask.transpose(0, 1).contiguous()  # b s -> s b
+        here = scatter_to_sequence_parallel_region(by_sequence, group=self.pg_collection.tp)
+        return (*prepared[:5], here.transpose(0, 1).contiguous(), *prepared[6:])
+
     def _postprocess(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.mtp_process or self.pg_collection.cp.size() == 1:
+        config, alone = self.config, self.pg_collection.cp.size() == 1
+        if alone or not config.mtp_num_layers or kwargs["labels"] is None:
             return super()._postprocess(*args, **kwargs)
-        scale = self.config.mtp_loss_scaling_factor
-        self.config.mtp_loss_scaling_factor = scale * self._mtp_correction(
-            kwargs["labels"], kwargs["loss_mask"], kwargs["packed_seq_params"]
+        scale, per_token = config.mtp_loss_scaling_factor, config.calculate_per_token_loss
+        # megatron divides by this rank's count, which is all it does where losses are not per token
+        config.calculate_per_token_loss = False
+        config.mtp_loss_scaling_factor = scale * self._mtp_weight(
+            kwargs["labels"], kwargs["loss_mask"], kwargs["packed_seq_params"], per_token
         )
         try:
             return super()._postprocess(*args, **kwargs)
         finally:
-            self.config.mtp_loss_scaling_factor = scale
+            config.mtp_loss_scaling_factor = scale
+            config.calculate_per_token_loss = per_token
 
-    def _mtp_correction(
-        self, labels: torch.Tensor | None, loss_mask: torch.Tensor | None, packed: Any
-    ) -> torch.Tensor | float:
-        """The weight that the whole sequence asks for over the weight megatron would use here."""
-        if labels is None:
-            return 1.0
+    def _mtp_weight(
+        self,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor | None,
+        packed: PackedSeqParams | None,
+        per_token: bool,
+    ) -> torch.Tensor:
+        """The weight of a counted position of the whole sequence, times this rank's count.
+
+        A sequence of n counted tokens, m of them with a token after next, weighs each of the m by
+        n / m where losses are per token, else by 1 / m; gradients are averaged over ranks then.
+        """
         if loss_mask is None:
             loss_mask = torch.ones_like(labels)
         cp_group = self.pg_collection.cp
         _, rolled_count = roll_tensor(
             loss_mask, shifts=-1, dims=-1, cp_group=cp_group, packed_seq_params=packed
         )
-        local = torch.stack([loss_mask.sum(), rolled_count]).float()
-        total = local.clone()
+        total = torch.stack([loss_mask.sum(), rolled_count]).float()
+        here = total[1].clamp(min=1)
         torch.distributed.all_reduce(total, group=cp_group)
-        local, total = local.clamp(min=1), total.clamp(min=1)
-        if self.config.calculate_per_token_loss:
-            return (total[0] / total[1]) * (local[1] / local[0])
-        return cp_group.size() * local[1] / total[1]
+        return here * (total[0] if per_token else cp_group.size()) / total[1].clamp(min=1)

@@ -21,6 +21,7 @@ from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.flags.flex import check_flex
 from qwen35_mcore.hf_start import import_start
 from qwen35_mcore.number_checks import check_numbers
+from qwen35_mcore.packed_checks import check_packing
 from qwen35_mcore.parallel import ParallelLayout, check_layout
 from qwen35_mcore.pipeline_layout import parse_pipeline_layout
 from qwen35_mcore.written_folders import check_written_folders
@@ -161,12 +162,13 @@ def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
 
     Raises:
         ConfigError: the layout cannot run the model, all violations at once; a folder that the run
-            writes to cannot be made; or see `check_checkpoint_flags`.
+            writes to cannot be made; or see `check_checkpoint_flags` and `check_packing`.
         DataError: see `check_datasets` and `check_tokenizer_flags`.
         CheckpointError: see `import_start` and `check_start`.
     """
     check_checkpoint_flags(args)
     _check_layout(args, hf)
+    check_packing(args, _virtual_stages(args, hf))
     check_datasets(args, hf)
     check_tokenizer_flags(args)
     import_start(args, hf)

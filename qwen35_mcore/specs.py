@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,6 +10,8 @@ from qwen35_mcore.config import Qwen35Config
 from qwen35_mcore.layer_pattern import LayerKind
 from qwen35_mcore.layers.gated_delta_net import GatedDeltaNet
 from qwen35_mcore.layers.moe import Qwen35MoELayer
+from qwen35_mcore.layers.mtp import MTPLayer
+from qwen35_mcore.layers.router import Router
 from qwen35_mcore.mcore_compat import (
     AttnMaskType,
     GatedDeltaNetSubmodules,
@@ -57,11 +60,12 @@ def gated_attention_spec(backend: Any) -> ModuleSpec:
 
 
 def moe_spec(config: TransformerConfig, backend: Any) -> Any:
-    """megatron's MoE with its router and shared expert, our layer class around them."""
+    """megatron's MoE with its shared expert; router and layer are subclasses of ours."""
     spec = get_moe_module_spec_for_backend(
         backend, config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
-    return functools.partial(Qwen35MoELayer, **spec.keywords)
+    submodules = dataclasses.replace(spec.keywords["submodules"], router=Router)
+    return functools.partial(Qwen35MoELayer, submodules=submodules)
 
 
 def layer_spec(kind: LayerKind, config: TransformerConfig, backend: Any) -> ModuleSpec:
@@ -112,10 +116,14 @@ def mtp_block_spec(
     """The multi-token-prediction block, a full-attention layer; None on stages without one."""
     if not config.mtp_num_layers:
         return None
-    return get_gpt_mtp_block_spec_for_backend(
+    block = get_gpt_mtp_block_spec_for_backend(
         config,
         layer_spec(LayerKind.ATTENTION, config, backend),
         backend,
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
+    if block is not None:
+        for layer in block.layer_specs:
+            layer.module = MTPLayer
+    return block

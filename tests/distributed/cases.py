@@ -32,6 +32,7 @@ SELECTIVE_RECOMPUTE = {
 GATES_APART = {"gdn_gates_apart": True}  # as FP8 runs have them
 STATES = {"gdn_context_parallel": "state_passing"}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+PER_MICROBATCH = {"calculate_per_token_loss": False}
 
 
 def _aux(kind: str) -> dict[str, Any]:
@@ -97,7 +98,7 @@ CASES = [
         Layout(cp=2, tp=2, run=STATES | GATES_APART),
         MOE,
     ),
-    Case("microbatch of 4", 1, Layout(), MOE, micro_batch_size=4),
+    Case("microbatch of 4", 1, Layout(run=_aux("none")), MOE, micro_batch_size=4),
     Case("full recompute", 1, Layout(run=FULL_RECOMPUTE), MOE),
     Case("selective recompute", 1, Layout(run=SELECTIVE_RECOMPUTE), MOE),
     Case("TP2 x EP2, full recompute", 2, Layout(tp=2, ep=2, run=FULL_RECOMPUTE), MOE),
@@ -107,6 +108,34 @@ CASES = [
     Case("CP2, aux_loss", 2, Layout(cp=2, run=_aux("aux_loss")), MOE),
     Case("CP2, global_aux_loss", 2, Layout(cp=2, run=_aux("global_aux_loss")), MOE),
     Case("TP2 x EP2, global_aux_loss", 2, Layout(tp=2, ep=2, run=_aux("global_aux_loss")), MOE),
+]
+
+CASES += [
+    Case("CP2, loss per microbatch", 2, Layout(cp=2, run=PER_MICROBATCH), MOE),
+    Case("DP2, loss per microbatch", 2, Layout(run=PER_MICROBATCH), MOE),
+    *(
+        Case(f"{name}, unequal masks", world, layout, MOE, masked=True)
+        for name, world, layout in [
+            ("DP2", 2, Layout(run=_aux("aux_loss"))),
+            ("EP2", 2, Layout(ep=2, run=_aux("aux_loss"))),
+            ("CP2", 2, Layout(cp=2)),
+            ("PP2", 2, Layout(pp=2)),
+        ]
+    ),
+    Case("DP2, unequal masks, global_aux_loss", 2, Layout(), PLAIN, masked=True),
+    Case("CP2, documents", 2, Layout(cp=2, packed=True), MOE, masked=True),
+    Case("CP2, documents, microbatch of 2", 2, Layout(cp=2, packed=True), MOE, 2, masked=True),
+    Case(
+        "CP2, documents, seq_aux_loss and z-loss",
+        2,
+        Layout(cp=2, packed=True, run=_aux("seq_aux_loss") | {"moe_z_loss_coeff": 1e-2}),
+        MOE,
+    ),
+    Case("CP2 dense, documents", 2, Layout(cp=2, packed=True), DENSE, masked=True),
+    Case("CP4, documents", 4, Layout(cp=4, packed=True), PLAIN),
+    Case("CP2 x TP2, documents", 4, Layout(cp=2, tp=2, packed=True), MOE, masked=True),
+    Case("CP2 x PP2, documents", 4, Layout(cp=2, pp=2, packed=True), MOE, masked=True),
+    Case("CP2 x EP4, documents", 4, Layout(cp=2, ep=4, packed=True), PLAIN, masked=True),
 ]
 
 

@@ -23,4 +23,5 @@ def test_equals_serial(case: Case, pool: WorkerPool) -> None:
     difference = compare(pool, case)
     assert difference.token_loss <= TOKEN_LOSS_TOLERANCE
     assert difference.gradient <= GRADIENT_TOLERANCE, difference.worst_gradient
+    assert difference.logged <= TOKEN_LOSS_TOLERANCE
     assert difference.later_loss <= LATER_LOSS_TOLERANCE

@@ -9,9 +9,10 @@ from torch import Tensor
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.ops.state_passing import Zigzag
 from qwen35_mcore.ops.torch_kernels import TorchKernels
+from qwen35_mcore.transformer_config import transformer_config
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.toys import toy_config
-from tests.helpers.training import Layout, build_chunks, config_for, initialize
+from tests.helpers.training import LOCAL, Layout, build_chunks, config_for, initialize
 
 BATCH, TOKENS, KEY_HEADS, HEADS, KEY, VALUE, TAPS = 2, 48, 2, 4, 3, 5, 4
 CHANNELS = 2 * KEY_HEADS * KEY + HEADS * VALUE
@@ -127,12 +128,15 @@ def test_packed_sequences_are_refused(pool: WorkerPool) -> None:
 
 def test_only_the_all_to_all_needs_a_key_head_for_every_rank() -> None:
     hf = toy_config(linear_num_key_heads=2, linear_num_value_heads=4)
-    config = config_for(hf, Layout(cp=4, run={"gdn_context_parallel": "state_passing"}))
+    run = LOCAL | {"params_dtype": torch.float32}
+    passing = run | {"gdn_context_parallel": "state_passing"}
+    config = transformer_config(hf, **passing, context_parallel_size=4)
     assert config.experimental_attention_variant == "gated_delta_net"
-    with pytest.raises(AssertionError, match="linear_num_key_heads"):
-        config_for(hf, Layout(cp=4))
     assert (config.linear_num_key_heads, config.linear_num_value_heads) == (2, 4)
     with pytest.raises(AssertionError, match="linear_num_key_heads"):
-        config_for(hf, Layout(tp=4, cp=2, run={"gdn_context_parallel": "state_passing"}))
+        transformer_config(hf, **run, context_parallel_size=4)
+    tp4 = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
+    with pytest.raises(AssertionError, match="linear_num_key_heads"):
+        transformer_config(hf, **passing, **tp4, context_parallel_size=2)
     with pytest.raises(ConfigError, match="all_to_all or state_passing"):
-        config_for(hf, Layout(run={"gdn_context_parallel": "state-passing"}))
+        transformer_config(hf, **run, gdn_context_parallel="state-passing")

@@ -30,6 +30,12 @@ class Case:
     micro_batch_size: int = 1
     length: int = LENGTH
     steps: int = STEPS
+    masked: bool = False  # unequal parts of the samples count
+
+    @property
+    def replicas(self) -> int:
+        """Data parallel ranks."""
+        return self.world // (self.layout.tp * self.layout.pp * self.layout.cp)
 
     @property
     def config(self) -> Qwen35Config:
@@ -43,6 +49,7 @@ class Difference:
     token_loss: float
     gradients: dict[str, float]
     later_loss: float
+    logged: float = 0.0
 
     @property
     def gradient(self) -> float:
@@ -60,6 +67,7 @@ class Run:
     token_loss: torch.Tensor  # [batch, length] at step 0
     gradients: dict[str, torch.Tensor]
     losses: list[float]
+    logged: dict[str, float]  # other losses in megatron's log, at step 0
 
 
 def compare(pool: WorkerPool, case: Case) -> Difference:
@@ -70,6 +78,7 @@ def compare(pool: WorkerPool, case: Case) -> Difference:
 def difference(run: Run, expected: Run) -> Difference:
     """How far a run is from the one that it should equal."""
     assert run.gradients.keys() == expected.gradients.keys()
+    assert run.logged.keys() == expected.logged.keys()
     return Difference(
         token_loss=float((run.token_loss - expected.token_loss).abs().max()),
         gradients={
@@ -77,6 +86,7 @@ def difference(run: Run, expected: Run) -> Difference:
             for key, value in expected.gradients.items()
         },
         later_loss=largest(abs(a - b) for a, b in zip(run.losses, expected.losses, strict=True)),
+        logged=largest([0.0, *(abs(run.logged[k] - v) for k, v in expected.logged.items())]),
     )
 
 
@@ -98,9 +108,17 @@ _cases: dict[str, Case] = {}
 
 
 def _key(case: Case) -> str:
-    """Cases with the same serial side share it: model, run settings and precision."""
-    serial_layout = Layout(dtype=case.layout.dtype, run=case.layout.run)
-    serial = replace(case, name="serial", world=1, layout=serial_layout, micro_batch_size=1)
+    """Cases with the same serial side share it: model, run settings, data and precision.
+
+    The global balancing loss counts experts over the samples that all ranks forward at once, so
+    there one process takes them at once, too; nothing else depends on it.
+    """
+    layout = case.layout
+    serial_layout = Layout(dtype=layout.dtype, run=layout.run, packed=layout.packed)
+    balancing = layout.run.get("moe_router_load_balancing_type", "global_aux_loss")
+    at_once = case.micro_batch_size * case.replicas if balancing == "global_aux_loss" else 1
+    at_once = at_once if case.config.is_moe else 1
+    serial = replace(case, name="serial", world=1, layout=serial_layout, micro_batch_size=at_once)
     key = repr(serial)
     _cases.setdefault(key, serial)
     return key
@@ -125,12 +143,39 @@ def initial_weights(pool: WorkerPool, config: Qwen35Config) -> dict[str, torch.T
     return weights
 
 
+DOCUMENTS = [
+    [64],
+    [1, 63],
+    [3, 1, 2, 58],
+    [17, 30, 17],
+    [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 4],
+    [33, 31],
+    [50, 7, 7],
+    [8, 8, 16, 32],
+]
+"""A row's documents: odd ones, ones shorter than the parts that they are cut into, whole ones."""
+
+
 def batches(case: Case) -> list[Batch]:
     """One global batch per step; random real numbers, so no two router logits tie."""
+    documents = DOCUMENTS if case.layout.packed else None
+    mask = unequal_mask(case.length) if case.masked else None
     return [
-        Batch(random_tokens(case.config, BATCH, case.length, seed=100 + step))
+        Batch(random_tokens(case.config, BATCH, case.length, seed=100 + step), mask, documents)
         for step in range(case.steps)
     ]
+
+
+def unequal_mask(length: int) -> torch.Tensor:
+    """``[batch, length]``: most positions of some samples and few of others count, none of one,
+    and of another none in the middle half, which one of two context-parallel ranks holds."""
+    generator = torch.Generator().manual_seed(17)
+    share = torch.linspace(0.3, 1.0, BATCH)[:, None]
+    mask = torch.rand(BATCH, length, generator=generator) < share
+    mask[2] = True
+    mask[2, length // 4 : 3 * length // 4] = False
+    mask[5] = False
+    return mask
 
 
 def run_case(pool: WorkerPool, case: Case, train: Callable[..., Result] = train) -> Run:
@@ -150,17 +195,24 @@ def run_case(pool: WorkerPool, case: Case, train: Callable[..., Result] = train)
         token_loss=_token_loss(results, case),
         gradients=assemble([result.gradients for result in results]),
         losses=losses[0],
+        logged=_logged(results),
     )
+
+
+def _logged(results: list[Result]) -> dict[str, float]:
+    logged: dict[str, float] = {}
+    for result in results:
+        for name, value in result.logged.items():
+            assert value == logged.setdefault(name, value)
+    return logged
 
 
 def _token_loss(results: list[Result], case: Case) -> torch.Tensor:
     """Per-token losses ``[batch, length]`` in natural order, from the last stages' ranks."""
-    from qwen35_mcore.layers.core_attention import zigzag_positions
-
-    positions = zigzag_positions(case.length, case.layout.cp)
-    full = torch.full((BATCH, case.length), torch.nan)
+    full = torch.full((BATCH * case.length,), torch.nan)
     for result in results:
-        for (first, cp_rank), loss in result.token_loss.items():
-            full[first : first + loss.shape[0], positions[cp_rank]] = loss
+        for (first, _), (places, loss) in result.token_loss.items():
+            is_token = places >= 0
+            full[first * case.length + places[is_token]] = loss[is_token]
     assert not full.isnan().any()
-    return full
+    return full.view(BATCH, case.length)

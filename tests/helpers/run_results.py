@@ -17,14 +17,16 @@ LOGGED = ("lm loss", "mtp_1 loss", "grad-norm", "learning-rate", "lm loss valida
 MAIN_PARAMETER = re.compile(r"^optimizer\.state\.(?:fp32_)?param\.")
 
 
-def logged_scalars(folder: Path) -> dict[str, dict[int, list[float]]]:
-    """Everything in `LOGGED` that a run wrote for TensorBoard, in float32, by step. The last step
+def logged_scalars(
+    folder: Path, names: tuple[str, ...] = LOGGED
+) -> dict[str, dict[int, list[float]]]:
+    """Everything in ``names`` that a run wrote for TensorBoard, in float32, by step. The last step
     has several validation losses: of the interval, of the end, and of the test set."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in LOGGED if tag in events.Tags()["scalars"]]
+    tags = [tag for tag in names if tag in events.Tags()["scalars"]]
     values: dict[str, dict[int, list[float]]] = {tag: {} for tag in tags}
     for tag in tags:
         for event in events.Scalars(tag):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.distributed import (
@@ -18,12 +23,21 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import flatten_batch_for_packed_sequences
 
+from qwen35_mcore import log_means
+from qwen35_mcore.arguments import read_flags, validated_config
 from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.packed_documents import batch_on_this_cp_rank, packed_sequences
 from qwen35_mcore.provider import build_model
-from qwen35_mcore.transformer_config import Qwen35TransformerConfig, transformer_config
+from qwen35_mcore.run_checks import check_flags
+from qwen35_mcore.transformer_config import (
+    Qwen35TransformerConfig,
+    apply_yarn,
+    architecture_arguments,
+)
 from tests.helpers.shards import Shard, gradient_shards, load_global, local_shards
 
 LOCAL = {
@@ -35,6 +49,7 @@ LOCAL = {
     "calculate_per_token_loss": True,
     "moe_grouped_gemm": True,
 }
+"""For a TransformerConfig built by hand; `config_for` reads flags as a run does."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +67,25 @@ class Layout:
     dtype: torch.dtype = torch.float32
     distributed_optimizer: bool = True
     overlap: bool = False
+    packed: bool = False  # the batches have documents
     run: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields
 
 
 @dataclass
 class Batch:
-    """One global batch: tokens ``[b, s + 1]`` int64 and the mask of the positions that count."""
+    """One global batch: tokens ``[b, s + 1]`` int64, the mask of the positions that count, and the
+    lengths of the documents in each row, where rows are packed."""
 
     tokens: torch.Tensor
     loss_mask: torch.Tensor | None = None
+    documents: list[list[int]] | None = None
 
     def to(self, device: Any) -> Batch:
         mask = None if self.loss_mask is None else self.loss_mask.to(device)
-        return Batch(self.tokens.to(device), mask)
+        return Batch(self.tokens.to(device), mask, self.documents)
 
-    def sample(self, first: int, count: int) -> dict[str, torch.Tensor]:
+    def sample(self, first: int, count: int) -> dict[str, Any]:
+        """Rows as megatron's GPTDataset gives them."""
         tokens = self.tokens[first : first + count]
         length = tokens.shape[1] - 1
         positions = torch.arange(length, device=tokens.device)
@@ -78,19 +97,33 @@ class Batch:
             if mask is None
             else mask[first : first + count].float(),
             "position_ids": positions.expand(count, -1).contiguous(),
-        }
+        } | self._boundaries(first, count, length)
+
+    def _boundaries(self, first: int, count: int, length: int) -> dict[str, Any]:
+        if self.documents is None:
+            return {"cu_seqlens": None}
+        bounds = torch.full((count, length + 1), length, dtype=torch.int32)
+        for row, lengths in enumerate(self.documents[first : first + count]):
+            assert sum(lengths) == length
+            bounds[row, : len(lengths) + 1] = torch.tensor([0, *lengths]).cumsum(0)
+        longest = bounds.diff().max(dim=1).values
+        device = self.tokens.device
+        return {"cu_seqlens": bounds.to(device), "max_seqlen": longest.to(device)}
 
 
 @dataclass
 class Result:
     """What one rank saw: step-0 values in full, then one number per step."""
 
-    token_loss: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    # first sample and CP rank: positions in the microbatch and their losses
+    token_loss: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )
     gradients: list[Shard] = field(default_factory=list)
     parameters: list[Shard] = field(default_factory=list)
     loss_sums: list[torch.Tensor] = field(default_factory=list)  # [loss, tokens] per step
     grad_norms: list[float] = field(default_factory=list)
-    mtp_loss: torch.Tensor | None = None
+    logged: dict[str, float] = field(default_factory=dict)  # what megatron's log says of step 0
 
 
 def initialize(layout: Layout, seed: int = 123) -> None:
@@ -109,25 +142,60 @@ def initialize(layout: Layout, seed: int = 123) -> None:
 
 
 def config_for(hf: Qwen35Config, layout: Layout) -> Qwen35TransformerConfig:
-    """The TransformerConfig of a layout, with the local backend."""
-    run: dict[str, Any] = LOCAL | {
-        "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vpp,
-        "pipeline_model_parallel_layout": layout.stages,
-        "context_parallel_size": layout.cp,
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.etp,
-        "sequence_parallel": layout.tp > 1 if layout.sp is None else layout.sp,
-        "params_dtype": layout.dtype,
-        "pipeline_dtype": layout.dtype,
-        "bf16": layout.dtype == torch.bfloat16,
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
+    """What a user's run on a CPU gets who asks for this layout: defaults, flags and megatron's
+    completion of them, with the layout's ``run`` on top."""
+    with _world(), contextlib.redirect_stdout(io.StringIO()):
+        args = read_flags(_flags(layout), hf, on_cpu=True)
+        for name, value in layout.run.items():
+            setattr(args, _ARGUMENTS.get(name, name), value)
+        check_flags(args, architecture_arguments(hf))
+        config = validated_config(args)
+    apply_yarn(config, hf.yarn)
+    for name, value in layout.run.items():
+        assert getattr(config, name) == value, name
+    return config
+
+
+_ARGUMENTS = {"bias_activation_fusion": "bias_swiglu_fusion"}
+"""TransformerConfig fields that an argument of another name decides."""
+
+
+def _flags(layout: Layout) -> list[str]:
+    flags = {
+        "--tensor-model-parallel-size": layout.tp,
+        "--pipeline-model-parallel-size": layout.pp,
+        "--context-parallel-size": layout.cp,
+        "--expert-model-parallel-size": layout.ep,
+        "--expert-tensor-parallel-size": layout.etp,
+        "--micro-batch-size": 1,
+        "--global-batch-size": 64,
+        "--train-iters": 1,
+        "--lr": 1e-3,
+        "--seq-length": 64,
+        "--cuda-graph-impl": "none",
     }
-    if layout.vpp:
-        run |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    return transformer_config(hf, **run | layout.run)
+    if layout.stages:
+        flags["--pipeline-model-parallel-layout"] = layout.stages
+    elif layout.vpp:
+        flags["--num-virtual-stages-per-pipeline-rank"] = layout.vpp
+    switches = {
+        "--sequence-parallel": layout.tp > 1 if layout.sp is None else layout.sp,
+        "--bf16": layout.dtype == torch.bfloat16,
+        "--dataloader-inter-document-masking": layout.packed,
+        "--use-distributed-optimizer": layout.distributed_optimizer,
+        "--mock-data": True,
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    return words + [name for name, on in switches.items() if on]
+
+
+@contextlib.contextmanager
+def _world() -> Iterator[None]:
+    """The environment from which megatron reads the number of ranks."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": str(ranks), "RANK": str(rank)}):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        yield
 
 
 def build_chunks(
@@ -155,6 +223,7 @@ def train(
     """Train one step per batch from the given global weights; the step-0 gradients come whole."""
     initialize(layout)
     MTPLossLoggingHelper.tracker.clear()
+    log_means.weigh_mtp_by_tokens()
     config = config_for(hf, layout)
     chunks = build_chunks(hf, config, layout)
     if weights is not None:
@@ -167,9 +236,10 @@ def train(
         optimizer.zero_grad()
         here = batch.to(torch.cuda.current_device())
         losses = forward_backward(here, wrapped, config, micro_batch_size, result, step)
+        logged = _logged(config, len(batch.tokens) // micro_batch_size)
         if step == 0:
             result.gradients = gradient_shards(wrapped)
-            result.mtp_loss = _mtp_loss()
+            result.logged = logged
         _, grad_norm, _ = optimizer.step()
         result.loss_sums.append(losses)
         result.grad_norms.append(float(grad_norm))
@@ -233,28 +303,31 @@ def forward_backward(
     result: Result,
     step: int,
 ) -> torch.Tensor:
-    """One global batch; returns the summed loss and the token count, equal on every rank."""
+    """One global batch; returns the summed loss and the token count, equal on every rank. A
+    microbatch of all replicas is consecutive samples, as in megatron's sampler."""
     replicas, replica = ps.get_data_parallel_world_size(), ps.get_data_parallel_rank()
-    per_replica = batch.tokens.shape[0] // replicas
-    firsts = range(replica * per_replica, (replica + 1) * per_replica, micro_batch_size)
+    at_once = replicas * micro_batch_size
+    firsts = range(replica * micro_batch_size, batch.tokens.shape[0], at_once)
 
     def forward_step(data_iterator: Any, model: Any) -> Any:
         first = next(data_iterator)
-        sample = batch.sample(first, micro_batch_size)
-        sample = get_batch_on_this_cp_rank(sample, False, cp_group=ps.get_context_parallel_group())
+        sample = _on_this_rank(batch.sample(first, micro_batch_size))
         output = model(
             sample["tokens"],
             sample["position_ids"],
             None,
             labels=sample["labels"],
             loss_mask=sample["loss_mask"],
+            packed_seq_params=packed_sequences(sample),
+            padding_mask=sample["padding_mask"],
         )
         return output, partial(loss_function, first, sample["loss_mask"])
 
     def loss_function(first: int, mask: torch.Tensor, output: torch.Tensor) -> Any:
         if step == 0:
+            places = _places(batch.sample(first, micro_batch_size))
             place = (first, ps.get_context_parallel_rank())
-            result.token_loss[place] = output.detach().float().clone()
+            result.token_loss[place] = (places, output.detach().float().clone())
         loss, tokens = (output.float() * mask).sum(), mask.sum().to(torch.int)
         return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
 
@@ -279,8 +352,43 @@ def forward_backward(
     return losses
 
 
-def _mtp_loss() -> torch.Tensor | None:
-    """The multi-token-prediction loss that megatron's own log shows, as this rank keeps it."""
-    tracker = MTPLossLoggingHelper.tracker
-    losses = tracker.get("loss_values")
-    return None if losses is None else losses.clone()
+def _on_this_rank(sample: dict[str, Any]) -> dict[str, Any]:
+    return batch_on_this_cp_rank(
+        flatten_batch_for_packed_sequences(sample),
+        ps.get_context_parallel_group(),
+        ps.get_tensor_model_parallel_world_size(),
+    )
+
+
+def _places(sample: dict[str, Any]) -> torch.Tensor:
+    """The position in the microbatch, row after row, of every token of this rank; -1 is padding."""
+    numbers = torch.arange(1, sample["tokens"].numel() + 1, device=sample["tokens"].device)
+    sample["tokens"] = numbers.view_as(sample["tokens"])
+    return _on_this_rank(sample)["tokens"] - 1
+
+
+_BALANCING = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+def _logged(config: Qwen35TransformerConfig, microbatches: int) -> dict[str, float]:
+    """The losses beside the language model's in megatron's log line, on ranks that know them."""
+    losses: dict[str, torch.Tensor] = {}
+    scale = ps.get_data_parallel_world_size() / microbatches
+    name = _BALANCING.get(config.moe_router_load_balancing_type)
+    if config.num_moe_experts and name:
+        get_moe_metrics_tracker().report(
+            loss_scale=scale,
+            iteration=1,
+            force_initialize=True,
+            track_names=[name],
+            num_layers=config.num_layers,
+            mtp_num_layers=config.mtp_num_layers,
+            total_loss_dict=losses,
+        )
+    if config.mtp_num_layers:
+        MTPLossLoggingHelper.track_mtp_metrics(scale, 1, None, None, losses)
+    return {name: float(loss) for name, loss in losses.items()}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on one node with torchrun.
+# Train on one node, with torchrun behind qwen35_mcore.launch.
 #
 #   DATA=data/corpus SAVE=runs/35b launch/train.sh PRESET [flags of pretrain_qwen35.py]
 #
@@ -41,5 +41,5 @@ fi
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC is no number of processes" "got: $NPROC" \
     "allowed: 1 or more" "fix: correct it, or leave it out for one process on each GPU"
 
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" \
+exec "$PYTHON" -m qwen35_mcore.launch --standalone --nproc-per-node "$NPROC" \
     "$REPO/examples/pretrain_qwen35.py" "${layout[@]}" "${paths[@]}" "$@"

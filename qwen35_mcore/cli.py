@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from qwen35_mcore.errors import Qwen35Error
+from qwen35_mcore.interrupts import EXIT_INTERRUPTED, interrupt_once, interrupted, quiet_imports
+
+with quiet_imports():
+    import typer
 
 app = typer.Typer(
     name="qwen35",
@@ -230,11 +232,16 @@ def doctor(
 
 def main() -> None:
     """Entry point: a `Qwen35Error` becomes one message on stderr and exit status 2."""
+    interrupt_once()
     try:
         app()
     except Qwen35Error as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C, without a word
+            interrupted()
+        raise
 
 
 def _flavor_row(name: str) -> dict[str, Any]:

@@ -86,9 +86,11 @@ def tokenize(
         raise typer.BadParameter(
             "give at least one file or folder, or --stdlib", param_hint="INPUT"
         )
-    from qwen35_mcore import data
+    with quiet_imports():
+        from qwen35_mcore import data
 
-    report = data.tokenize(
+        run = data.tokenize  # imports what it needs
+    report = run(
         inputs=names,
         output_prefix=output_prefix,
         tokenizer=tokenizer,

@@ -20,10 +20,14 @@ EXIT_INTERRUPTED = 130  # what a shell gives for SIGINT
 
 
 @contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
+def quiet_imports(*, leave: bool = True) -> Iterator[None]:
     """While a program imports what it needs: warnings, which are about packages that are not
-    there, are dropped, and Ctrl-C leaves at once. Errors pass."""
-    handler = _replace_handler(_leave)
+    there, are dropped, and Ctrl-C leaves at once. Errors pass.
+
+    Args:
+        leave: False where there is something to clean up already: Ctrl-C does what it did.
+    """
+    handler = _replace_handler(_leave) if leave else None
     show = warnings.showwarning
     warnings.showwarning = lambda *args, **kwargs: None
     logging.disable(logging.WARNING)

@@ -37,10 +37,7 @@ LOADED = re.compile(r"successfully loaded checkpoint .*at iteration (\d+)")
 VALIDATION = re.compile(
     r"validation loss at iteration \d+ on validation set \| lm loss value: (\S+)"
 )
-CAUSE = re.compile(
-    r"(?:\[rank\d+\]: ?)?((?:[\w.]+(?:Error|Exception)|error): .+)"
-    r"|.*\b(failed \(exitcode: -?\d+\) local_rank: \d+)"  # torchrun's word on a killed process
-)
+CAUSE = re.compile(r"(?:\[rank\d+\]: ?)?((?:[\w.]+(?:Error|Exception)|error): .+)")
 
 GPU_COMMANDS = """\
 qwen35 data tokenize corpus/ --tokenizer Qwen/Qwen3.5-35B-A3B \\
@@ -240,7 +237,7 @@ def run_script(
 
 def run_logged(command: list[str], output: Path, on_line: Callable[[str], None]) -> tuple[int, str]:
     """Exit status of the command, and the first line that names an error (else the last one)."""
-    scripts = Path(sys.executable).parent  # where pip put qwen35 and torchrun
+    scripts = Path(sys.executable).parent  # where pip put qwen35
     environment = os.environ | {
         "QWEN35_RUN_DIR": str(output),
         "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -265,7 +262,7 @@ def run_logged(command: list[str], output: Path, on_line: Callable[[str], None])
                 on_line(line)
                 last = line.strip() or last
                 if not cause and (match := CAUSE.match(line)):
-                    cause = match[1] or match[2]
+                    cause = match[1]
         except BaseException:
             process.terminate()
             raise

@@ -8,14 +8,19 @@ this file for a walk-through.
 
 from __future__ import annotations
 
-import warnings
+import contextlib
 from functools import partial
 from typing import Any
+
+from qwen35_mcore.interrupts import quiet_imports
+
+if __name__ == "__main__":
+    imports = contextlib.ExitStack()
+    imports.enter_context(quiet_imports())
 
 from qwen35_mcore import cpu
 
 if cpu.is_needed():
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine)")
     cpu.enable_training()
 
 import torch
@@ -174,5 +179,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    imports.close()
     with reported_once():
         main()

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-
 from qwen35_mcore import __version__
 from qwen35_mcore.errors import Qwen35Error
+from qwen35_mcore.interrupts import EXIT_INTERRUPTED, interrupt_once, interrupted, quiet_imports
+
+with quiet_imports():
+    import typer
 
 app = typer.Typer(
     name="qwen35",
@@ -128,9 +130,11 @@ def tokenize(
         raise typer.BadParameter(
             "give at least one file or folder, or --stdlib", param_hint="INPUT"
         )
-    from qwen35_mcore import data
+    with quiet_imports():
+        from qwen35_mcore import data
 
-    report = data.tokenize(
+        run = data.tokenize  # imports what it needs
+    report = run(
         inputs=names,
         output_prefix=output_prefix,
         tokenizer=tokenizer,
@@ -300,11 +304,16 @@ def doctor(
 
 def main() -> None:
     """Entry point: a `Qwen35Error` becomes one message on stderr and exit status 2."""
+    interrupt_once()
     try:
         app()
     except Qwen35Error as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C, without a word
+            interrupted()
+        raise
 
 
 def _flavor_row(name: str) -> dict[str, Any]:

@@ -4,9 +4,19 @@ megatron-core 0.19 asks CUDA for devices, streams, events and random states at s
 This module is the one answer to all of them: a table of replacements, each with the reason why it
 is needed, applied only where no CUDA device exists. On a GPU machine `enable` refuses to run.
 
-Call :func:`enable` before megatron is imported (some modules read ``torch.cuda`` at import). The
-canary test walks :data:`TORCH_PATCHES` and :data:`MEGATRON_PATCHES` and fails as soon as one of the
-patched attributes disappears.
+Only what asks for CUDA changes, so that other libraries may share the process. Tensors that are
+asked for on a CUDA device are made by kernels under the dispatcher's CUDA key, which no other call
+reaches. Of ``torch.cuda``, a function is replaced that raises without a device; one that has an
+answer (``is_available``, ``device_count``, ``manual_seed``) keeps it, and the megatron module that
+wants another gets a view of torch of its own.
+
+Call :func:`enable` before megatron is imported (some modules read ``torch.cuda`` at import, and
+compile their functions). What others in the process do notice: ``tensor.cuda()`` and their like
+succeed, `GPU_PACKAGES` that are installed cannot be imported, and where megatron was imported
+first, or :func:`enable_training` was called, ``torch.compile`` compiles nothing.
+
+The canary test walks the tables of patches and fails as soon as one of the patched attributes
+disappears.
 """
 
 from __future__ import annotations
@@ -14,15 +24,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.jit import _builtins
+from torch.utils._device import _device_constructors
 
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.optim import FusedAdam
@@ -51,8 +65,9 @@ class Patch:
 
 
 class NullStream:
-    """Stands in for torch.cuda.Stream: operations on a CPU are synchronous."""
+    """An instance of torch.cuda.Stream to whoever asks: operations on a CPU are synchronous."""
 
+    __class__ = torch.cuda.Stream  # type: ignore[assignment]
     cuda_stream = 0
     device = CPU
 
@@ -73,14 +88,16 @@ class NullStream:
     def __exit__(self, *exc: object) -> None: ...
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, NullStream)
+        return type(other) is NullStream
 
     def __hash__(self) -> int:
         return 0
 
 
 class NullEvent:
-    """Stands in for torch.cuda.Event."""
+    """An instance of torch.cuda.Event to whoever asks."""
+
+    __class__ = torch.cuda.Event  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def record(self, *args: Any, **kwargs: Any) -> None: ...
@@ -109,17 +126,39 @@ def _replace(new: Any) -> Callable[[Any], Any]:
     return lambda original: new
 
 
-def _factory_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A tensor factory that takes ``device="cuda"`` and ``pin_memory=True`` for the CPU's own."""
+def _made_as(stand_in: type) -> Callable[[Any], Any]:
+    """The ``__new__`` of a class that stays what it is, and whose instances are ``stand_in``'s."""
+    return lambda original: lambda cls, *args, **kwargs: stand_in()
+
+
+class _View:
+    """A module with some attributes replaced, for one importer of it."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _torch_with_cuda(**replaced: Any) -> Callable[[Any], Any]:
+    """A megatron module's own view of torch, with other functions in ``torch.cuda``."""
+    return lambda original: _View(original, cuda=_View(original.cuda, **replaced))
+
+
+def _made_from_data(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.tensor`` and ``as_tensor``: ask the driver for the number of a plain "cuda"."""
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
-        if kwargs.get("pin_memory"):
+        if kwargs.get("pin_memory") and kwargs.get("device") in (None, "cpu", CPU):
             kwargs["pin_memory"] = False
         return original(*args, **kwargs)
 
+    factory.__module__, factory.__qualname__ = "torch", original.__name__  # for pickle
+    _builtins._register_builtin(factory, _builtins._find_builtin(original))
     return factory
 
 
@@ -135,25 +174,33 @@ def _tensor_to_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
     return to
 
 
-def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
     """Megatron sorts parameters by ``tensor.type()`` and knows only the ``torch.cuda.*`` names."""
 
     @functools.wraps(original)
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
-            return original(self, *args, **kwargs)
-        return original(self).replace("torch.", "torch.cuda.", 1)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch_type = torch.Tensor.type
 
-    return type_
+        def type_(self: torch.Tensor, *to: Any, **options: Any) -> Any:
+            if to or options:
+                return torch_type(self, *to, **options)
+            return torch_type(self).replace("torch.", "torch.cuda.", 1)
+
+        torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.Tensor.type = torch_type  # type: ignore[method-assign]
+
+    return call
 
 
 def _self(original: Any) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: self
 
 
-def _seed(original: Any) -> Callable[[int], Any]:
-    # torch.manual_seed would call torch.cuda.manual_seed_all again, so seed the generator itself
-    return lambda seed: torch.default_generator.manual_seed(int(seed))
+def _seed(seed: int) -> Any:
+    return torch.default_generator.manual_seed(int(seed))
 
 
 def _get_rng_state(original: Any) -> Callable[..., torch.Tensor]:
@@ -177,55 +224,48 @@ def _split_sizes_on_cpu(original: Any) -> Callable[..., Any]:
     return maybe_move_tensor_to_cpu
 
 
-_FACTORIES = (
-    *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn"),
-    *("randint", "eye", "linspace", "empty_like", "zeros_like", "ones_like", "full_like"),
-    *("rand_like", "randn_like", "empty_strided"),
-)
-
 _HOPPER = SimpleNamespace(name="cpu", major=9, minor=0, total_memory=0, multi_processor_count=1)
 _CAPABILITY_REASON = "argument checks; the local backend runs what they allow on Hopper"
 
 TORCH_PATCHES: tuple[Patch, ...] = (
+    Patch("torch.cuda", "_lazy_init", _value(None), "every CUDA tensor begins with it"),
     Patch("torch.cuda", "current_device", _value(CPU), "used as device= at about sixty sites"),
-    Patch("torch.cuda", "device_count", _value(1), "0 would skip model-parallel set-up and seeds"),
     Patch("torch.cuda", "set_device", _value(None), "initialize, async checkpoint worker"),
     Patch("torch.cuda", "synchronize", _value(None), "timers, schedules, checkpointing"),
-    Patch("torch.cuda", "empty_cache", _value(None), "training loop"),
-    Patch("torch.cuda", "Stream", _replace(NullStream), "DDP, dispatcher, p2p side streams"),
-    Patch("torch.cuda", "Event", _replace(NullEvent), "DDP, dispatcher"),
+    Patch("torch.cuda:Stream", "__new__", _made_as(NullStream), "DDP, dispatcher, p2p streams"),
+    Patch("torch.cuda:Event", "__new__", _made_as(NullEvent), "DDP, dispatcher"),
     Patch("torch.cuda", "current_stream", _value(NullStream()), "stream ordering"),
     Patch("torch.cuda", "default_stream", _value(NullStream()), "stream ordering"),
     Patch("torch.cuda", "stream", _value(contextlib.nullcontext()), "with torch.cuda.stream(...)"),
     Patch("torch.cuda", "is_current_stream_capturing", _value(False), "RNG tracker, DDP"),
-    Patch("torch.cuda", "manual_seed", _seed, "model-parallel RNG"),
-    Patch("torch.cuda", "manual_seed_all", _value(None), "called by torch.manual_seed"),
-    Patch("torch.cuda", "get_rng_state", _get_rng_state, "RNG tracker"),
-    Patch("torch.cuda", "set_rng_state", _set_rng_state, "RNG tracker"),
+    Patch("torch.cuda", "get_rng_state", _get_rng_state, "RNG tracker, checkpoints"),
+    Patch("torch.cuda", "set_rng_state", _set_rng_state, "RNG tracker, checkpoints"),
     Patch("torch.cuda.random", "get_rng_state", _get_rng_state, "activation recompute"),
     Patch("torch.cuda.random", "set_rng_state", _set_rng_state, "activation recompute"),
     Patch("torch.cuda.nvtx", "range_push", _value(None), "profiling ranges"),
     Patch("torch.cuda.nvtx", "range_pop", _value(None), "profiling ranges"),
-    Patch("torch.cuda", "max_memory_allocated", _value(0), "memory report"),
-    Patch("torch.cuda", "max_memory_reserved", _value(0), "memory report"),
-    Patch("torch.cuda", "memory_allocated", _value(0), "memory report"),
-    Patch("torch.cuda", "memory_reserved", _value(0), "memory report"),
-    Patch("torch.cuda", "memory_stats", _value({}), "memory report"),
     Patch("torch.cuda", "get_device_capability", _value((9, 0)), _CAPABILITY_REASON),
     Patch("torch.cuda", "get_device_properties", _value(_HOPPER), _CAPABILITY_REASON),
     Patch("torch:Tensor", "cuda", _self, "tensors of the data loader and schedules"),
     Patch("torch:Tensor", "pin_memory", _self, "optimizer offload, checkpoint staging"),
     Patch("torch:Tensor", "record_stream", _value(None), "dispatcher"),
     Patch("torch:Tensor", "to", _tensor_to_on_cpu, 'literal "cuda" devices'),
-    Patch("torch:Tensor", "type", _cuda_type_name, "optimizer sorts by torch.cuda type names"),
     Patch("torch.nn:Module", "cuda", _self, "get_model moves every chunk"),
-    # A TorchFunctionMode is not enough: it is inactive in backward, where recompute runs.
-    *(Patch("torch", n, _factory_on_cpu, 'literal "cuda" devices') for n in _FACTORIES),
+    Patch("torch", "tensor", _made_from_data, 'literal "cuda" devices'),
+    Patch("torch", "as_tensor", _made_from_data, 'literal "cuda" devices'),
 )
 
 _OPTIMIZER_REASON = "torch AdamW's per-tensor step breaks distributed-optimizer checkpoints"
 
+_TYPE_REASON = "sorts parameters by names that begin with torch.cuda"
+
 MEGATRON_PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.core.tensor_parallel.random",
+        "torch",
+        _torch_with_cuda(manual_seed=_seed),
+        "seeds the model-parallel random states",
+    ),
     Patch(
         "megatron.core.tensor_parallel.random",
         "_set_cuda_rng_state",
@@ -246,9 +286,33 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         _replace(True),
         _OPTIMIZER_REASON,
     ),
+    Patch(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
+        "__init__",
+        _with_cuda_type_names,
+        _TYPE_REASON,
+    ),
+    Patch(
+        "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params",
+        "__init__",
+        _with_cuda_type_names,
+        _TYPE_REASON,
+    ),
+    Patch(
+        "megatron.core.optimizer.optimizer",
+        "clip_grad_by_total_norm_fp32",
+        _with_cuda_type_names,
+        _TYPE_REASON,
+    ),
 )
 
 TRAINING_PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.training.initialize",
+        "torch",
+        _torch_with_cuda(device_count=lambda: 1),
+        "0 would skip model-parallel set-up and seeds",
+    ),
     Patch(
         "megatron.training.training",
         "initialize_megatron",
@@ -269,6 +333,7 @@ machine whose devices are hidden is enough: the router's matrix product, the nor
 """
 
 _applied: set[str] = set()
+_kept: list[torch.library.Library] = []
 
 
 def is_needed() -> bool:
@@ -297,17 +362,82 @@ def enable() -> None:
             allowed="machines where torch.cuda.is_available() is False",
             fix="run without CPU mode, or hide the GPUs with CUDA_VISIBLE_DEVICES=",
         )
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # jit_fuser is torch.compile
-    torch._dynamo.config.disable = True
-    for package in GPU_PACKAGES:
-        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
+    # Filled by its first caller, with torch's functions as they are then: what a device context,
+    # torch.device("meta") for one, applies to.
+    _device_constructors()
+    if "torch" not in _applied:
+        _make_cuda_tensors_on_cpu()
     _apply_once("torch", TORCH_PATCHES)
-    _apply_once("megatron", MEGATRON_PATCHES)
+    _block_gpu_packages()
+    with _nothing_compiled():
+        _apply_once("megatron", MEGATRON_PATCHES)
     # It warns when the CPU generator moves inside a CUDA random context; here the two are one.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
 
 def enable_training() -> None:
-    """:func:`enable`, and what ``megatron.training.pretrain`` needs on top."""
+    """:func:`enable`, and what ``megatron.training.pretrain`` needs on top.
+
+    The process is a training run's own: nothing is compiled in it or in what it starts.
+    """
     enable()
+    _disable_compiler()
     _apply_once("training", TRAINING_PATCHES)
+
+
+def _make_cuda_tensors_on_cpu() -> None:
+    """Factories with a CUDA device give CPU tensors; all of them allocate by these two."""
+
+    def empty(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None,
+              pin_memory: Any = None, memory_format: Any = None) -> torch.Tensor:  # fmt: skip
+        return torch.ops.aten.empty.memory_format(
+            size, dtype=dtype, layout=layout, device=CPU, memory_format=memory_format
+        )
+
+    def empty_strided(size: Any, stride: Any, *, dtype: Any = None, layout: Any = None,
+                      device: Any = None, pin_memory: Any = None) -> torch.Tensor:  # fmt: skip
+        return torch.ops.aten.empty_strided.default(
+            size, stride, dtype=dtype, layout=layout, device=CPU
+        )
+
+    with warnings.catch_warnings():  # that kernels for a device that is not there are overridden
+        warnings.simplefilter("ignore", UserWarning)
+        library = torch.library.Library("aten", "IMPL", "CUDA")
+        library.impl("empty.memory_format", empty)
+        library.impl("empty_strided", empty_strided)
+    _kept.append(library)  # its end would take the kernels away
+
+
+def _block_gpu_packages() -> None:
+    for package in GPU_PACKAGES:
+        if package not in sys.modules and importlib.util.find_spec(package) is not None:
+            sys.modules[package] = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Megatron's functions stay as they are written while its modules are imported, and later."""
+    if "megatron.core" in sys.modules:
+        if "megatron" not in _applied:
+            _disable_compiler()  # they are compiled already
+        yield
+        return
+    compile_ = torch.compile
+    torch.compile = _leave_as_written  # type: ignore[assignment]
+    try:
+        from megatron.core import jit
+        from megatron.core.transformer.moe import router  # noqa: F401 (compiles by itself)
+
+        jit.disable_jit_fuser()
+        yield
+    finally:
+        torch.compile = compile_
+
+
+def _leave_as_written(function: Any = None, **options: Any) -> Any:
+    return _leave_as_written if function is None else function
+
+
+def _disable_compiler() -> None:
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    torch._dynamo.config.disable = True

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from qwen35_mcore.errors import Qwen35Error
+from qwen35_mcore.interrupts import interrupted
+from qwen35_mcore.launch import REPORTED
+from qwen35_mcore.start_errors import TRACEBACK, explained
 
 PATIENCE_S = 20.0
 """How long other ranks give rank 0, which may still be importing, to print the error they share."""
@@ -28,26 +32,37 @@ _KEY = "qwen35_mcore/error"
 
 @contextlib.contextmanager
 def reported_once() -> Iterator[None]:
-    """Run a training script: a `Qwen35Error` ends every rank with its exit status and one message.
+    """Run a training script: a `Qwen35Error` ends every rank with its exit status and one message,
+    as does what megatron raises before training is under way (`start_errors`).
 
     Once a rank has reported an error, what its absence causes elsewhere (a closed connection in
-    the middle of a collective) ends in silence with status 1; any other exception passes.
+    the middle of a collective) ends in silence with status 1; any other exception passes. Ctrl-C is
+    one line. QWEN35_TRACEBACK=1 prints the traceback of every error.
     """
     try:
         yield
     except Qwen35Error as error:
         _leave(error)
-    except Exception:
+    except KeyboardInterrupt:
+        interrupted()
+    except Exception as error:
         if _is_reported():
+            _mark_as_reported("another rank has said why the job ends")
             sys.exit(1)
-        raise
+        if (known := explained(error)) is None:
+            raise
+        known.__cause__ = error
+        _leave(known)
 
 
 def _leave(error: Qwen35Error) -> NoReturn:
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        traceback.print_exception(error)
     prints = _prints(_store())
+    sys.stdout.flush()
     if prints:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    _point_to_message()
+    _mark_as_reported(f"error: {error}")
     if dist.is_initialized():
         time.sleep(1.0)  # rank 0 may hold the store that tells the others to be silent
     elif not prints:
@@ -55,14 +70,14 @@ def _leave(error: Qwen35Error) -> NoReturn:
     sys.exit(getattr(error, "exit_status", EXIT_USAGE))
 
 
-def _point_to_message() -> None:
-    """torchrun ends its own report with this file's text, or else with advice on tracebacks."""
+def _mark_as_reported(text: str) -> None:
+    """torchrun ends its own report with the text in this file, `launch` adds nothing to it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        text = "see the line that begins with 'error:' above"
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        extra = {"py_callstack": f"\n{text}", "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+            content = {"message": {"message": REPORTED, "extraInfo": extra}}
+            Path(path).write_text(json.dumps(content))
 
 
 def _prints(store: Any) -> bool:

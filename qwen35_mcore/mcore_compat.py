@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
@@ -315,6 +317,9 @@ def prepare_training(step_flops: Callable[[float, float], float]) -> None:
     training.build_train_valid_test_data_iterators = _keeping_random_state(
         training.build_train_valid_test_data_iterators
     )
+    # GPTModel says that it is deprecated, pretrain that it wants a config in place of a provider.
+    logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
     # The wheel ships the compiled helpers but not the Makefile that compile_helpers runs.
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         dataset_utils.compile_helpers = lambda: None

@@ -50,19 +50,40 @@ def as_config_errors(args: argparse.Namespace) -> Iterator[None]:
     """Turn what megatron raises about its arguments into a ConfigError with the values at hand."""
     try:
         yield
-    except (AssertionError, ValueError, RuntimeError, OSError) as error:
-        condition = _failed_assertion(error)
+    except Qwen35Error:
+        raise
+    except Exception as error:
+        condition = failed_assertion(error)
         text = " ".join(str(error).split()) or condition
-        names = dict.fromkeys(re.findall(r"\bargs\.(\w+)", condition))
-        values = [f"{name}={getattr(args, name)!r}" for name in names if hasattr(args, name)]
+        if not isinstance(error, (AssertionError, ValueError, RuntimeError, OSError)):
+            text = f"{type(error).__name__}: {text}"
         raise ConfigError(
             f"megatron refuses these arguments: {text}",
-            got=", ".join(values) or None,
+            got=named_values(args, condition),
             allowed=condition if condition != text else None,
         ) from error
 
 
-def _failed_assertion(error: BaseException) -> str:
+def named_values(args: argparse.Namespace, text: str) -> str | None:
+    """``name=value`` of every argument that a text names; None where it names none."""
+    names = dict.fromkeys(re.findall(r"[a-z]\w+", text.replace("--", "").replace("-", "_")))
+    values = [f"{name}={getattr(args, name)!r}" for name in names if hasattr(args, name)]
+    return ", ".join(values) or None
+
+
+def first_raised(error: BaseException) -> BaseException:
+    """Megatron raises an error anew in every module around the one that failed, each time with the
+    module's name behind the text: the first."""
+    while (
+        (context := error.__context__) is not None
+        and type(context) is type(error)
+        and str(error).startswith(str(context))
+    ):
+        error = context
+    return error
+
+
+def failed_assertion(error: BaseException) -> str:
     """The condition of the assertion that failed, as source text; empty for other exceptions."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if not isinstance(error, AssertionError) or frame.lineno is None:
@@ -78,14 +99,9 @@ def _failed_assertion(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def as_first_raised() -> Iterator[None]:
-    """Raise an error of ours as it was: megatron raises it anew in every module around, made of its
-    text and the module's name, which then stands behind the fix."""
+    """Raise an error of ours as it was, without the names of modules behind its fix."""
     try:
         yield
     except Qwen35Error as error:
-        first = error
-        while isinstance(context := first.__context__, Qwen35Error) and str(first).startswith(
-            str(context)
-        ):
-            first = context
+        first = first_raised(error)
         raise first from first.__cause__

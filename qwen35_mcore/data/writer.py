@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from qwen35_mcore.errors import DataError
+from qwen35_mcore.interrupts import quiet_imports
 
 _PARTIAL = ".partial"
 
@@ -181,7 +181,6 @@ def _sync(path: Path) -> None:
 def _indexed_dataset() -> Any:
     # megatron.core imports torch and its optimizers, which warn about libraries that have no
     # part in writing a dataset.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_imports(leave=False):
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

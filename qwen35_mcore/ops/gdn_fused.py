@@ -118,7 +118,7 @@ def _before_silu(
 @triton.jit
 def _convolution_backward(
     x_ptr, w_ptr, starts_ptr, dpre_ptr, dx_ptr, dw_ptr,
-    length, stride_s, stride_b,
+    length, stride_s, stride_b, dx_stride_s, dx_stride_b,
     D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the projection and, as one share per chunk, of the convolution's weight.
@@ -129,7 +129,7 @@ def _convolution_backward(
     head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channel = head * D + tl.arange(0, D)
     x_ptr += batch.to(tl.int64) * stride_b
-    dx_ptr += batch.to(tl.int64) * stride_b
+    dx_ptr += batch.to(tl.int64) * dx_stride_b
     dpre_ptr += batch.to(tl.int64) * length * tl.num_programs(0) * D
     dw_ptr += (chunk * tl.num_programs(2) + batch).to(tl.int64) * W * tl.num_programs(0) * D
     shares = (tl.zeros((ROWS, D), dtype=tl.float32),) * W
@@ -150,7 +150,8 @@ def _convolution_backward(
             dx += dpre * tl.load(w_ptr + channel * W + (W - 1 - shift)).to(tl.float32)[None, :]
             added = added + (shares[shift] + dpre * x,)  # type: ignore  # noqa: RUF005
         shares = added
-        tl.store(dx_ptr + x_rows, dx.to(dx_ptr.dtype.element_ty), mask=own)
+        dx_rows = (time.to(tl.int64) * dx_stride_s)[:, None] + channel[None, :]
+        tl.store(dx_ptr + dx_rows, dx.to(dx_ptr.dtype.element_ty), mask=own)
     for shift in tl.static_range(W):
         tap = (W - 1 - shift) * tl.num_programs(0) * D
         tl.store(dw_ptr + tap + channel, tl.sum(shares[shift], axis=0))
@@ -184,11 +185,12 @@ class _Prologue(torch.autograd.Function):
             length, heads.key, heads.value, x_sbc.stride(0), x_sbc.stride(1),
             eps=ctx.eps, **_meta(heads, weight_cw, starts), **FORWARD,
         )  # fmt: skip
-        dx = torch.empty_like(x_sbc)
+        dx = x_sbc.new_empty(x_sbc.shape)  # dense, whatever x is a slice of
         grid = _grid(heads.mixed, length, CONVOLUTION_BACKWARD["CHUNK"], batch)
         dw = x_sbc.new_empty(grid[1] * batch, *weight_cw.t().shape, dtype=torch.float32)
         _convolution_backward[grid](
-            x_sbc, weight_cw, starts, dpre, dx, dw, length, x_sbc.stride(0), x_sbc.stride(1),
+            x_sbc, weight_cw, starts, dpre, dx, dw,
+            length, x_sbc.stride(0), x_sbc.stride(1), dx.stride(0), dx.stride(1),
             **_meta(heads, weight_cw, starts), **CONVOLUTION_BACKWARD,
         )  # fmt: skip
         _, z_part, b_part, a_part = dx.split(heads.sections, dim=-1)
@@ -226,7 +228,8 @@ def prologue(
     """Everything between the projection and the delta rule.
 
     Args:
-        x_sbc: the projection ``[s, b, q | k | v | z | b | a]``, contiguous in its last axis.
+        x_sbc: the projection ``[s, b, q | k | v | z | b | a]``; copied where its last axis is
+            strided, read where it lies otherwise.
         weight_cw: convolution weights of the q, k and v channels.
         cu_seqlens: boundaries of packed sequences (batch 1), or None.
         eps: of the l2 norm.
@@ -236,7 +239,12 @@ def prologue(
         ``[s, b, value heads * d]``; the logits b and a ``[b, s, value heads]``.
     """
     starts = None if cu_seqlens is None else sequence_starts(cu_seqlens, x_sbc.shape[0])
-    return _Prologue.apply(x_sbc, weight_cw.contiguous(), starts, heads, eps)
+    return _Prologue.apply(_rows(x_sbc), weight_cw.contiguous(), starts, heads, eps)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A tensor whose last axis the kernels can walk along."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit
@@ -311,7 +319,7 @@ class _Epilogue(torch.autograd.Function):
         o_bshd, z_sbc, weight_d = ctx.saved_tensors
         batch, length, heads, d = o_bshd.shape
         grid = _grid(heads, length, BACKWARD["CHUNK"], batch)
-        do = torch.empty_like(o_bshd)
+        do = o_bshd.new_empty(o_bshd.shape)
         dz = z_sbc.new_empty(length, batch, heads * d)
         dw = weight_d.new_empty(grid[1] * batch * heads, d, dtype=torch.float32)
         _epilogue_backward[grid](
@@ -324,5 +332,5 @@ class _Epilogue(torch.autograd.Function):
 
 def epilogue(o_bshd: Tensor, z_sbc: Tensor, weight_d: Tensor, eps: float) -> Tensor:
     """``rms_normalize(o) * weight * silu(z)``: ``[b, s, h, d]`` and a view ``[s, b, h * d]`` to
-    ``[s, b, h * d]``; z only has to be contiguous in its last axis."""
-    return _Epilogue.apply(o_bshd, z_sbc, weight_d, eps)
+    ``[s, b, h * d]``; z is copied only where its last axis is strided."""
+    return _Epilogue.apply(o_bshd, _rows(z_sbc), weight_d.contiguous(), eps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -110,3 +111,36 @@ def test_options_that_errors_advise_exist() -> None:
     assert len(advised) == 7
     usage = run("--help").stdout
     assert not {option for option in advised if option not in usage}
+
+
+INTERRUPTED = """
+import os, signal, sys
+from qwen35_mcore import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if sys.argv[1] == "imports":
+    sys.meta_path.insert(0, type("", (), {"find_spec": lambda name, *rest: (
+        os.kill(os.getpid(), signal.SIGINT) if name == "qwen35_mcore.data.pipeline" else None)}))
+else:
+    with cli.quiet_imports():
+        from qwen35_mcore.data import pipeline
+    hash_sources = pipeline.hash_sources
+    def interrupt(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return hash_sources(*args)
+    pipeline.hash_sources = interrupt
+sys.argv = ["qwen35", "data", "tokenize", "stdlib", "--output-prefix", sys.argv[2]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["imports", "work"])
+def test_ctrl_c_is_one_line(tmp_path: Path, moment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, moment, tmp_path / "out"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert not list(tmp_path.iterdir())

@@ -64,8 +64,8 @@ def training_run(words: list[str]) -> tuple[int, list[str]] | None:
     """World size and flags of a command that trains."""
     if words[:2] == ["bash", "examples/02_train.sh"]:
         script = (ROOT / words[1]).read_text().replace("\\\n", " ").replace("$run", "runs/demo")
-        line = next(line for line in script.splitlines() if line.startswith("exec torchrun"))
-        flags = shlex.split(line)[6:-1]  # without the launcher and "$@"
+        line = next(line for line in script.splitlines() if line.startswith("exec python"))
+        flags = shlex.split(line)[8:-1]  # without the launcher and "$@"
         return 2, [*flags, *words[2:]]
     if words[0] != "torchrun":
         return None

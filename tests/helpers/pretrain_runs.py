@@ -17,6 +17,7 @@ import socket
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -77,9 +78,18 @@ class ScriptServer:
         self._runs = 0
 
     def start(
-        self, flags: list[str], world_size: int = 1, ranks: list[int] | None = None, **env: str
+        self,
+        flags: list[str],
+        world_size: int = 1,
+        ranks: list[int] | None = None,
+        before: Callable[[Any], None] | None = None,
+        **env: str,
     ) -> Run:
-        """Start the script on ``ranks`` (all by default) of a job of ``world_size``."""
+        """Start the script on ``ranks`` (all by default) of a job of ``world_size``.
+
+        Args:
+            before: called with the script's module in each rank: plants a fault.
+        """
         self._runs += 1
         ranks = list(range(world_size)) if ranks is None else ranks
         outputs = [self._folder / f"{self._runs}.{rank}.txt" for rank in ranks]
@@ -88,7 +98,7 @@ class ScriptServer:
         job = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost"} | env
         job["MASTER_PORT"] = str(_free_port())
         calls = [
-            (flags, job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, str(output))
+            (flags, job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, str(output), before)
             for rank, output in zip(ranks, outputs, strict=True)
         ]
         return Run(self, self.call("start", calls), outputs)
@@ -176,7 +186,12 @@ def _ended(pids: list[int]) -> dict[int, int]:
 
 
 def _fork(
-    script: Any, connection: Connection, flags: list[str], env: dict[str, str], to: str
+    script: Any,
+    connection: Connection,
+    flags: list[str],
+    env: dict[str, str],
+    to: str,
+    before: Callable[[Any], None] | None,
 ) -> int:
     pid = os.fork()
     if pid:
@@ -187,6 +202,8 @@ def _fork(
         descriptor = os.open(to, os.O_WRONLY)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        if before is not None:
+            before(script)
         status = _main(script, flags, env)
     finally:
         os._exit(status)

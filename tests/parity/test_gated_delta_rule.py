@@ -288,6 +288,46 @@ def run_layer_rule(
     return {"o": o, "final": final, **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
 
 
+def extreme_gates(tokens: int, head_dim: int, device: str) -> dict[str, Tensor]:
+    """`raw_case` with ``a + dt_bias`` from -60 to 60, and a rate from 1e-3 to 60 for each head."""
+    case = raw_case(tokens, head_dim, device)
+    a = torch.tensor([0.0, 60, -60, 5.5, -5.5, 20.5, -20, 4.5, 8, 2], device=device)
+    case["a"] = a.repeat(tokens)[:tokens, None].repeat(1, 4)[None].bfloat16()
+    case["A_log"] = torch.tensor([1e-3, 0.02, 1, 60], device=device).log()
+    case["dt_bias"] = torch.tensor([0.0, 1.5, -2, 0.5], device=device)
+    return case
+
+
+def exact_rule(case: dict[str, Tensor], d_o: Tensor) -> dict[str, Any]:
+    """Token by token in float64, the gates by their definitions; as `run_layer_rule`."""
+    leaves = {name: x.detach().double().requires_grad_() for name, x in case.items()}
+    q, k, v, a, b, a_log, dt_bias = (leaves[name] for name in RAW)
+    g = -a_log.exp() * torch.logaddexp(a + dt_bias, torch.zeros_like(a))
+    o, final = reference.recurrent_gated_delta_rule(
+        q, k, v, g, 1 / (1 + torch.exp(-b)), output_final_state=True, use_qk_l2norm=True
+    )
+    torch.autograd.backward([o, final], [d_o.double(), torch.ones_like(final)])
+    return {"o": o, "final": final, **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
+
+
+def of_each_head(results: dict[str, Any]) -> dict[str, Tensor]:
+    """What belongs to one value head, apart from the others: a small gate hides no large one."""
+    axes = {"o": 2, "d_v": 2, "d_a": 2, "d_b": 2, "final": 1, "d_A_log": 0, "d_dt_bias": 0}
+    split = {
+        f"{name} {head}": part
+        for name, axis in axes.items()
+        for head, part in enumerate(results[name].detach().unbind(axis))
+    }
+    return split | {name: results[name] for name in ("d_q", "d_k")}
+
+
+def test_extreme_gates() -> None:
+    case = {name: x.float() for name, x in extreme_gates(130, 8, "cpu").items()}
+    d_o = torch.randn(1, 130, 4, 8, generator=torch.Generator().manual_seed(1))
+    actual = run_layer_rule(TorchKernels("tested"), case, None, d_o, None)
+    assert_same(of_each_head(actual), of_each_head(exact_rule(case, d_o)), 2e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gates_in_kernel", [True, False])
 @pytest.mark.parametrize("lengths", [[256], [100, 1, 155]], ids=["one", "packed"])

@@ -107,6 +107,35 @@ def test_gdn_is_no_further_from_float64_than_the_native_module() -> None:
     assert not worse
 
 
+@pytest.mark.parametrize("gates_in_kernel", [True, False])
+def test_flas_gate_at_its_extremes(gates_in_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and every gradient against float64, head by head: ``a + dt_bias`` from -60 to 60,
+    rates from 1e-3 to 60. Where bfloat16's own rounding leaves more, that is the bound."""
+    monkeypatch.setenv("FLA_FLASH_QLA", "0")  # it would compile for minutes
+    from qwen35_mcore.ops.fla import FlaKernels
+    from qwen35_mcore.ops.torch_kernels import TorchKernels
+    from tests.parity.test_gated_delta_rule import (
+        exact_rule,
+        extreme_gates,
+        of_each_head,
+        run_layer_rule,
+    )
+
+    case = extreme_gates(256, 64, "cuda")
+    d_o = torch.randn(
+        1, 256, 4, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+    )
+    exact = of_each_head(exact_rule(case, d_o))
+    rounded = of_each_head(run_layer_rule(TorchKernels("rounded"), case, None, d_o, None))
+    fla = FlaKernels("tested", gates_in_kernel=gates_in_kernel)
+    actual = of_each_head(run_layer_rule(fla, case, None, d_o, None))
+    for name, expected in exact.items():
+        assert actual[name].isfinite().all(), name
+        if expected.norm() > 1e-6:  # what is not lost in bfloat16
+            bound = max(8 * relative(rounded[name], expected), 2e-2)
+            assert relative(actual[name], expected) <= bound, name
+
+
 def test_packed_sequences_equal_separate_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients of a GatedDeltaNet whose sequences follow one another in one batch."""
     monkeypatch.setenv("FLA_FLASH_QLA", "0")  # it would compile for minutes

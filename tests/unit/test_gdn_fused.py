@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,12 +10,22 @@ import sys
 import pytest
 
 SCRIPT = """
-import sys, torch
+import json, sys, torch
+import torch.nn.functional as F
 from qwen35_mcore.ops import reference
 from qwen35_mcore.ops.gdn_fused import epilogue, prologue
 from qwen35_mcore.ops.heads import Heads
 
-length, batch, key, value, packed = (int(x) for x in sys.argv[1:])
+def in_memory(x, order):
+    if order == "slice":  # of a wider tensor, whose other columns must not be touched
+        return F.pad(x, (5, 3), value=float("nan"))[..., 5:-3]
+    if order == "batch first":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if order == "strided":
+        return x.transpose(0, 2).contiguous().transpose(0, 2)
+    return x
+
+length, batch, key, value, packed, order = json.loads(sys.argv[1])
 torch.manual_seed(0)
 heads, d, eps = Heads(key, value, 16, 16), 16, 1e-6
 mixed = heads.mixed * d
@@ -30,8 +41,10 @@ def slow(x, w, scale):
     return reference.l2norm(q), reference.l2norm(k), v, b, a, y.flatten(2).transpose(0, 1)
 
 def fast(x, w, scale):
-    q, k, v, z, b, a = prologue(x, w, heads, cu, eps)
-    return q, k, v, b, a, epilogue(v * 3, z, scale, eps)
+    q, k, v, z, b, a = prologue(in_memory(x, order), w, heads, cu, eps)
+    if order == "strided":
+        z = in_memory(z, order)
+    return q, k, v, b, a, epilogue(v * 3, z, scale[None].expand(2, -1).t()[:, 0], eps)
 
 results = []
 for run, dtype in ((slow, torch.float64), (fast, torch.float32)):
@@ -50,14 +63,26 @@ print("equal")
 
 
 @pytest.mark.parametrize(
-    ("length", "batch", "key", "value", "packed"),
-    [(40, 2, 1, 2, 0), (33, 1, 2, 2, 0), (70, 1, 1, 4, 1), (2, 3, 1, 1, 0), (64, 1, 1, 3, 1)],
+    ("length", "batch", "key", "value", "packed", "order"),
+    [
+        (40, 2, 1, 2, 0, "whole"),
+        (33, 1, 2, 2, 0, "whole"),
+        (70, 1, 1, 4, 1, "whole"),
+        (2, 3, 1, 1, 0, "whole"),
+        (64, 1, 1, 3, 1, "whole"),
+        (21, 2, 1, 2, 0, "slice"),
+        (21, 2, 1, 2, 0, "batch first"),
+        (21, 2, 1, 2, 0, "strided"),
+        (140, 1, 1, 1, 1, "slice"),
+    ],
 )
-def test_outputs_and_gradients(length: int, batch: int, key: int, value: int, packed: int) -> None:
-    """Lengths that are no multiple of a block; packed boundaries inside the convolution's reach."""
-    numbers = [str(n) for n in (length, batch, key, value, packed)]
+def test_outputs_and_gradients(
+    length: int, batch: int, key: int, value: int, packed: int, order: str
+) -> None:
+    """Lengths that are no multiple of a block, or more than one; packed boundaries inside the
+    convolution's reach; a projection that is not dense in memory."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *numbers],
+        [sys.executable, "-c", SCRIPT, json.dumps([length, batch, key, value, packed, order])],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,

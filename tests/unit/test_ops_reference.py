@@ -63,6 +63,70 @@ def test_decay_gate(dtype: torch.dtype) -> None:
     assert torch.equal(g, expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-8)], ids=str
+)
+def test_decay_gate_over_its_whole_range(dtype: torch.dtype, tolerance: float) -> None:
+    """Value and gradients, each number by itself: ``a + dt_bias`` from -80 to 80, and rates
+    ``exp(A_log)`` from 1e-3 to 60. softplus is the identity from 20 on, which is off by 1e-10."""
+    rates = torch.logspace(-3, 1.778, 7, dtype=torch.float64)
+    a = torch.linspace(-60, 60, 241, dtype=torch.float64)[None, :, None].expand(1, 241, 7)
+    dt_bias = torch.linspace(-20, 20, 7, dtype=torch.float64)
+
+    def gate(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (a, rates.log(), dt_bias)]
+        g = function(*leaves)
+        g.sum(1).square().sum().backward()
+        return [g.detach(), *(leaf.grad for leaf in leaves)]
+
+    def exact(a: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
+        return -a_log.exp() * torch.logaddexp(a + dt_bias, torch.zeros((), dtype=a.dtype))
+
+    actual, expected = gate(reference.decay_gate, dtype), gate(exact, torch.float64)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=1e-30)
+
+
+def test_decay_gate_at_the_extremes_is_transformers_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gate that a layer of transformers hands to its delta rule, and all gradients of it."""
+    hf, heads = hf_reference.modeling(), 4
+    config = hf.Qwen3_5TextConfig(
+        hidden_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=heads,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    torch.manual_seed(0)
+    layer, x = hf.Qwen3_5GatedDeltaNet(config, 0), normal(2, 9, 32, dtype=torch.float32)
+    with torch.no_grad():
+        layer.A_log.copy_(torch.logspace(-3, 1.778, heads).log())
+        layer.dt_bias.copy_(torch.linspace(-20, 20, heads))
+        layer.in_proj_a.weight.mul_(60 / layer.in_proj_a(x).abs().max())
+    seen: dict[str, Tensor] = {}
+
+    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **rest: Any) -> tuple[Tensor, None]:
+        seen["g"] = g
+        return v, None
+
+    monkeypatch.setattr(hf, "torch_chunk_gated_delta_rule", rule)
+    layer(x)
+    a = layer.in_proj_a(x)
+    ours = reference.decay_gate(a, layer.A_log, layer.dt_bias)
+    assert (a + layer.dt_bias).min() < -30
+    assert (a + layer.dt_bias).max() > 30
+    assert torch.equal(ours, seen["g"])
+    leaves = [layer.A_log, layer.dt_bias, layer.in_proj_a.weight]
+    for one, other in zip(
+        torch.autograd.grad(ours.sum(), leaves),
+        torch.autograd.grad(seen["g"].sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
 def test_decay_gate_survives_extremes() -> None:
     a = torch.tensor([-1e4, 0.0, 1e4]).requires_grad_()
     g = reference.decay_gate(a, torch.zeros(3), torch.zeros(3))

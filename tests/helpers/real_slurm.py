@@ -117,10 +117,6 @@ class RealSlurm:
             time.sleep(0.2)
         return found
 
-    def start_queued(self, number: str) -> None:
-        """A job that is queued again waits two minutes; no longer."""
-        self.command("scontrol", "update", f"JobId={number}", "StartTime=now")
-
     def logs(self) -> str:
         return "\n".join(
             f"== {file.name}\n{file.read_text(errors='replace')[-2000:]}"

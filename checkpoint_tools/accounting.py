@@ -14,7 +14,7 @@ from checkpoint_tools.hf_io import HFCheckpoint, HFTensor
 from checkpoint_tools.names import Layout, Naming, Row, rows
 from checkpoint_tools.origin import Origin, other_files
 from checkpoint_tools.tensor_names import HEAD, MTP_PREFIX, VISION_PREFIX
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
 _CONVERTIBLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -41,7 +41,7 @@ from checkpoint_tools.progress import Progress
 from checkpoint_tools.storage import split_copy
 from checkpoint_tools.transforms import Box, common_dtype
 from checkpoint_tools.workers import import_meanwhile, run_parallel
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 
 PART_BYTES = 2**29
 

@@ -26,7 +26,7 @@ from checkpoint_tools.tensor_names import HEAD, MTP_PREFIX
 from checkpoint_tools.tokenizer import OtherFiles, other_files_of, set_special_ids
 from checkpoint_tools.views import DtypeChoice, ModelView, has_mtp, main_parameter, model_keys
 from checkpoint_tools.workers import run_parallel
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError, ConfigError
 
 _CONFIG = "config.json"

@@ -9,7 +9,7 @@ that has no use for one ignores it.
 from __future__ import annotations
 
 from checkpoint_tools.names import Layout
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 
 
 def extra_state_keys(config: Qwen35Config, *, mtp: bool, layout: Layout) -> list[str]:

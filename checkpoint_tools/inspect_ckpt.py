@@ -17,9 +17,9 @@ from checkpoint_tools.mcore_keys import TRACKER
 from checkpoint_tools.storage import no_folder
 from checkpoint_tools.tensor_names import MTP_PREFIX, VISION_PREFIX
 from checkpoint_tools.views import has_mtp, model_keys, stored_layout
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.flavors import FLAVORS
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError, ConfigError
-from qwen35_mcore.flavors import FLAVORS
 
 _ANY_CHECKPOINT = (
     "a folder with config.json and safetensors files, an iter_NNNNNNN or release folder, or the "

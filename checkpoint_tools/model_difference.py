@@ -10,7 +10,7 @@ from pathlib import Path
 from checkpoint_tools.hf_io import HFCheckpoint, is_hf_folder
 from checkpoint_tools.mcore_io import MegatronCheckpoint
 from checkpoint_tools.tensor_names import MTP_PREFIX
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 
 _NOT_COMPUTED_WITH = {

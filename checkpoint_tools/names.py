@@ -26,7 +26,7 @@ from checkpoint_tools.transforms import (
     separate_experts,
     whole,
 )
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
 Experts = Literal["packed", "per_expert"]

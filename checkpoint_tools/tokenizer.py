@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoint_tools.mcore_io import MegatronCheckpoint
 from checkpoint_tools.origin import Origin
-from qwen35_mcore.tokenizer_files import (
+from qwen35_mcore.data.tokenizer_files import (
     GENERATION_CONFIG,
     SPECIAL_IDS,
     is_tokenizer_file,

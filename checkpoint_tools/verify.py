@@ -22,7 +22,7 @@ from checkpoint_tools.tensor_names import describe, with_prefix_of
 from checkpoint_tools.transforms import Box, common_dtype
 from checkpoint_tools.views import aligned, model_keys
 from checkpoint_tools.workers import run_parallel
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
 

@@ -16,7 +16,7 @@ from checkpoint_tools.names import Layout, Naming, Row, TensorSpec, rows
 from checkpoint_tools.storage import split_rows
 from checkpoint_tools.tensor_names import MTP_PREFIX
 from checkpoint_tools.transforms import Copy, Shape, common_dtype
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
 DtypeChoice = Literal["original", "checkpoint", "float32"]

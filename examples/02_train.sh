@@ -7,7 +7,7 @@ set -euo pipefail
 run=${QWEN35_RUN_DIR:-runs/demo}
 export CUDA_VISIBLE_DEVICES=                  # the same run on every machine, GPUs or not
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the processes share the cores
-exec python -m qwen35_mcore.launch --standalone --nproc-per-node 2 "$(dirname "$0")/pretrain_qwen35.py" \
+exec python -m qwen35_mcore.training.launch --standalone --nproc-per-node 2 "$(dirname "$0")/pretrain_qwen35.py" \
     --flavor tiny-moe --expert-model-parallel-size 2 --use-distributed-optimizer \
     --data-path "$run/data/stdlib" --split 98,1,1 --num-workers 1 \
     --seq-length 256 --micro-batch-size 8 --global-batch-size 16 --train-iters 160 \

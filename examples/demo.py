@@ -23,9 +23,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qwen35_mcore.config.counts import count_parameters
+from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.data.sidecar import read_sidecar
-from qwen35_mcore.flavors import get_flavor
-from qwen35_mcore.planner.counts import count_parameters
 
 HERE = Path(__file__).resolve().parent
 WRITTEN = ("data", "checkpoints", "tensorboard", "demo.log", "loss.png")

@@ -12,16 +12,16 @@ import contextlib
 from functools import partial
 from typing import Any
 
-from qwen35_mcore.interrupts import quiet_imports
+from qwen35_mcore.process.interrupts import quiet_imports
 
 if __name__ == "__main__":
     imports = contextlib.ExitStack()
     imports.enter_context(quiet_imports())
 
-from qwen35_mcore import cpu
+from qwen35_mcore.mcore import cpu_mode
 
-if cpu.is_needed():
-    cpu.enable_training()
+if cpu_mode.is_needed():
+    cpu_mode.enable_training()
 
 import torch
 from megatron.core import mpu
@@ -39,13 +39,13 @@ from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from qwen35_mcore.arguments import parse_arguments
-from qwen35_mcore.data_checks import check_batch
-from qwen35_mcore.job_errors import reported_once
-from qwen35_mcore.mcore_compat import prepare_training
-from qwen35_mcore.packed_documents import batch_on_this_cp_rank, packed_sequences
-from qwen35_mcore.planner.flops import training_flops
-from qwen35_mcore.provider import make_model_provider
+from qwen35_mcore.config.flops import training_flops
+from qwen35_mcore.mcore.imports import prepare_training
+from qwen35_mcore.model.build import make_model_provider
+from qwen35_mcore.training.arguments import parse_arguments
+from qwen35_mcore.training.checks.data import check_batch
+from qwen35_mcore.training.job_errors import reported_once
+from qwen35_mcore.training.packed_documents import batch_on_this_cp_rank, packed_sequences
 
 BATCH_KEYS = (
     "tokens",

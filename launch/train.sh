@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on one node, with torchrun behind qwen35_mcore.launch.
+# Train on one node, with torchrun behind qwen35_mcore.training.launch.
 #
 #   DATA=data/corpus SAVE=runs/35b launch/train.sh PRESET [flags of pretrain_qwen35.py]
 #
@@ -53,5 +53,5 @@ fi
     "fix: run it on a machine with $NPROC GPUs, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
 check_python
 
-exec "$PYTHON" -m qwen35_mcore.launch --standalone --nproc-per-node "$NPROC" \
+exec "$PYTHON" -m qwen35_mcore.training.launch --standalone --nproc-per-node "$NPROC" \
     "$REPO/examples/pretrain_qwen35.py" "${layout[@]}" "${paths[@]}" "$@"

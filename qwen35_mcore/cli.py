@@ -10,7 +10,12 @@ from typing import Annotated, Any, Literal
 
 from qwen35_mcore import __version__
 from qwen35_mcore.errors import Qwen35Error
-from qwen35_mcore.interrupts import EXIT_INTERRUPTED, interrupt_once, interrupted, quiet_imports
+from qwen35_mcore.process.interrupts import (
+    EXIT_INTERRUPTED,
+    interrupt_once,
+    interrupted,
+    quiet_imports,
+)
 
 with quiet_imports():
     import typer
@@ -55,7 +60,7 @@ def flavors(
     ] = False,
 ) -> None:
     """List the model sizes with their shapes and parameter counts."""
-    from qwen35_mcore.flavors import FLAVORS, flavor_name
+    from qwen35_mcore.config.flavors import FLAVORS, flavor_name
 
     names = [flavor_name(name)] if name else list(FLAVORS)
     rows = [_flavor_row(one) for one in names]
@@ -73,7 +78,7 @@ def flags(
     ] = None,
 ) -> None:
     """Say of megatron's flags which the model decides, which work, and why others are refused."""
-    from qwen35_mcore.flags.show import described, overview
+    from qwen35_mcore.training.flags.show import described, overview
 
     typer.echo("\n".join(described(names) if names else overview()))
 
@@ -317,8 +322,8 @@ def main() -> None:
 
 
 def _flavor_row(name: str) -> dict[str, Any]:
-    from qwen35_mcore.flavors import FLAVORS
-    from qwen35_mcore.planner.counts import count_parameters
+    from qwen35_mcore.config.counts import count_parameters
+    from qwen35_mcore.config.flavors import FLAVORS
 
     config = FLAVORS[name]
     counts = count_parameters(config)

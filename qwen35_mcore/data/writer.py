@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from qwen35_mcore.errors import DataError
-from qwen35_mcore.interrupts import quiet_imports
+from qwen35_mcore.process.interrupts import quiet_imports
 
 _PARTIAL = ".partial"
 

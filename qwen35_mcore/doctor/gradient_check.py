@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from qwen35_mcore.doctor.gradient_result import GradientCheck, Quantity
-from qwen35_mcore.ops import reference
-from qwen35_mcore.ops.dispatch import KernelBackend, select_backend
-from qwen35_mcore.ops.heads import Heads
-from qwen35_mcore.ops.torch_kernels import TorchKernels
+from qwen35_mcore.kernels import reference
+from qwen35_mcore.kernels.heads import Heads
+from qwen35_mcore.kernels.registry import KernelBackend, select_backend
+from qwen35_mcore.kernels.torch_kernels import TorchKernels
 
 EPS = 1e-6
 TAPS = 4

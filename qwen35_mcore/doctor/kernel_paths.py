@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.arguments import run_defaults
-from qwen35_mcore.backends import choose_experts
+from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.doctor.snapshot import Finding, Level, Snapshot
 from qwen35_mcore.errors import KernelError
-from qwen35_mcore.flavors import get_flavor
-from qwen35_mcore.mcore_compat import has_apex_accumulation
-from qwen35_mcore.ops.dispatch import choose_backend
-from qwen35_mcore.ops.heads import Heads
-from qwen35_mcore.ops.support import KernelFacts, flash_qla_support
+from qwen35_mcore.kernels.heads import Heads
+from qwen35_mcore.kernels.registry import choose_backend
+from qwen35_mcore.kernels.support import KernelFacts, flash_qla_support
+from qwen35_mcore.mcore.imports import has_apex_accumulation
+from qwen35_mcore.model.spec_providers import choose_experts
+from qwen35_mcore.training.arguments import run_defaults
 
 HOPPER = (9, 0)
 FP8_FROM = (8, 9)  # compute capability of the first GPUs with FP8 matrix units
@@ -153,7 +153,7 @@ def _delta_rule(facts: KernelFacts, dtype: torch.dtype) -> KernelPath:
 def _around_delta_rule() -> KernelPath:
     part = "GDN convolution, norms, gate"
     try:
-        from qwen35_mcore.ops import gdn_fused
+        from qwen35_mcore.kernels import fused_triton
     except ImportError as error:
         return KernelPath(part=part, path="none", why=f"Triton: {error}", ok=False)
     heads = Heads(
@@ -162,7 +162,7 @@ def _around_delta_rule() -> KernelPath:
         HEAD_DIMS["key_dim"],
         HEAD_DIMS["value_dim"],
     )
-    if gdn_fused.supports(heads):
+    if fused_triton.supports(heads):
         why = f"head dims {heads.key_size} and {heads.value_size} fit one program"
         return KernelPath(part=part, path="one Triton kernel before, one behind", why=why)
     return KernelPath(part=part, path="FLA, a kernel each", why="head dims do not fit one program")

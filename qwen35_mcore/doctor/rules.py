@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwen35_mcore.doctor.snapshot import Finding, Level, Snapshot
-from qwen35_mcore.tested_versions import MEGATRON_CORE, PYTHON, TRANSFORMER_ENGINE, release
+from qwen35_mcore.versions import MEGATRON_CORE, PYTHON, TRANSFORMER_ENGINE, release
 
 CUDA_TORCH = "install the CUDA 13 build of the same torch release, from PyTorch's own index"
 TE_EXTRA = "pip install -c constraints.txt -e '.[te]'"

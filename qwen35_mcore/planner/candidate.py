@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.parallel import ParallelLayout
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.planner.hardware import Gpu
 
 if TYPE_CHECKING:

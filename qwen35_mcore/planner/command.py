@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.flavors import flavor_name, get_flavor
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.flavors import flavor_name, get_flavor
 from qwen35_mcore.planner.calibration import default_calibration, read_calibration
 from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Job
 from qwen35_mcore.planner.emit import check_folder, emit, files

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import log
 
-from qwen35_mcore.layer_pattern import LayerKind
+from qwen35_mcore.config.flops import attention_layer_flops, gdn_layer_flops
+from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.calibration import DEFAULT, Calibration, LayerRow
 from qwen35_mcore.planner.candidate import Candidate, Microbatch
-from qwen35_mcore.planner.flops import attention_layer_flops, gdn_layer_flops
 from qwen35_mcore.planner.hardware import Gpu, get_gpu
 from qwen35_mcore.planner.memory import (
     element_parameters,

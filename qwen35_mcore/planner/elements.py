@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from qwen35_mcore.layer_pattern import LayerKind
+from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.planner import activations, cost, memory
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import Groups, all_to_all, gather, send

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from qwen35_mcore.errors import ConfigError, PlanError
-from qwen35_mcore.parallel import Violation, check_layout
-from qwen35_mcore.pipeline_layout import parse_pipeline_layout
+from qwen35_mcore.parallel.layout import Violation, check_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Candidate, Job
 from qwen35_mcore.planner.elements import Model
 from qwen35_mcore.planner.hardware import GIB

@@ -12,12 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.layer_pattern import LayerKind
-from qwen35_mcore.planner import activations
-from qwen35_mcore.planner.activations import Kept
-from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
-from qwen35_mcore.planner.counts import (
+from qwen35_mcore.config.counts import (
     attention_parameters,
     expert_parameters,
     gdn_parameters,
@@ -25,6 +20,11 @@ from qwen35_mcore.planner.counts import (
     router_parameters,
     shared_expert_parameters,
 )
+from qwen35_mcore.config.layer_pattern import LayerKind
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.planner import activations
+from qwen35_mcore.planner.activations import Kept
+from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.hardware import GIB, Gpu
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from qwen35_mcore.config.flops import training_flops
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.communication import Group, all_reduce, gather
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
 from qwen35_mcore.planner.elements import Model, Part, Times
-from qwen35_mcore.planner.flops import training_flops
 from qwen35_mcore.planner.layout_text import write_pipeline_layout
 from qwen35_mcore.planner.memory import (
     GRADIENT,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.parallel import check_layout
+from qwen35_mcore.parallel.layout import check_layout
 from qwen35_mcore.planner.bounds import Bounds, bounds
 from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job
 from qwen35_mcore.planner.elements import Model

@@ -25,10 +25,10 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 
-from qwen35_mcore.backends import get_backend
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.provider import build_model
-from qwen35_mcore.specs import gated_attention_spec, gated_delta_net_spec, layer_spec
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.model.build import build_model
+from qwen35_mcore.model.spec_providers import get_backend
+from qwen35_mcore.model.specs import gated_attention_spec, gated_delta_net_spec, layer_spec
 from tests.bench.common import cut_config, gpu_config, median_ms, start
 from tests.helpers.toys import random_tokens
 from tests.helpers.training import Batch, Layout, Result, forward_backward, wrap

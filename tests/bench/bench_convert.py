@@ -27,9 +27,9 @@ import torch
 from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
 from checkpoint_tools.names import Naming, rows
 from checkpoint_tools.storage import ChecksumWriter
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.flavors import get_flavor
-from qwen35_mcore.layer_pattern import LayerKind
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.layer_pattern import LayerKind
+from qwen35_mcore.config.model_config import Qwen35Config
 
 PUBLISHED_GB = {"35b-a3b": 71.9, "122b-a10b": 250.0, "397b-a17b": 807.0}
 COMMAND = [sys.executable, "-m", "checkpoint_tools.cli"]

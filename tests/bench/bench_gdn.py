@@ -21,9 +21,9 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 
-from qwen35_mcore.backends import get_backend
-from qwen35_mcore.planner.flops import gdn_layer_flops
-from qwen35_mcore.specs import gated_delta_net_spec
+from qwen35_mcore.config.flops import gdn_layer_flops
+from qwen35_mcore.model.spec_providers import get_backend
+from qwen35_mcore.model.specs import gated_delta_net_spec
 from tests.bench.common import (
     BANDWIDTH,
     PEAK_TFLOPS,

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen35_mcore.errors import ConfigError, Qwen35Error
-from qwen35_mcore.megatron_refusals import raise_instead_of_usage
+from qwen35_mcore.mcore.megatron_errors import raise_instead_of_usage
 from qwen35_mcore.planner.hardware import get_gpu
 from tests.bench.multi_gpu.machine import (
     Machine,

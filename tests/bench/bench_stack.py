@@ -19,9 +19,9 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
 )
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from qwen35_mcore.backends import get_backend
-from qwen35_mcore.planner.flops import forward_flops
-from qwen35_mcore.specs import decoder_block_spec
+from qwen35_mcore.config.flops import forward_flops
+from qwen35_mcore.model.spec_providers import get_backend
+from qwen35_mcore.model.specs import decoder_block_spec
 from tests.bench import graphs
 from tests.bench.common import (
     FP8_RECIPES,

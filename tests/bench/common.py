@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.flavors import get_flavor
-from qwen35_mcore.transformer_config import Qwen35TransformerConfig, transformer_config
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, transformer_config
 
 PEAK_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}  # H100/H200 SXM datasheet, dense
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise")

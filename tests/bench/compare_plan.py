@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.flavors import get_flavor
-from qwen35_mcore.layer_pattern import LayerKind
-from qwen35_mcore.pipeline_layout import parse_pipeline_layout
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.layer_pattern import LayerKind
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.planner import activations, cost
 from qwen35_mcore.planner.activations import Kept
 from qwen35_mcore.planner.calibration import (

@@ -111,7 +111,7 @@ def run_layer(
     kernels: Any, key_heads: int, value_heads: int, length: int, group: Any = None
 ) -> None:
     """One forward and backward of everything between the GDN's projections."""
-    from qwen35_mcore.ops.heads import Heads
+    from qwen35_mcore.kernels.heads import Heads
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype).requires_grad_()
@@ -173,7 +173,7 @@ def main() -> None:
         raise ConfigError("--folder must be new", got=str(args.folder))
     os.environ["TRITON_HOME"] = str(args.folder.resolve())
     counts = pretend()
-    from qwen35_mcore.ops.fla import FlaKernels
+    from qwen35_mcore.kernels.fla import FlaKernels
 
     kernels = FlaKernels("compiled ahead")
     replace_what_needs_a_gpu()

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from qwen35_mcore.cli import app
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.flags import GROUPS, TABLE, counts
+from qwen35_mcore.training.flags import GROUPS, TABLE, counts
 
 
 def output(*flags: str) -> str:
@@ -50,6 +50,6 @@ def test_a_flag_that_does_not_exist() -> None:
 
 def test_it_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'megatron'}"
-    code = f"import sys, qwen35_mcore.flags.show; print({heavy} & set(sys.modules))"
+    code = f"import sys, qwen35_mcore.training.flags.show; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

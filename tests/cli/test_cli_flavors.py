@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen35_mcore.flavors import FLAVORS
-from qwen35_mcore.planner.counts import count_parameters
+from qwen35_mcore.config.counts import count_parameters
+from qwen35_mcore.config.flavors import FLAVORS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow")

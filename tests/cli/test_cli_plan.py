@@ -332,7 +332,7 @@ def test_a_calibration_changes_the_prediction(tmp_path: Path) -> None:
 
 
 def test_a_model_from_a_config_file(tmp_path: Path) -> None:
-    from qwen35_mcore.flavors import get_flavor
+    from qwen35_mcore.config.flavors import get_flavor
 
     (tmp_path / "config.json").write_text(json.dumps(get_flavor("2b").to_hf()))
     asked = ("--hf-config", str(tmp_path), "--gpus", "8", "--global-batch-size", "64")

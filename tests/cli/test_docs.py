@@ -16,19 +16,19 @@ import pytest
 import typer
 
 from qwen35_mcore import data
-from qwen35_mcore.flavors import FLAVORS
+from qwen35_mcore.config.flavors import FLAVORS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "examples/README.md", "launch/README.md")
 NOT_OURS = ("pip", "tensorboard", "...")
 PARSE = """
 import json, os, sys
-from qwen35_mcore import cpu
-if cpu.is_needed():
-    cpu.enable_training()
+from qwen35_mcore.mcore import cpu_mode
+if cpu_mode.is_needed():
+    cpu_mode.enable_training()
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.training.global_vars import destroy_global_vars
-from qwen35_mcore.arguments import parse_arguments
+from qwen35_mcore.training.arguments import parse_arguments
 for world, argv in json.load(sys.stdin):
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
     parse_arguments(argv)

@@ -21,9 +21,9 @@ from qwen35_mcore.doctor.kernel_paths import kernel_findings, training_paths
 from qwen35_mcore.doctor.report import print_report, to_json
 from qwen35_mcore.doctor.rules import judge
 from qwen35_mcore.doctor.snapshot import Level
-from qwen35_mcore.ops import reference
-from qwen35_mcore.ops.torch_kernels import TorchKernels
-from qwen35_mcore.tested_versions import MEGATRON_CORE, PYTHON, TRANSFORMER_ENGINE
+from qwen35_mcore.kernels import reference
+from qwen35_mcore.kernels.torch_kernels import TorchKernels
+from qwen35_mcore.versions import MEGATRON_CORE, PYTHON, TRANSFORMER_ENGINE
 from tests.helpers.machines import kernels
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from qwen35_mcore import cpu
+from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.data import tokenize
-from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.mcore import cpu_mode
 from tests.helpers.pretrain_runs import script_server, small_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +146,7 @@ def test_flags(more: list[str], parts: list[str]) -> None:
 GRAPH = "--cuda-graph-impl"
 
 
-@pytest.mark.skipif(not cpu.is_needed(), reason="a GPU can do this")
+@pytest.mark.skipif(not cpu_mode.is_needed(), reason="a GPU can do this")
 @pytest.mark.parametrize(
     ("more", "parts"),
     [

@@ -123,7 +123,7 @@ def test_out_of_memory_gets_advice_at_any_step(tmp_path: Path) -> None:
 
 REPORTS = """
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.job_errors import reported_once
+from qwen35_mcore.training.job_errors import reported_once
 with reported_once():
     raise ConfigError("a flag is wrong", fix="drop it")
 """
@@ -139,7 +139,14 @@ time.sleep(600)
 def launched(folder: Path, text: str) -> subprocess.Popen[str]:
     script = folder / "script.py"
     script.write_text(text)
-    command = [sys.executable, "-m", "qwen35_mcore.launch", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "qwen35_mcore.training.launch",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     return subprocess.Popen(
         [*command, str(script)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

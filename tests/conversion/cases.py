@@ -13,8 +13,8 @@ from megatron.core.ssm.gated_delta_net import common as native_gdn
 from megatron.core.ssm.gated_delta_net.gdn import GatedDeltaNet as NativeGatedDeltaNet
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from qwen35_mcore import specs
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.model.gpt_model import specs
 from tests.helpers.training import Layout, build_chunks, config_for, initialize
 
 

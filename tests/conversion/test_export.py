@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoint_tools.names import Naming, hf_to_mcore, rows
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ok, refused
 from tests.helpers.hf_toy import read_all
 from tests.helpers.mcore_toy import write_training_checkpoint

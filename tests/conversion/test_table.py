@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from checkpoint_tools.names import Naming, Row, hf_to_mcore, mcore_to_hf, rows
 from checkpoint_tools.transforms import Box
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.flavors import FLAVORS
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.rope import RopeParameters
 from qwen35_mcore.errors import CheckpointError
-from qwen35_mcore.flavors import FLAVORS
-from qwen35_mcore.rope import RopeParameters
 from tests.helpers.random_configs import configs
 from tests.helpers.toys import toy_config
 

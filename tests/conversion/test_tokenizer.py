@@ -16,11 +16,11 @@ import torch
 
 from checkpoint_tools.mcore_io import MegatronCheckpoint
 from checkpoint_tools.names import Naming, hf_to_mcore, rows
-from qwen35_mcore.carried_files import store
-from qwen35_mcore.carried_tokenizer import carry_tokenizer
-from qwen35_mcore.checkpoint_checks import Start
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.data import tokenize
+from qwen35_mcore.training.carried_files import store
+from qwen35_mcore.training.carried_tokenizer import carry_tokenizer
+from qwen35_mcore.training.checks.checkpoint import Start
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.hf_reference import modeling
 from tests.helpers.hf_toy import save_folder

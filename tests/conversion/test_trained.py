@@ -14,7 +14,7 @@ import torch
 from checkpoint_tools.extra_state import extra_state_keys
 from checkpoint_tools.mcore_io import MegatronCheckpoint
 from checkpoint_tools.names import Naming, rows
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.hf_reference import load_pretrained, modeling
 from tests.helpers.hf_toy import read_all, write_toy

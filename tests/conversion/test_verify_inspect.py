@@ -187,7 +187,7 @@ def test_inspect_a_training_checkpoint(tmp_path: Path) -> None:
 
 
 def test_inspect_names_the_flavor(tmp_path: Path) -> None:
-    from qwen35_mcore.flavors import get_flavor
+    from qwen35_mcore.config.flavors import get_flavor
 
     config = get_flavor("tiny-dense")
     hf = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.distributed.cases import DENSE, MOE
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.toys import random_tokens, toy_config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.planner.calibration import DEFAULT
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.emit import emit

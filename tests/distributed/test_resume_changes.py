@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen35_mcore.resume_checks import CHANGES
+from qwen35_mcore.training.checks.resume import CHANGES
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
 from tests.helpers.run_results import (
     checkpoint_common,

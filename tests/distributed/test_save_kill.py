@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 
-from qwen35_mcore import checkpoint_files
-from qwen35_mcore.checkpoint_files import (
+from qwen35_mcore.mcore import checkpoint_files
+from qwen35_mcore.mcore.checkpoint_files import (
     TRACKER,
     complete_checkpoints,
     damage,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen35_mcore.checkpoint_files import TRACKER, damage, tracked_folder
+from qwen35_mcore.mcore.checkpoint_files import TRACKER, damage, tracked_folder
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
 from tests.helpers.run_results import checkpoint_common, checkpoint_tensors
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.ops.state_passing import Zigzag
-from qwen35_mcore.ops.torch_kernels import TorchKernels
-from qwen35_mcore.transformer_config import transformer_config
+from qwen35_mcore.kernels.state_passing import Zigzag
+from qwen35_mcore.kernels.torch_kernels import TorchKernels
+from qwen35_mcore.model.transformer_config import transformer_config
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.toys import toy_config
 from tests.helpers.training import LOCAL, Layout, build_chunks, config_for, initialize

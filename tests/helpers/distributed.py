@@ -176,9 +176,9 @@ def _serve(connection: Connection, gpu: int | None, log: Path | None) -> None:
             os.dup2(file.fileno(), 2)
     faulthandler.register(PRINT_STACKS)
     if gpu is None:
-        from qwen35_mcore import cpu
+        from qwen35_mcore.mcore import cpu_mode
 
-        cpu.enable()
+        cpu_mode.enable()
     else:
         torch.cuda.set_device(gpu)
         _import_kernels()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.shards import assemble
 from tests.helpers.toys import random_tokens, toy_config

@@ -7,12 +7,12 @@ from argparse import Action, ArgumentParser
 from enum import Enum
 from typing import Any
 
-from qwen35_mcore.arguments import run_defaults
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.flags import check_classes_while_parsing
-from qwen35_mcore.megatron_refusals import raise_instead_of_usage
-from qwen35_mcore.transformer_config import architecture_arguments
+from qwen35_mcore.mcore.megatron_errors import raise_instead_of_usage
+from qwen35_mcore.model.transformer_config import architecture_arguments
+from qwen35_mcore.training.arguments import run_defaults
+from qwen35_mcore.training.flags import check_classes_while_parsing
 
 OF_A_TYPE_OF_ITS_OWN = {
     "linear_attention_freq": "[1,0,1,0]",

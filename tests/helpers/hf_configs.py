@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen35_mcore.hf_keys import MODEL_TYPES
+from qwen35_mcore.config.hf_keys import MODEL_TYPES
 
 
 def text_only(model_type: str = "qwen3_5_moe_text") -> dict[str, Any]:

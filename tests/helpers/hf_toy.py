@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from checkpoint_tools.names import Naming, rows
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.hf_reference import modeling
 from tests.helpers.toys import toy_config
 

@@ -21,7 +21,7 @@ from checkpoint_tools.mcore_write import (
 )
 from checkpoint_tools.storage import ChecksumWriter
 from checkpoint_tools.transforms import Box
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 
 ITERATION = 7
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.shards import load_global, local_shards
 from tests.helpers.training import Batch, Layout, build_chunks, config_for, initialize, wrap
 

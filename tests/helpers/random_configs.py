@@ -6,8 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.rope import RopeParameters
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.rope import RopeParameters
 from tests.helpers.toys import toy_config
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.flavors import get_flavor
-from qwen35_mcore.rope import RopeParameters
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.rope import RopeParameters
 
 
 def toy_config(*, moe: bool = True, **changes: Any) -> Qwen35Config:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.training import Layout
 
 

@@ -27,17 +27,17 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.utils import flatten_batch_for_packed_sequences
 
-from qwen35_mcore import log_means
-from qwen35_mcore.arguments import read_flags, validated_config
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.packed_documents import batch_on_this_cp_rank, packed_sequences
-from qwen35_mcore.provider import build_model
-from qwen35_mcore.run_checks import check_flags
-from qwen35_mcore.transformer_config import (
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.mcore.patches import log_means
+from qwen35_mcore.model.build import build_model
+from qwen35_mcore.model.transformer_config import (
     Qwen35TransformerConfig,
     apply_yarn,
     architecture_arguments,
 )
+from qwen35_mcore.training.arguments import read_flags, validated_config
+from qwen35_mcore.training.checks.run import check_flags
+from qwen35_mcore.training.packed_documents import batch_on_this_cp_rank, packed_sequences
 from tests.helpers.shards import Shard, gradient_shards, load_global, local_shards
 
 LOCAL = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.flavors import FLAVORS
-from qwen35_mcore.planner.counts import count_parameters
+from qwen35_mcore.config.counts import count_parameters
+from qwen35_mcore.config.flavors import FLAVORS
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.training import Layout, build_chunks, config_for, initialize
 

@@ -11,7 +11,7 @@ import dataclasses
 import pytest
 
 from qwen35_mcore.errors import Qwen35Error
-from qwen35_mcore.flags import GROUPS, TABLE, Kind, class_of
+from qwen35_mcore.training.flags import GROUPS, TABLE, Kind, class_of
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.equivalence import initial_weights
 from tests.helpers.flag_words import actions, checking_parser, following_the_advice, words

@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 from megatron.training import training as megatron_training
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.flavors import FLAVORS, get_flavor
-from qwen35_mcore.layer_pattern import LayerKind
-from qwen35_mcore.planner.flops import (
+from qwen35_mcore.config.flavors import FLAVORS, get_flavor
+from qwen35_mcore.config.flops import (
     BACKWARD_AND_FORWARD,
     attention_layer_flops,
     gdn_layer_flops,
     training_flops,
 )
-from qwen35_mcore.transformer_config import architecture_arguments
+from qwen35_mcore.config.layer_pattern import LayerKind
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.model.transformer_config import architecture_arguments
 
 LENGTH, BATCH = 4096, 3
 TOKENS = LENGTH * BATCH

@@ -1,6 +1,6 @@
 """The gated delta rule: chunked against recurrent, against transformers, and FLA against both.
 
-Shape suffixes as in qwen35_mcore.ops.reference.
+Shape suffixes as in qwen35_mcore.kernels.reference.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen35_mcore.ops import reference
-from qwen35_mcore.ops.dispatch import select_backend
-from qwen35_mcore.ops.fla import FlaKernels
-from qwen35_mcore.ops.support import fla_support, gather_facts
-from qwen35_mcore.ops.torch_kernels import TorchKernels
+from qwen35_mcore.kernels import reference
+from qwen35_mcore.kernels.fla import FlaKernels
+from qwen35_mcore.kernels.registry import select_backend
+from qwen35_mcore.kernels.support import fla_support, gather_facts
+from qwen35_mcore.kernels.torch_kernels import TorchKernels
 from tests.helpers import hf_reference
 
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen35_mcore.ops import reference
-from qwen35_mcore.ops.grouped_linear import grouped_linear
+from qwen35_mcore.kernels import reference
+from qwen35_mcore.kernels.grouped_linear import grouped_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -112,8 +112,8 @@ def test_flas_gate_at_its_extremes(gates_in_kernel: bool, monkeypatch: pytest.Mo
     """Outputs and every gradient against float64, head by head: ``a + dt_bias`` from -60 to 60,
     rates from 1e-3 to 60. Where bfloat16's own rounding leaves more, that is the bound."""
     monkeypatch.setenv("FLA_FLASH_QLA", "0")  # it would compile for minutes
-    from qwen35_mcore.ops.fla import FlaKernels
-    from qwen35_mcore.ops.torch_kernels import TorchKernels
+    from qwen35_mcore.kernels.fla import FlaKernels
+    from qwen35_mcore.kernels.torch_kernels import TorchKernels
     from tests.parity.test_gated_delta_rule import (
         exact_rule,
         extreme_gates,
@@ -239,8 +239,8 @@ def test_grouped_linear_equals_the_loop(counts: tuple[int, ...]) -> None:
 
 def test_model_in_bfloat16_is_near_float32() -> None:
     """Loss of a toy model on Transformer Engine and FLA against the local backend in float32."""
-    from qwen35_mcore.provider import build_model
-    from qwen35_mcore.transformer_config import transformer_config
+    from qwen35_mcore.model.build import build_model
+    from qwen35_mcore.model.transformer_config import transformer_config
     from tests.bench.common import gpu_config
     from tests.helpers.shards import load_global, local_shards, window
     from tests.helpers.toys import narrow_config, random_tokens

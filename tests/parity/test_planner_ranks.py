@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.planner.calibration import DEFAULT
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.hardware import get_gpu

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from checkpoint_tools.names import hf_to_mcore
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.rope import RopeParameters, YarnScaling
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.reference_model import (
     ReferenceMTP,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qwen35_mcore.checkpoint_flags import check_checkpoint_flags
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.training.checks.checkpoint_flags import check_checkpoint_flags
 
 
 def arguments(**changes: Any) -> Namespace:

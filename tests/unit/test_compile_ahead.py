@@ -15,8 +15,8 @@ os.environ["TRITON_HOME"] = sys.argv[1]
 from tests.bench.compile_ahead import prepare_to_move, pretend
 counts = pretend()
 import torch
-from qwen35_mcore.ops.gdn_fused import epilogue, prologue
-from qwen35_mcore.ops.heads import Heads
+from qwen35_mcore.kernels.fused_triton import epilogue, prologue
+from qwen35_mcore.kernels.heads import Heads
 
 heads, length, batch = Heads(4, 8, 128, 128), 256, 2
 def empty(*shape):

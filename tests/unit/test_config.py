@@ -19,12 +19,12 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.flavors import FLAVORS, get_flavor
+from qwen35_mcore.config.hf_keys import ALWAYS_WRITTEN, MODEL_TYPES, architecture_keys
+from qwen35_mcore.config.layer_pattern import LayerKind
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.flavors import FLAVORS, get_flavor
-from qwen35_mcore.hf_keys import ALWAYS_WRITTEN, MODEL_TYPES, architecture_keys
-from qwen35_mcore.layer_pattern import LayerKind
-from qwen35_mcore.rope import RopeParameters, YarnScaling
 from tests.helpers.hf_configs import of_type, text_level, text_only, vision_language, without
 
 HF_CLASSES = {

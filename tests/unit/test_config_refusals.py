@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.hf_keys import MODEL_TYPES
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.hf_keys import MODEL_TYPES
 from tests.helpers.hf_configs import of_type, text_level, text_only, vision_language, without
 
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.flavors import FLAVORS, get_flavor
-from qwen35_mcore.layer_pattern import LayerKind
-from qwen35_mcore.planner.counts import Count, count_parameters, layer_parameters
+from qwen35_mcore.config.counts import Count, count_parameters, layer_parameters
+from qwen35_mcore.config.flavors import FLAVORS, get_flavor
+from qwen35_mcore.config.layer_pattern import LayerKind
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.hf_reference import modeling
 
 # component of a transformers parameter, by the first of these that its name contains

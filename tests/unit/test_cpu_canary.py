@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen35_mcore.cpu import GPU_PACKAGES, MEGATRON_PATCHES, TORCH_PATCHES, TRAINING_PATCHES, Patch
+from qwen35_mcore.mcore.cpu_mode import (
+    GPU_PACKAGES,
+    MEGATRON_PATCHES,
+    TORCH_PATCHES,
+    TRAINING_PATCHES,
+    Patch,
+)
 from tests.helpers.distributed import WorkerPool
 
 ALL = [*TORCH_PATCHES, *MEGATRON_PATCHES, *TRAINING_PATCHES]

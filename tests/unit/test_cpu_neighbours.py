@@ -65,16 +65,16 @@ def differing(one, other):
     assert one.keys() == other.keys()
     return [key for key in one if not torch.equal(one[key], other[key])]
 
-from qwen35_mcore import cpu
+from qwen35_mcore.mcore import cpu_mode
 child = os.fork()
 if not child:  # one process: before and after
     before = results()
     torch.save(before, folder / "before.pt")
-    cpu.enable()
+    cpu_mode.enable()
     print("after:", differing(before, results()), flush=True)
     os._exit(0)
 os.waitpid(child, 0)
-cpu.enable()  # a process in which nothing has run before
+cpu_mode.enable()  # a process in which nothing has run before
 print("at once:", differing(torch.load(folder / "before.pt"), results()))
 print("compared:", len(torch.load(folder / "before.pt")))
 """

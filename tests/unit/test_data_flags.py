@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from qwen35_mcore import data
-from qwen35_mcore.data_checks import check_batch, check_datasets, check_tokenizer_flags
-from qwen35_mcore.data_flags import split_data
+from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import ConfigError, DataError
-from qwen35_mcore.flavors import get_flavor
-from qwen35_mcore.number_checks import check_numbers
-from qwen35_mcore.written_folders import check_written_folders
+from qwen35_mcore.training.checks.data import check_batch, check_datasets, check_tokenizer_flags
+from qwen35_mcore.training.checks.data_flags import split_data
+from qwen35_mcore.training.checks.numbers import check_numbers
+from qwen35_mcore.training.checks.written_folders import check_written_folders
 
 VOCAB_SIZE = get_flavor("tiny-dense").vocab_size
 LENGTHS = {"big": [100] * 50, "small": [100] * 3, "short": [10] * 5, "empty": [0] * 5}

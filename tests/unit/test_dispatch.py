@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from qwen35_mcore.errors import KernelError
-from qwen35_mcore.ops import dispatch, support
-from qwen35_mcore.ops.dispatch import select_backend, supports
-from qwen35_mcore.ops.support import KernelFacts, flash_qla_support, gather_facts
+from qwen35_mcore.kernels import registry, support
+from qwen35_mcore.kernels.registry import select_backend, supports
+from qwen35_mcore.kernels.support import KernelFacts, flash_qla_support, gather_facts
 
 BF16 = torch.bfloat16
 CPU = KernelFacts(device_type="cpu", fla="0.6.0", triton="3.6.0")
@@ -35,7 +35,7 @@ def but(facts: KernelFacts, **changes: Any) -> KernelFacts:
 
 @pytest.fixture(autouse=True)
 def _announce_anew() -> None:
-    dispatch._announce.cache_clear()
+    registry._announce.cache_clear()
 
 
 @pytest.fixture
@@ -67,9 +67,7 @@ def fake_fla(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_importing_ops_does_not_import_fla() -> None:
-    code = (
-        "import sys, qwen35_mcore.ops; sys.exit(any(m.split('.')[0] == 'fla' for m in sys.modules))"
-    )
+    code = "import sys, qwen35_mcore.kernels; sys.exit(any(m.split('.')[0] == 'fla' for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -139,7 +137,7 @@ def test_flash_qla_takes_only_what_it_can() -> None:
 
 
 def test_auto_on_cpu_is_torch_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="qwen35_mcore.ops"):
+    with caplog.at_level(logging.INFO, logger="qwen35_mcore.kernels"):
         backends = [select_backend("auto", "cpu", torch.float32, facts=CPU) for _ in range(3)]
     assert {b.name for b in backends} == {"torch"}
     assert "auto on cpu" in backends[0].reason
@@ -148,7 +146,7 @@ def test_auto_on_cpu_is_torch_and_says_so_once(caplog: pytest.LogCaptureFixture)
 
 
 def test_auto_on_cuda_is_fla(fake_fla: dict, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="qwen35_mcore.ops"):
+    with caplog.at_level(logging.INFO, logger="qwen35_mcore.kernels"):
         backend = select_backend("auto", "cuda", BF16, facts=HOPPER)
     assert backend.name == "fla"
     assert "the backward by tilelang 0.1.15" in caplog.text
@@ -161,7 +159,7 @@ def test_auto_on_cuda_never_falls_back() -> None:
 
 
 def test_torch_named_on_cuda_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="qwen35_mcore.ops"):
+    with caplog.at_level(logging.INFO, logger="qwen35_mcore.kernels"):
         assert select_backend("torch", "cuda", BF16, facts=HOPPER).name == "torch"
     assert [r.levelname for r in caplog.records] == ["WARNING"]
 
@@ -204,7 +202,7 @@ def test_versions_of_absent_and_bare_modules(
     assert support._version_of("fla", "fla-core") is None
 
 
-def call_rule(backend: dispatch.KernelBackend, **options: Any) -> Any:
+def call_rule(backend: registry.KernelBackend, **options: Any) -> Any:
     q, a, head = torch.randn(1, 8, 2, 4), torch.randn(1, 8, 2), torch.randn(2)
     return backend.gated_delta_rule(q, q, q, a, a, head, head, **options)
 

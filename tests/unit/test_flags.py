@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.flags import (
+from qwen35_mcore.training.flags import (
     ONLY_WITH_A_PACKAGE,
     TABLE,
     Kind,
@@ -19,7 +20,6 @@ from qwen35_mcore.flags import (
     class_of,
     counts,
 )
-from qwen35_mcore.flavors import get_flavor
 from tests.helpers.flag_words import (
     actions,
     checking_parser,

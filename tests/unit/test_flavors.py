@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from qwen35_mcore.config.flavors import FLAVORS, flavor_name, get_flavor
+from qwen35_mcore.config.layer_pattern import interval_of
+from qwen35_mcore.config.rope import YarnScaling
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.flavors import FLAVORS, flavor_name, get_flavor
-from qwen35_mcore.layer_pattern import interval_of
-from qwen35_mcore.rope import YarnScaling
 
 # hidden, layers, heads, kv heads, dense width, GDN value heads, tied
 DENSE = {

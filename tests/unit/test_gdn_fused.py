@@ -12,9 +12,9 @@ import pytest
 SCRIPT = """
 import json, sys, torch
 import torch.nn.functional as F
-from qwen35_mcore.ops import reference
-from qwen35_mcore.ops.gdn_fused import epilogue, prologue
-from qwen35_mcore.ops.heads import Heads
+from qwen35_mcore.kernels import reference
+from qwen35_mcore.kernels.fused_triton import epilogue, prologue
+from qwen35_mcore.kernels.heads import Heads
 
 def in_memory(x, order):
     if order == "slice":  # of a wider tensor, whose other columns must not be touched

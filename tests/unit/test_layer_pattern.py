@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.layer_pattern import (
+from qwen35_mcore.config.layer_pattern import (
     LayerKind,
     interval_of,
     is_periodic,
@@ -16,6 +15,7 @@ from qwen35_mcore.layer_pattern import (
     pattern_from_interval,
     pattern_from_names,
 )
+from qwen35_mcore.errors import ConfigError
 
 G, A = LayerKind.GDN, LayerKind.ATTENTION
 patterns = st.lists(st.sampled_from(LayerKind), min_size=1, max_size=24).map(tuple)

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.flops import training_flops
 from qwen35_mcore.errors import ConfigError, PlanError
-from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.planner.candidate import Candidate
-from qwen35_mcore.planner.flops import training_flops
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from tests.bench.bench_multi_gpu import choose, parse_arguments
 from tests.bench.multi_gpu import plan, resume, train

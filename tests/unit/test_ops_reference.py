@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35_mcore.ops import reference
+from qwen35_mcore.kernels import reference
 from tests.helpers import hf_reference
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.layers.core_attention import rank_layout
-from qwen35_mcore.packed_checks import check_packing
-from qwen35_mcore.packed_documents import FP8_ROWS, batch_on_this_cp_rank, packed_sequences
+from qwen35_mcore.model.layers.core_attention import rank_layout
+from qwen35_mcore.training.checks.packing import check_packing
+from qwen35_mcore.training.packed_documents import FP8_ROWS, batch_on_this_cp_rank, packed_sequences
 
 
 class Ranks:

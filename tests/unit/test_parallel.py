@@ -13,11 +13,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.flavors import FLAVORS, get_flavor
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.flavors import FLAVORS, get_flavor
-from qwen35_mcore.parallel import ParallelLayout, check_layout, require_layout
-from qwen35_mcore.pipeline_layout import layout_problems, parse_pipeline_layout
+from qwen35_mcore.parallel.layout import ParallelLayout, check_layout, require_layout
+from qwen35_mcore.parallel.stages import layout_problems, parse_pipeline_layout
 
 MOE, DENSE = get_flavor("35b-a3b"), get_flavor("27b")
 THREE_KV = replace(get_flavor("tiny-dense"), num_attention_heads=12, num_key_value_heads=3)

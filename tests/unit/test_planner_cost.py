@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35_mcore.flavors import get_flavor
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.flops import forward_flops
 from qwen35_mcore.planner import calibration
 from qwen35_mcore.planner.calibration import DEFAULT, PARTS, _layer_row, _run_row, read_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import Group, all_reduce, all_to_all, gather, send
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY, Curve, measured, seconds, work
 from qwen35_mcore.planner.coverage import Coverage, coverage
-from qwen35_mcore.planner.flops import forward_flops
 from qwen35_mcore.planner.hardware import GPUS, Gpu, get_gpu
 from tests.bench.compare_plan import (
     TOLERANCE,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.flavors import get_flavor
-from qwen35_mcore.pipeline_layout import parse_pipeline_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.planner.calibration import DEFAULT, default_calibration
 from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job, recompute_modules
 from qwen35_mcore.planner.command import DEFAULT_HEADROOM_GIB
@@ -85,11 +85,11 @@ PLANS = [
 CHECK = """
 import json, os, sys
 os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")
-from qwen35_mcore import cpu
-cpu.enable_training()
+from qwen35_mcore.mcore import cpu_mode
+cpu_mode.enable_training()
 from megatron.core.transformer.enums import LayerType
 from megatron.training import global_vars
-from qwen35_mcore.arguments import parse_arguments
+from qwen35_mcore.training.arguments import parse_arguments
 
 run = "--mock-data --train-iters 10 --lr 1e-4 --tokenizer-type NullTokenizer --vocab-size 1000"
 names = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}

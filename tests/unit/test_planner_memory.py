@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35_mcore.config import Qwen35Config
-from qwen35_mcore.flavors import FLAVORS, get_flavor
-from qwen35_mcore.layer_pattern import LayerKind
+from qwen35_mcore.config.counts import count_parameters
+from qwen35_mcore.config.flavors import FLAVORS, get_flavor
+from qwen35_mcore.config.layer_pattern import LayerKind
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.calibration import DEFAULT, model_of
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import Group, gather
-from qwen35_mcore.planner.counts import count_parameters
 from qwen35_mcore.planner.elements import Model
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.memory import (

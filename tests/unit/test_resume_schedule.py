@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qwen35_mcore.checkpoint_checks import Start
 from qwen35_mcore.errors import CheckpointError
-from qwen35_mcore.resume_schedule import check_schedule
+from qwen35_mcore.training.checks.checkpoint import Start
+from qwen35_mcore.training.checks.resume_schedule import check_schedule
 
 BATCH = 4
 

@@ -8,9 +8,9 @@ import pytest
 from transformers import Qwen3_5MoeTextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.rope import RopeParameters, YarnScaling
 from tests.helpers.hf_configs import text_only, without
 
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=2048, beta_fast=16.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.run_checks import check_flags
+from qwen35_mcore.training.checks.run import check_flags
 
 
 def run(**more: Any) -> Namespace:

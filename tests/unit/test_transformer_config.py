@@ -12,7 +12,7 @@ from tests.helpers.training import LOCAL
 
 def refusal(run: dict[str, Any], **model: Any) -> str | None:
     """The error that building a config raises, in a pool worker."""
-    from qwen35_mcore.transformer_config import transformer_config
+    from qwen35_mcore.model.transformer_config import transformer_config
 
     try:
         transformer_config(toy_config(**model), **LOCAL | run)

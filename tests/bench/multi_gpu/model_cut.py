@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qwen35_mcore.config import Qwen35Config
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.planner.calibration import default_calibration
 from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job
 from qwen35_mcore.planner.explain import explain

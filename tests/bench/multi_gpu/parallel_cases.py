@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.rope import RopeParameters
+from qwen35_mcore.config.rope import RopeParameters
 from tests.distributed.cases import FULL_RECOMPUTE, MOE, STATES
 from tests.helpers.equivalence import Case
 from tests.helpers.training import Layout

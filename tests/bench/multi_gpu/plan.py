@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qwen35_mcore.pipeline_layout import parse_pipeline_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.planner.explain import parse_layout
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.prediction import Prediction, predict_split

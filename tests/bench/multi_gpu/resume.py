@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen35_mcore.checkpoint_files import damage, tracked_folder
+from qwen35_mcore.mcore.checkpoint_files import damage, tracked_folder
 from tests.bench.multi_gpu.launch import Job, cause_of_failure, loaded_iteration
 from tests.bench.multi_gpu.machine import Machine
 from tests.bench.multi_gpu.results import FAILED, LOG_CHARACTERS, NOT_RUN, OK, Results

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.flops import training_flops
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.flavors import get_flavor
 from qwen35_mcore.planner.candidate import Candidate
 from qwen35_mcore.planner.emit import flag_groups
 from qwen35_mcore.planner.explain import parse_layout
-from qwen35_mcore.planner.flops import training_flops
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.prediction import Prediction
 from tests.bench.multi_gpu.launch import Job, Step, cause_of_failure

@@ -1,0 +1,152 @@
+"""The published sizes as data, and two that train on a CPU in seconds.
+
+Flavors are text-only configs: what a published checkpoint adds (vision tower, token ids) comes from
+its own config.json through `Qwen35Config.from_hf`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.rope import RopeParameters, YarnScaling
+from qwen35_mcore.errors import ConfigError
+
+_ROPE = RopeParameters(rope_theta=10_000_000.0, mrope_section=(11, 11, 10))
+_SHARED: dict[str, Any] = {
+    "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+    "rope_parameters": _ROPE,
+    "mtp_num_hidden_layers": 1,
+}
+
+
+def _dense(
+    hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, gdn_heads: int, *, tied: bool
+) -> Qwen35Config:
+    return Qwen35Config(
+        model_type="qwen3_5_text",
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        linear_num_value_heads=gdn_heads,
+        tie_word_embeddings=tied,
+        **_SHARED,
+    )
+
+
+def _moe(
+    hidden: int, layers: int, heads: int, gdn_heads: int, experts: int, top_k: int, expert_ffn: int
+) -> Qwen35Config:
+    return Qwen35Config(
+        model_type="qwen3_5_moe_text",
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        linear_num_value_heads=gdn_heads,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=expert_ffn,
+        shared_expert_intermediate_size=expert_ffn,
+        **_SHARED,
+    )
+
+
+_397B = _moe(4096, 60, 32, 64, experts=512, top_k=10, expert_ffn=1024)
+_397B_LONG = replace(
+    _397B,
+    max_position_embeddings=1_000_000,
+    rope_parameters=replace(
+        _ROPE, yarn=YarnScaling(factor=3.0, original_max_position_embeddings=262144)
+    ),
+)
+
+# A vocabulary of 512 holds the 256 bytes and an end-of-document token, and TP up to 4 divides it.
+# Three GDN layers and one attention layer are one period of the published pattern.
+_TINY_DENSE = Qwen35Config(
+    model_type="qwen3_5_text",
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    linear_num_key_heads=4,
+    linear_num_value_heads=8,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    max_position_embeddings=4096,
+    rope_parameters=RopeParameters(rope_theta=10_000.0, mrope_section=(2, 1, 1)),
+    mtp_num_hidden_layers=1,
+)
+_TINY_MOE = replace(
+    _TINY_DENSE,
+    model_type="qwen3_5_moe_text",
+    intermediate_size=0,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    shared_expert_intermediate_size=64,
+    router_aux_loss_coef=0.001,
+)
+
+FLAVORS: Mapping[str, Qwen35Config] = MappingProxyType(
+    {
+        "tiny-dense": _TINY_DENSE,
+        "tiny-moe": _TINY_MOE,
+        "0.8b": _dense(1024, 24, 8, 2, 3584, 16, tied=True),
+        "2b": _dense(2048, 24, 8, 2, 6144, 16, tied=True),
+        "4b": _dense(2560, 32, 16, 4, 9216, 32, tied=True),
+        "9b": _dense(4096, 32, 16, 4, 12288, 32, tied=False),
+        "27b": _dense(5120, 64, 24, 4, 17408, 48, tied=False),
+        "35b-a3b": _moe(2048, 40, 16, 32, experts=256, top_k=8, expert_ffn=512),
+        "122b-a10b": _moe(3072, 48, 32, 64, experts=256, top_k=8, expert_ffn=1024),
+        "397b-a17b": _397B,
+        "397b-a19b": _397B_LONG,
+    }
+)
+"""Every flavor by its canonical name, smallest first."""
+
+_HUB_NAME = re.compile(r"(?:qwen/)?qwen(3\.[56])-(.+?)(?:-base)?")
+_QWEN36 = ("35b-a3b",)
+
+
+def flavor_name(name: str) -> str:
+    """The canonical name of a flavor, from any of its spellings: upper or lower case, ``_`` for
+    ``-``, or a Hub name (Qwen/Qwen3.5-35B-A3B, Qwen3.6-35B-A3B, with or without -Base).
+
+    Raises:
+        ConfigError: no such flavor; the message has the nearest names and the list.
+    """
+    spelling = name.strip().lower().replace("_", "-")
+    hub = _HUB_NAME.fullmatch(spelling)
+    stem = hub.group(2) if hub else spelling
+    unpublished = hub is not None and hub.group(1) == "3.6" and stem not in _QWEN36
+    # the tiny flavors exist here only, never on the Hub
+    if stem in FLAVORS and not unpublished and not (hub and stem.startswith("tiny")):
+        return stem
+    near = get_close_matches(stem, FLAVORS, n=3, cutoff=0.4)
+    raise ConfigError(
+        "there is no such flavor",
+        got=name,
+        allowed=", ".join(FLAVORS),
+        fix=f"did you mean {' or '.join(near)}?" if near else None,
+    )
+
+
+def get_flavor(name: str) -> Qwen35Config:
+    """The config of a flavor; `name` in any spelling that `flavor_name` takes.
+
+    Raises:
+        ConfigError: no such flavor.
+    """
+    return FLAVORS[flavor_name(name)]

@@ -1,0 +1,90 @@
+"""Floating-point operations of a training step: a multiply-add counts as two.
+
+Megatron's own count raises for a pattern given as a list together with MTP, and counts the MTP
+layer as a GDN layer otherwise. The conventions here are Megatron's: the delta rule by its recurrent
+form (four products of a key by a value dimension per head and token), causal attention at half its
+square, the backward pass at twice the forward pass, recomputation not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen35_mcore.config.model_config import Qwen35Config
+
+BACKWARD_AND_FORWARD = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardFlops:
+    """Forward operations by part of the model, for one batch."""
+
+    gdn: int
+    attention: int
+    feed_forward: int
+    output: int
+    mtp: int
+
+    @property
+    def total(self) -> int:
+        return self.gdn + self.attention + self.feed_forward + self.output + self.mtp
+
+
+def gdn_layer_flops(config: Qwen35Config, tokens: int) -> int:
+    """Projections, convolution and delta rule of one GatedDeltaNet."""
+    key, value, heads = config.gdn_key_dim, config.gdn_value_dim, config.linear_num_value_heads
+    projections = config.hidden_size * (2 * key + 2 * value + 2 * heads + value)
+    convolution = config.linear_conv_kernel_dim * config.gdn_conv_dim
+    delta_rule = 4 * heads * config.linear_key_head_dim * config.linear_value_head_dim
+    return 2 * tokens * (projections + convolution + delta_rule)
+
+
+def attention_layer_flops(config: Qwen35Config, tokens: int, squared_lengths: int) -> int:
+    """Projections (query, gate, key, value, output) and causal attention of one layer."""
+    query = config.num_attention_heads * config.head_dim
+    key_value = 2 * config.num_key_value_heads * config.head_dim
+    projections = config.hidden_size * (3 * query + key_value)
+    return 2 * tokens * projections + 2 * squared_lengths * query
+
+
+def feed_forward_flops(config: Qwen35Config, tokens: int) -> int:
+    """SwiGLU, or router, chosen experts and the gated shared expert, of one layer."""
+    hidden = config.hidden_size
+    if not config.is_moe:
+        return 6 * tokens * hidden * config.intermediate_size
+    width = config.num_experts_per_tok * config.moe_intermediate_size
+    width += config.shared_expert_intermediate_size
+    return 6 * tokens * hidden * width + 2 * tokens * hidden * (config.num_experts + 1)
+
+
+def forward_flops(
+    config: Qwen35Config, tokens: int, squared_lengths: int | None = None, *, seq_length: int = 0
+) -> ForwardFlops:
+    """Operations of a forward pass over ``tokens`` tokens.
+
+    Args:
+        squared_lengths: sum over sequences of their length squared; for packed data the real
+            lengths. None: every sequence has ``seq_length`` tokens.
+    """
+    if squared_lengths is None:
+        squared_lengths = tokens * seq_length
+    layers, mtp_layers = config.num_hidden_layers, config.mtp_num_hidden_layers
+    attention = attention_layer_flops(config, tokens, squared_lengths)
+    feed_forward = feed_forward_flops(config, tokens)
+    output = 2 * tokens * config.hidden_size * config.vocab_size
+    joining = 2 * tokens * 2 * config.hidden_size**2
+    return ForwardFlops(
+        gdn=config.num_gdn_layers * gdn_layer_flops(config, tokens),
+        attention=config.num_attention_layers * attention,
+        feed_forward=layers * feed_forward,
+        output=output,
+        mtp=mtp_layers * (joining + attention + feed_forward + output),
+    )
+
+
+def training_flops(
+    config: Qwen35Config, tokens: int, squared_lengths: int | None = None, *, seq_length: int = 0
+) -> int:
+    """Operations of one training step (forward and backward); arguments as `forward_flops`."""
+    forward = forward_flops(config, tokens, squared_lengths, seq_length=seq_length)
+    return BACKWARD_AND_FORWARD * forward.total

@@ -1,0 +1,193 @@
+"""Which kernel backend can run here, as rules over facts: no rule looks at the machine itself.
+
+`gather_facts` looks; the ``..._support`` functions judge. A preflight
+report prints the same facts and the same answers as the dispatch acts on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from qwen35_mcore.versions import release
+
+FLA_MINIMUM = (0, 6)
+FLA_MAX_HEAD_DIM = 256
+FLASH_QLA_HEAD_DIM = 128
+AMPERE = (8, 0)
+HOPPER_MAJOR = 9
+FLASH_QLA_MAJORS = (9, 10)
+# fla-org/flash-linear-attention issue 640: wrong gradients of the gated backward, first and
+# last Triton release that has them.
+BAD_TRITON_FROM, BAD_TRITON_BEFORE = (3, 4, 0), (3, 7, 1)
+
+
+class Support(NamedTuple):
+    """Whether a backend can run, why (not), and what would change a no."""
+
+    ok: bool
+    reason: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelFacts:
+    """What the rules need to know of a machine. Versions are None where nothing is installed."""
+
+    device_type: str
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability of the device, None off CUDA."""
+    fla: str | None = None
+    triton: str | None = None
+    tilelang: str | None = None
+    flash_qla: str | None = None
+    nvcc: bool = False
+    """A CUDA compiler that tilelang can call: without one FLA does not use tilelang."""
+    fla_switches: tuple[str, ...] = ()
+    """FLA's own environment switches that are set to turn something off."""
+
+
+def gather_facts(device: torch.device) -> KernelFacts:
+    """The facts of this process and device. Imports fla only for a CUDA device."""
+    on_cuda = device.type == "cuda" and torch.cuda.is_available()
+    fla = _version_of("fla", "fla-core", "flash-linear-attention")
+    return KernelFacts(
+        device_type=device.type,
+        capability=torch.cuda.get_device_capability(device) if on_cuda else None,
+        fla=fla,
+        triton=_version_of("triton", "triton", "pytorch-triton"),
+        tilelang=_version_of("tilelang", "tilelang"),
+        flash_qla=_version_of("flash_qla", "flash-qla"),
+        nvcc=_fla_finds_nvcc() if on_cuda and fla else False,
+        fla_switches=_fla_switches_off(),
+    )
+
+
+def torch_support(facts: KernelFacts, dtype: torch.dtype) -> Support:
+    """The reference runs wherever torch does."""
+    if not dtype.is_floating_point:
+        return Support(False, f"{dtype} is not a floating point dtype", "use a float dtype")
+    return Support(True, f"plain torch runs on {facts.device_type} in {dtype}")
+
+
+def fla_support(
+    facts: KernelFacts, dtype: torch.dtype, *, key_dim: int = 128, value_dim: int = 128
+) -> Support:
+    """Whether FLA's kernels train correctly on this machine with these shapes.
+
+    Args:
+        key_dim, value_dim: head dims of the delta rule.
+    """
+    if facts.device_type != "cuda" or facts.capability is None:
+        reason = f"FLA's kernels need a CUDA device, this one is {facts.device_type}"
+        return Support(False, reason, "run on a CUDA device, or pass --gdn-kernel torch")
+    if facts.capability < AMPERE:
+        got = ".".join(map(str, facts.capability))
+        return Support(
+            False, f"needs compute capability 8.0 or newer, got {got}", "pass --gdn-kernel torch"
+        )
+    if facts.fla is None:
+        return Support(False, "flash-linear-attention is not installed", _install_fla())
+    if release(facts.fla) < FLA_MINIMUM:
+        reason = f"grouped value heads and in-kernel gates need FLA 0.6, got {facts.fla}"
+        return Support(False, reason, _install_fla())
+    if dtype not in (torch.bfloat16, torch.float16):
+        reason = f"FLA's matrix products are 16-bit or TF32, which {dtype} is not"
+        return Support(False, reason, "train in bfloat16, or pass --gdn-kernel torch")
+    if max(key_dim, value_dim) > FLA_MAX_HEAD_DIM or key_dim % 2 or value_dim % 2:
+        reason = (
+            f"head dims must be even and at most {FLA_MAX_HEAD_DIM}, got {key_dim} and {value_dim}"
+        )
+        return Support(False, reason, "pass --gdn-kernel torch")
+    return _fla_backward_support(facts)
+
+
+def _fla_backward_support(facts: KernelFacts) -> Support:
+    """FLA on Hopper computes wrong gradients with some Triton releases, unless tilelang does it."""
+    versions = f"FLA {facts.fla}, Triton {facts.triton}"
+    on_hopper = facts.capability is not None and facts.capability[0] == HOPPER_MAJOR
+    if not on_hopper or not _triton_is_bad(facts.triton):
+        return Support(True, versions)
+    tilelang = tilelang_support(facts)
+    if tilelang.ok:
+        return Support(True, f"{versions}, the backward by {tilelang.reason}")
+    return Support(
+        False,
+        f"the gated backward is wrong on Hopper with Triton {facts.triton} (3.4.0 to 3.7.0, FLA "
+        f"issue 640), and tilelang cannot replace it: {tilelang.reason}",
+        f"{tilelang.fix}, or use a torch that brings Triton 3.7.1 or newer",
+    )
+
+
+def tilelang_support(facts: KernelFacts) -> Support:
+    """Whether FLA can use tilelang's kernels."""
+    if facts.tilelang is None:
+        return Support(False, "it is not installed", "pip install tilelang")
+    if not facts.nvcc:
+        return Support(False, "FLA finds no nvcc", "install a CUDA toolkit or nvidia-cuda-nvcc")
+    return _switched_off(facts, "FLA_TILELANG") or Support(True, f"tilelang {facts.tilelang}")
+
+
+def flash_qla_support(
+    facts: KernelFacts, dtype: torch.dtype, *, key_dim: int = 128, value_dim: int = 128
+) -> Support:
+    """Whether FLA hands the delta rule to FlashQLA, given that FLA itself can run."""
+    if facts.flash_qla is None:
+        return Support(False, "it is not installed", "pip install flash-qla")
+    if off := _switched_off(facts, "FLA_FLASH_QLA"):
+        return off
+    if facts.capability is None or facts.capability[0] not in FLASH_QLA_MAJORS:
+        return Support(False, f"it needs compute capability 9 or 10, got {facts.capability}")
+    if facts.tilelang is None or not facts.nvcc:
+        return Support(False, "it needs tilelang and nvcc", "pip install tilelang nvidia-cuda-nvcc")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Support(False, f"it needs a 16-bit dtype, got {dtype}")
+    if (key_dim, value_dim) != (FLASH_QLA_HEAD_DIM, FLASH_QLA_HEAD_DIM):
+        return Support(False, f"it needs head dims of 128, got {key_dim} and {value_dim}")
+    return Support(True, f"version {facts.flash_qla}")
+
+
+def _install_fla() -> str:
+    return 'pip install "flash-linear-attention>=0.6,<0.7"'
+
+
+def _triton_is_bad(version: str | None) -> bool:
+    return version is not None and BAD_TRITON_FROM <= release(version) < BAD_TRITON_BEFORE
+
+
+def _switched_off(facts: KernelFacts, name: str) -> Support | None:
+    for switch in facts.fla_switches:
+        variable = switch.partition("=")[0]
+        if variable in (name, "FLA_DISABLE_BACKEND_DISPATCH"):
+            return Support(False, f"it is turned off by {switch}", f"unset {variable}")
+    return None
+
+
+def _version_of(module: str, *distributions: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return None
+    for distribution in distributions:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    # Put on sys.path without its metadata, as on machines that reach no package index.
+    return str(getattr(importlib.import_module(module), "__version__", "unknown"))
+
+
+def _fla_finds_nvcc() -> bool:
+    try:
+        from fla.utils import has_usable_nvcc
+    except ImportError:
+        return False
+    return bool(has_usable_nvcc())
+
+
+def _fla_switches_off() -> tuple[str, ...]:
+    off = {"FLA_TILELANG": "0", "FLA_FLASH_QLA": "0", "FLA_DISABLE_BACKEND_DISPATCH": "1"}
+    return tuple(f"{name}={value}" for name, value in off.items() if os.environ.get(name) == value)

@@ -1,0 +1,88 @@
+"""Build the model: by hand (:func:`build_model`) or as pretrain's model provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.mcore.imports import check_version, config_from_arguments
+from qwen35_mcore.mcore.megatron_errors import as_first_raised
+from qwen35_mcore.model.gpt_model import Qwen35Model
+from qwen35_mcore.model.spec_providers import get_backend
+from qwen35_mcore.model.specs import decoder_block_spec, mtp_block_spec
+from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, apply_yarn
+
+
+def build_model(
+    hf: Qwen35Config,
+    config: Qwen35TransformerConfig,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    pg_collection: Any = None,
+    parallel_output: bool = True,
+    fp16_lm_cross_entropy: bool = False,
+) -> Qwen35Model:
+    """megatron's GPTModel with Qwen3.5's layers, for one pipeline stage (or virtual stage).
+
+    Args:
+        pre_process, post_process: whether this stage holds the embedding, and the output layer.
+        parallel_output: leave the logits split over tensor-parallel ranks.
+
+    Raises:
+        ConfigError: megatron-core of another version, an unknown ``transformer_impl``, or experts
+            that were named and cannot run here.
+        KernelError: a kernel or backend that was named cannot run here.
+    """
+    check_version()
+    backend = get_backend(config)
+    with as_first_raised():
+        return Qwen35Model(
+            config=config,
+            transformer_layer_spec=decoder_block_spec(hf, config, backend, vp_stage),
+            mtp_block_spec=mtp_block_spec(config, backend, vp_stage),
+            vocab_size=hf.vocab_size,
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=fp16_lm_cross_entropy,
+            parallel_output=parallel_output,
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            position_embedding_type="yarn" if hf.yarn else "rope",
+            rotary_percent=hf.rope_parameters.partial_rotary_factor,
+            rotary_base=hf.rope_theta,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+
+
+def make_model_provider(hf: Qwen35Config, args: Any) -> Callable[..., Qwen35Model]:
+    """The ``model_provider`` that ``megatron.training.pretrain`` calls for every model chunk.
+
+    Args:
+        args: megatron's validated arguments, filled by :mod:`qwen35_mcore.training.arguments`.
+    """
+
+    def model_provider(
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: Qwen35TransformerConfig | None = None,
+        pg_collection: Any = None,
+    ) -> Qwen35Model:
+        if config is None:
+            config = config_from_arguments(args, Qwen35TransformerConfig)
+            apply_yarn(config, hf.yarn)
+        return build_model(
+            hf,
+            config,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+            fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        )
+
+    return model_provider

@@ -1,0 +1,31 @@
+"""Column-parallel linear layer with the norm in front, in plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qwen35_mcore.kernels.reference import rms_norm
+from qwen35_mcore.mcore.imports import ColumnParallelLinear, TransformerConfig
+from qwen35_mcore.model.layers.norms import new_norm_weight
+
+
+class LayerNormColumnParallelLinear(ColumnParallelLinear):
+    """``linear(rms_norm(x))`` under the parameter names of TELayerNormColumnParallelLinear.
+
+    Input ``[s, b, input_size]``, output ``[s, b, output_size / tp]``. Same names (``weight``,
+    ``layer_norm_weight``) so that checkpoints of the two backends are the same.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+    ) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps = config.layernorm_epsilon
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.layer_norm_weight = new_norm_weight(input_size, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        normed = rms_norm(x, self.layer_norm_weight, self.eps, zero_centered=self.zero_centered)
+        return super().forward(normed, *args, **kwargs)

@@ -1,0 +1,25 @@
+"""megatron-core's multi-token-prediction layer, with the router's padding mask left in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qwen35_mcore.mcore.imports import MultiTokenPredictionLayer
+
+
+class MTPLayer(MultiTokenPredictionLayer):
+    """megatron moves the padding mask one position to the left, as it does the tokens. A document's
+    last token would then count as padding and the last position of its padding as a token; and
+    under sequence parallelism, where the mask is a part of the sequence and the tokens are all of
+    it, the parts would not fit. Here a position is padding for MTP where it is for the decoder.
+    """
+
+    def _get_embeddings(
+        self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        input_ids, position_ids, _, decoder_input, hidden_states = super()._get_embeddings(
+            *args, padding_mask=None, **kwargs
+        )
+        return input_ids, position_ids, padding_mask, decoder_input, hidden_states

@@ -1,0 +1,237 @@
+"""Everything that can be wrong with a run, found before any process group forms.
+
+Every rank comes to the same answer, from the flags, the environment and shared files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.mcore import cpu_mode
+from qwen35_mcore.model.spec_providers import choose_experts
+from qwen35_mcore.parallel.layout import ParallelLayout, check_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout
+from qwen35_mcore.training.checks.checkpoint import Start, check_start
+from qwen35_mcore.training.checks.checkpoint_flags import check_checkpoint_flags
+from qwen35_mcore.training.checks.data import check_datasets, check_tokenizer_flags
+from qwen35_mcore.training.checks.numbers import check_numbers
+from qwen35_mcore.training.checks.packing import check_packing
+from qwen35_mcore.training.checks.written_folders import check_written_folders
+from qwen35_mcore.training.flags.flex import check_flex
+from qwen35_mcore.training.hf_start import import_start
+
+NEEDED = {
+    "micro_batch_size": "sequences per forward pass and data parallel rank",
+    "seq_length": "tokens per sequence",
+    "lr": "the peak learning rate",
+}
+
+DATA_FLAGS = (
+    *("data_path", "data_args_path", "mock_data", "per_split_data_args_path"),
+    *("train_data_path", "valid_data_path", "test_data_path"),
+)
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse flags that do not work together, or that are missing.
+
+    What each flag is by itself stands in the table of :mod:`qwen35_mcore.training.flags`.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    if args.bf16 and not args.use_distributed_optimizer and (args.save or args.load):
+        raise ConfigError(
+            "megatron's plain bf16 optimizer cannot write or read the state of float32 parameters "
+            "(A_log, dt_bias and the GDN norm)",
+            got="--bf16 without --use-distributed-optimizer",
+            fix="pass --use-distributed-optimizer",
+        )
+    _check_main_params(args)
+    _check_graph_device(args)
+    if args.num_experts:
+        check_flex(args)
+        _check_fp8_experts(args)
+        _check_graph(args, _experts(args))
+    _check_needed(args)
+    check_numbers(args)
+    _check_warmup(args)
+
+
+def _check_main_params(args: Namespace) -> None:
+    if not args.float32_main_params:
+        return
+    if not args.bf16:
+        raise ConfigError(
+            "--float32-main-params is for bf16 runs: here the model itself is float32",
+            fix="drop the flag, or pass --bf16",
+        )
+    if not args.use_distributed_optimizer or args.optimizer != "adam":
+        raise ConfigError(
+            "--float32-main-params needs megatron's distributed optimizer: the others copy their "
+            "main parameters from the rounded model",
+            got=f"--optimizer {args.optimizer}"
+            + (" --use-distributed-optimizer" if args.use_distributed_optimizer else ""),
+            allowed="--optimizer adam, with --use-distributed-optimizer",
+        )
+
+
+def _check_graph_device(args: Namespace) -> None:
+    older = [n for n in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, n)]
+    if not cpu_mode.is_needed() or (args.cuda_graph_impl == "none" and not older):
+        return
+    raise ConfigError(
+        "CUDA graphs need a CUDA device, and this run is on the CPU",
+        got=" ".join(map(_flag, older)) or f"--cuda-graph-impl {args.cuda_graph_impl}",
+        allowed="--cuda-graph-impl none on a CPU",
+        fix="drop --cuda-graph-impl and --cuda-graph-modules, or run on a GPU",
+    )
+
+
+def _check_fp8_experts(args: Namespace) -> None:
+    """Megatron refuses this, too, as a version of Transformer Engine that is too old: 0.0.0."""
+    if (args.fp8 or args.fp4) and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "FP8 and FP4 need a GPU and Transformer Engine",
+            got=(f"--fp8-format {args.fp8}" if args.fp8 else f"--fp4-format {args.fp4}")
+            + (
+                " on the CPU"
+                if cpu_mode.is_needed()
+                else ", and Transformer Engine is not installed"
+            ),
+            fix="drop the flag, or on a GPU machine: pip install '.[gpu]'",
+        )
+
+
+def _experts(args: Namespace) -> str:
+    """The routed experts of the run; refuses named ones that cannot run."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    planned: Any = Namespace(**{**vars(args), "params_dtype": dtype})
+    return choose_experts(planned).name
+
+
+def _check_graph(args: Namespace, experts: str) -> None:
+    """A step in one CUDA graph may nowhere wait for the host, as an all-to-all of tokens does."""
+    if args.cuda_graph_impl != "full_iteration":
+        return
+    apart = args.expert_model_parallel_size * (
+        args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    )
+    if apart > 1 or experts != "grouped_mm":
+        raise ConfigError(
+            "one CUDA graph of the whole step needs every expert whole on its rank, in grouped_mm: "
+            "otherwise each MoE layer waits for the host to learn how many tokens an expert has",
+            got=f"--cuda-graph-impl full_iteration, experts over {apart} ranks, "
+            f"--moe-experts {args.moe_experts}, which is {experts} here",
+            allowed="expert and expert tensor parallelism of 1, --moe-experts auto or grouped_mm, "
+            "--bf16",
+            fix="drop --cuda-graph-impl, or spread the model over pipeline and data parallel ranks",
+        )
+
+
+def _check_warmup(args: Namespace) -> None:
+    for unit in ("iters", "samples"):
+        warmup, total = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"train_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or total
+        if warmup and decay and warmup >= decay:
+            raise ConfigError(
+                "the learning rate would warm up until the run ends, or longer",
+                got=f"--lr-warmup-{unit} {warmup} of {decay}",
+                allowed=f"less than {decay}",
+                fix="shorten the warmup or train longer",
+            )
+
+
+def _check_needed(args: Namespace) -> None:
+    missing = {flag: what for flag, what in NEEDED.items() if getattr(args, flag) is None}
+    if args.train_iters is None and args.train_samples is None:
+        missing["train_iters"] = "optimizer steps (or --train-samples)"
+    if not any(getattr(args, name) for name in DATA_FLAGS):
+        missing["data_path"] = "a dataset prefix (or --mock-data)"
+    if args.save and args.save_interval is None:
+        missing["save_interval"] = "steps between checkpoints, needed with --save"
+    if missing:
+        listing = "; ".join(f"{_flag(flag)}, {what}" for flag, what in missing.items())
+        raise ConfigError("flags are missing", fix=f"pass {listing}")
+
+
+def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
+    """Check the parallel layout, the datasets and the checkpoint to start from, which it returns.
+
+    Raises:
+        ConfigError: the layout cannot run the model, all violations at once; a folder that the run
+            writes to cannot be made; or see `check_checkpoint_flags` and `check_packing`.
+        DataError: see `check_datasets` and `check_tokenizer_flags`.
+        CheckpointError: see `import_start` and `check_start`.
+    """
+    check_checkpoint_flags(args)
+    _check_layout(args, hf)
+    check_packing(args, _virtual_stages(args, hf))
+    check_datasets(args, hf)
+    check_tokenizer_flags(args)
+    import_start(args, hf)
+    start = check_start(args, hf)
+    check_written_folders(args)
+    return start
+
+
+def _check_layout(args: Namespace, hf: Qwen35Config) -> None:
+    uneven = any(
+        getattr(args, name)
+        for name in (
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "account_for_embedding_in_pipeline_split",
+            "account_for_loss_in_pipeline_split",
+        )
+    )
+    violations = check_layout(
+        hf,
+        _layout(args, hf),
+        seq_length=args.seq_length,
+        world_size=args.world_size,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.global_batch_size,
+        fp8=bool(args.fp8),
+    )
+    if uneven:  # megatron checks its own ways of splitting unevenly
+        violations = [v for v in violations if v.rule != "pp * vpp divides num_hidden_layers"]
+    if violations:
+        listing = "\n  - ".join(str(violation) for violation in violations)
+        raise ConfigError(f"the parallel layout cannot run this model:\n  - {listing}")
+
+
+def _layout(args: Namespace, hf: Qwen35Config) -> ParallelLayout:
+    return ParallelLayout(
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        vpp=_virtual_stages(args, hf),
+        cp=args.context_parallel_size,
+        gdn_cp=args.gdn_context_parallel,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        pipeline_layout=args.pipeline_model_parallel_layout,
+    )
+
+
+def _virtual_stages(args: Namespace, hf: Qwen35Config) -> int:
+    pp = max(1, args.pipeline_model_parallel_size)
+    if args.pipeline_model_parallel_layout is not None:
+        try:
+            return max(1, len(parse_pipeline_layout(args.pipeline_model_parallel_layout)) // pp)
+        except ConfigError:  # the layout's own rule reports it
+            return 1
+    if args.num_layers_per_virtual_pipeline_stage:
+        return max(1, hf.num_hidden_layers // (pp * args.num_layers_per_virtual_pipeline_stage))
+    return args.num_virtual_stages_per_pipeline_rank or 1
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

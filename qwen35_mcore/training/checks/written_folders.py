@@ -1,0 +1,68 @@
+"""The folders that a run writes to: made and tried before anything starts, not at the first save.
+
+A folder's permissions say too little (a full disk, a read-only mount, another node's /tmp), so a
+file is written.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.training.checks.data_flags import dataset_prefixes
+
+OUTPUTS = (
+    *("save", "tensorboard_dir", "wandb_save_dir"),
+    *("non_persistent_global_ckpt_dir", "non_persistent_local_ckpt_dir"),
+)
+INDICES = "GPTDataset_indices"
+"""megatron's name for the folder of a dataset's indices, below ``PREFIX/cache``."""
+
+
+def check_written_folders(args: Namespace) -> None:
+    """Make and try every folder that the flags let the run write to.
+
+    Only rank 0 does: on a shared file system one rank's answer is everyone's.
+
+    Raises:
+        ConfigError: with the first that cannot be made or written to.
+    """
+    if args.rank != 0:
+        return
+    for name in OUTPUTS:
+        path = getattr(args, name, None)
+        if path:
+            flag = "--" + name.replace("_", "-")
+            _try(Path(path), flag, f"name another folder with {flag}")
+    if args.data_cache_path:
+        if dataset_prefixes(args):
+            _try_cache(
+                Path(args.data_cache_path), "--data-cache-path", "name another folder with it"
+            )
+        return
+    for prefix in dataset_prefixes(args):
+        folder = Path(prefix) / "cache" / INDICES
+        what = f"the folder of megatron's indices of {prefix}"
+        _try_cache(folder, what, "name a folder for them with --data-cache-path")
+
+
+def _try_cache(folder: Path, what: str, fix: str) -> None:
+    """A cache that holds indices already may be read-only: megatron writes what it lacks."""
+    if not any(folder.glob("*-description.txt")):
+        _try(folder, what, fix)
+
+
+def _try(folder: Path, what: str, fix: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ConfigError(
+            f"{what} cannot be written to",
+            got=f"{folder}: {error.strerror}",
+            allowed="a folder that is there or can be made, on a disk with space left",
+            fix=fix,
+        ) from error

@@ -1,0 +1,16 @@
+"""Every flag of megatron's parser: who decides it, whether it works, and why it is refused."""
+
+from qwen35_mcore.training.flags.check import check_classes_while_parsing
+from qwen35_mcore.training.flags.rows import Kind, Row
+from qwen35_mcore.training.flags.table import GROUPS, ONLY_WITH_A_PACKAGE, TABLE, class_of, counts
+
+__all__ = [
+    "GROUPS",
+    "ONLY_WITH_A_PACKAGE",
+    "TABLE",
+    "Kind",
+    "Row",
+    "check_classes_while_parsing",
+    "class_of",
+    "counts",
+]

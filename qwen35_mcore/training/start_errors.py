@@ -1,0 +1,140 @@
+"""What megatron, Transformer Engine or torch raise before training is under way, as one error.
+
+Where a run fails says what the user can do. While the model, the datasets and the first step are
+built it is a flag or the machine, and an error names both; afterwards it is a bug or a fault of the
+hardware, whose traceback stays as it is. Memory that runs out gets advice at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from qwen35_mcore.errors import Qwen35Error
+from qwen35_mcore.mcore.megatron_errors import failed_assertion, first_raised, named_values
+
+TRACEBACK = "QWEN35_TRACEBACK"
+
+PHASES = {
+    "initialize_megatron": "starting the process groups",
+    "setup_model_and_optimizer": "setting up the model and its optimizer",
+    "get_model": "building the model",
+    "get_megatron_optimizer": "building the optimizer",
+    "load_checkpoint": "loading the checkpoint",
+    "build_train_valid_test_data_iterators": "building the datasets",
+    "train_step": "the first step",
+}
+"""By the function of megatron's that is on the stack; the innermost one counts."""
+
+
+class StartError(Qwen35Error):
+    """A run that cannot begin, in megatron's words. The whole traceback is in a file."""
+
+    exit_status = 1  # not always the user's: a job may be queued again
+
+
+class OutOfMemoryError(StartError):
+    """A device or the host ran out of memory."""
+
+
+def explained(error: Exception) -> Qwen35Error | None:
+    """One error for what ended a run, or None where its traceback says more.
+
+    Writes the traceback to a file that the error names.
+    """
+    args = _arguments()
+    if args is None:
+        return None
+    if _is_out_of_memory(error):
+        return _out_of_memory(error, args)
+    phase = _phase(error, args)
+    if phase is None:
+        return None
+    first = first_raised(error)
+    condition = failed_assertion(first)
+    text = " ".join(str(first).split()) or condition
+    return StartError(
+        f"{phase} failed: {type(first).__name__}: {text}\n  at: {_place(first)}",
+        got=named_values(args, f"{condition} {text}") or _command_line(),
+        allowed=condition if condition != text else None,
+        fix="correct or drop the flag that it is about; if it is about none, the whole traceback "
+        f"is in {_write_traceback(error, args)}",
+    )
+
+
+def _arguments() -> argparse.Namespace | None:
+    """megatron's arguments, once they are checked and registered."""
+    training = sys.modules.get("megatron.training.global_vars")
+    return getattr(training, "_GLOBAL_ARGS", None)
+
+
+def _phase(error: Exception, args: argparse.Namespace) -> str | None:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [
+        frame.f_code.co_name
+        for frame in frames
+        if frame.f_globals.get("__name__", "").startswith("megatron.")
+    ]
+    known = [name for name in names if name in PHASES]
+    if not known or "evaluate" in names:
+        return None
+    later = "train" in names and args.curr_iteration > args.iteration
+    return None if later else PHASES[known[-1]]
+
+
+def _place(error: BaseException) -> str:
+    """``megatron/core/x.py:12``: where an error was raised, from its package on."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    parts = Path(frame.filename).parts
+    start = len(parts) - parts[::-1].index("site-packages") if "site-packages" in parts else 0
+    return f"{Path(*parts[start:])}:{frame.lineno}"
+
+
+def _command_line() -> str:
+    return shlex.join(sys.argv[1:])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _out_of_memory(error: Exception, args: argparse.Namespace) -> OutOfMemoryError:
+    step = getattr(args, "curr_iteration", 0) + 1
+    sizes = "micro_batch_size seq_length recompute_granularity tensor_model_parallel_size "
+    sizes += "pipeline_model_parallel_size context_parallel_size expert_model_parallel_size"
+    return OutOfMemoryError(
+        f"out of memory on rank {args.rank}: {_phase(error, args) or f'iteration {step}'}: "
+        + " ".join(str(error).split())[:400],
+        got=named_values(args, sizes),
+        fix="lower --micro-batch-size, recompute activations (--recompute-granularity full "
+        "--recompute-method uniform --recompute-num-layers 1), divide the model over more ranks, "
+        "or ask `qwen35 plan` for a layout that fits; the whole traceback is in "
+        f"{_write_traceback(error, args)}",
+    )
+
+
+def _write_traceback(error: Exception, args: argparse.Namespace) -> str:
+    """Name of a new file beside the run's checkpoints, or else among temporary files."""
+    text = "".join(traceback.format_exception(error))
+    name = f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-rank{args.rank}-{os.getpid()}.txt"
+    for folder in (args.save, tempfile.gettempdir()):
+        with contextlib.suppress(OSError, TypeError):
+            path = Path(folder) / name
+            with path.open("x") as file:
+                file.write(text)
+            return str(path)
+    print(text, file=sys.stderr)
+    return "the lines above"

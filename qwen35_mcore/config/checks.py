@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING
 
+from qwen35_mcore.config.fields import ModelFields
 from qwen35_mcore.config.hf_keys import MODEL_TYPES
 from qwen35_mcore.config.rope import RopeParameters
 from qwen35_mcore.errors import ConfigError
-
-if TYPE_CHECKING:
-    from qwen35_mcore.config.model_config import Qwen35Config
 
 _POSITIVE = (
     "vocab_size",
@@ -34,7 +31,7 @@ _MOE_SIZES = (
 )
 
 
-def check_config(config: Qwen35Config) -> None:
+def check_config(config: ModelFields) -> None:
     """Refuse the first impossible value.
 
     Raises:
@@ -48,7 +45,7 @@ def check_config(config: Qwen35Config) -> None:
     _check_depth(config)
 
 
-def _check_kinds(config: Qwen35Config) -> None:
+def _check_kinds(config: ModelFields) -> None:
     if config.model_type not in MODEL_TYPES:
         raise ConfigError(
             "model_type is not a Qwen3.5 text model",
@@ -72,7 +69,7 @@ def _check_kinds(config: Qwen35Config) -> None:
         )
 
 
-def _check_numbers(config: Qwen35Config) -> None:
+def _check_numbers(config: ModelFields) -> None:
     for name in _POSITIVE:
         _integer(config, name, minimum=1)
     for name in (*_MOE_SIZES, "intermediate_size", "mtp_num_hidden_layers"):
@@ -89,7 +86,7 @@ def _check_numbers(config: Qwen35Config) -> None:
         )
 
 
-def _check_feed_forward(config: Qwen35Config) -> None:
+def _check_feed_forward(config: ModelFields) -> None:
     moe_kind = MODEL_TYPES[config.model_type].moe
     dense: tuple[str, ...] = ("intermediate_size",)
     needed, unused = (_MOE_SIZES, dense) if moe_kind else (dense, _MOE_SIZES)
@@ -111,7 +108,7 @@ def _check_feed_forward(config: Qwen35Config) -> None:
         )
 
 
-def _check_attention(config: Qwen35Config) -> None:
+def _check_attention(config: ModelFields) -> None:
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
             "num_attention_heads must be a multiple of num_key_value_heads",
@@ -132,7 +129,7 @@ def _check_attention(config: Qwen35Config) -> None:
         )
 
 
-def _check_gdn(config: Qwen35Config) -> None:
+def _check_gdn(config: ModelFields) -> None:
     if config.linear_num_value_heads % config.linear_num_key_heads:
         raise ConfigError(
             "linear_num_value_heads must be a multiple of linear_num_key_heads",
@@ -140,7 +137,7 @@ def _check_gdn(config: Qwen35Config) -> None:
         )
 
 
-def _check_depth(config: Qwen35Config) -> None:
+def _check_depth(config: ModelFields) -> None:
     if len(config.layer_types) != config.num_hidden_layers:
         raise ConfigError(
             "layer_types must have one entry per decoder layer",
@@ -156,14 +153,14 @@ def _check_depth(config: Qwen35Config) -> None:
         )
 
 
-def _integer(config: Qwen35Config, name: str, *, minimum: int) -> None:
+def _integer(config: ModelFields, name: str, *, minimum: int) -> None:
     value = getattr(config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         kind = "positive integer" if minimum else "non-negative integer"
         raise ConfigError(f"{name} must be a {kind}", got=value)
 
 
-def _number(config: Qwen35Config, name: str) -> float:
+def _number(config: ModelFields, name: str) -> float:
     value = getattr(config, name)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"{name} must be a number", got=value)

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qwen35_mcore.config.fields import ModelFields
 from qwen35_mcore.config.hf_keys import (
     ALWAYS_WRITTEN,
     CARRIED,
@@ -33,9 +34,6 @@ from qwen35_mcore.config.hf_keys import (
 from qwen35_mcore.config.layer_pattern import interval_of, pattern_from_interval, pattern_from_names
 from qwen35_mcore.config.rope import rope_from_hf
 from qwen35_mcore.errors import ConfigError
-
-if TYPE_CHECKING:
-    from qwen35_mcore.config.model_config import Qwen35Config
 
 
 def fields_from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def fields_from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
     }
 
 
-def hf_from_config(config: Qwen35Config) -> dict[str, Any]:
+def hf_from_config(config: ModelFields) -> dict[str, Any]:
     """The config.json content for a config, new style (``rope_parameters``, ``layer_types``)."""
     kind = MODEL_TYPES[config.model_type]
     text: dict[str, Any] = {

@@ -1,19 +1,10 @@
-"""How a model is spread over ranks, and whether it can be.
-
-`check_layout` returns every violation at once, because finding them one error at a time costs a
-cluster allocation each. The rules themselves are in `parallel_rules`.
-"""
+"""How a model is spread over ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.parallel.rules import RULES, Case, Violation
-
-__all__ = ["ParallelLayout", "Violation", "check_layout", "require_layout"]
-
 
 GDN_CONTEXT_PARALLEL = ("all_to_all", "state_passing")
 """How context-parallel ranks share a GatedDeltaNet; the first is the default."""
@@ -72,63 +63,3 @@ class ParallelLayout:
     def model_size(self) -> int:
         """Ranks that hold one copy of the dense part: tp * pp * cp."""
         return self.tp * self.pp * self.cp
-
-
-def check_layout(
-    config: Qwen35Config,
-    layout: ParallelLayout,
-    *,
-    seq_length: int | None = None,
-    world_size: int | None = None,
-    micro_batch_size: int | None = None,
-    global_batch_size: int | None = None,
-    fp8: bool = False,
-) -> list[Violation]:
-    """Everything that keeps `config` from running under `layout`; empty when nothing does.
-
-    Args:
-        seq_length: tokens per sequence, before context parallelism splits it.
-        world_size: ranks in all.
-        micro_batch_size: sequences per forward pass and data parallel rank.
-        global_batch_size: sequences per optimizer step.
-        fp8: whether matrix products run in FP8.
-    """
-    case = Case(
-        config=config,
-        layout=layout,
-        seq_length=seq_length,
-        world_size=world_size,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        fp8=fp8,
-    )
-    return [violation for rule in RULES for violation in rule(case)]
-
-
-def require_layout(
-    config: Qwen35Config,
-    layout: ParallelLayout,
-    *,
-    seq_length: int | None = None,
-    world_size: int | None = None,
-    micro_batch_size: int | None = None,
-    global_batch_size: int | None = None,
-    fp8: bool = False,
-) -> None:
-    """`check_layout`, as an error.
-
-    Raises:
-        ConfigError: with every violation in its message.
-    """
-    violations = check_layout(
-        config,
-        layout,
-        seq_length=seq_length,
-        world_size=world_size,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        fp8=fp8,
-    )
-    if violations:
-        listing = "\n  - ".join(str(violation) for violation in violations)
-        raise ConfigError(f"the parallel layout cannot run this model:\n  - {listing}")

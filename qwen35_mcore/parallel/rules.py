@@ -6,14 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import layout_problems, parse_pipeline_layout
-
-if TYPE_CHECKING:
-    from qwen35_mcore.parallel.layout import ParallelLayout
 
 FP8_MULTIPLE = 16
 """Transformer Engine's FP8 products need every width to be a multiple of this."""

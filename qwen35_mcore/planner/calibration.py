@@ -19,7 +19,7 @@ from typing import Any
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError, Qwen35Error
-from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE
+from qwen35_mcore.planner.choices import PRECISIONS, RECOMPUTE
 from qwen35_mcore.planner.hardware import Gpu, get_gpu
 
 SCHEMA = 1

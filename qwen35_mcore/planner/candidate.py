@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.parallel.layout import ParallelLayout
+from qwen35_mcore.planner.calibration import Calibration
 from qwen35_mcore.planner.hardware import Gpu
-
-if TYPE_CHECKING:
-    from qwen35_mcore.planner.calibration import Calibration
-
-PRECISIONS = ("bf16", "fp8-blockwise", "fp8-tensorwise")
-RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from qwen35_mcore.config.flavors import flavor_name, get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.calibration import default_calibration, read_calibration
-from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Job
+from qwen35_mcore.planner.candidate import Job
+from qwen35_mcore.planner.choices import PRECISIONS, RECOMPUTE
 from qwen35_mcore.planner.emit import check_folder, emit, files
 from qwen35_mcore.planner.explain import explain, parse_layout
 from qwen35_mcore.planner.hardware import GIB, Gpu, get_gpu

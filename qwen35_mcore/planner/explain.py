@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from qwen35_mcore.errors import ConfigError, PlanError
-from qwen35_mcore.parallel.layout import Violation, check_layout
+from qwen35_mcore.parallel.check import check_layout
+from qwen35_mcore.parallel.rules import Violation
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
-from qwen35_mcore.planner.candidate import PRECISIONS, RECOMPUTE, Candidate, Job
+from qwen35_mcore.planner.candidate import Candidate, Job
+from qwen35_mcore.planner.choices import PRECISIONS, RECOMPUTE
 from qwen35_mcore.planner.elements import Model
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.memory import overhead_bytes

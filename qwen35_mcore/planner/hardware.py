@@ -60,7 +60,7 @@ class Gpu:
         return replace(self, gpus_per_node=gpus, nvlink_gpus=joined)
 
     def peak_flops(self, precision: str) -> float:
-        """Peak of a precision name of `candidate.PRECISIONS`."""
+        """Peak of a precision name of `choices.PRECISIONS`."""
         return self.bf16_flops if precision == "bf16" else self.fp8_flops
 
 

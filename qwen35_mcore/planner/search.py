@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.parallel.layout import check_layout
+from qwen35_mcore.parallel.check import check_layout
 from qwen35_mcore.planner.bounds import Bounds, bounds
-from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job
+from qwen35_mcore.planner.candidate import Candidate, Job
+from qwen35_mcore.planner.choices import RECOMPUTE
 from qwen35_mcore.planner.elements import Model
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction, predict

@@ -30,11 +30,11 @@ from qwen35_mcore.training.carried_tokenizer import carry_tokenizer
 from qwen35_mcore.training.checks.checkpoint import Start
 from qwen35_mcore.training.checks.data import check_tokenizer, tokenizer_error
 from qwen35_mcore.training.checks.data_flags import dataset_prefixes
+from qwen35_mcore.training.checks.hf_start import describe, model_of_start
 from qwen35_mcore.training.checks.packing import lengths_vary
 from qwen35_mcore.training.checks.resume import check_resume
 from qwen35_mcore.training.checks.run import check_flags, check_run
 from qwen35_mcore.training.flags import check_classes_while_parsing
-from qwen35_mcore.training.hf_start import describe, model_of_start
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Qwen35Config]:

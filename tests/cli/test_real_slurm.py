@@ -111,7 +111,8 @@ def test_a_job_lives_through_its_time_limit_and_a_killed_rank(
     saved = int(re.findall(r"status 0 at iteration (\d+): queued again", said)[0])
     assert 3 <= saved < STEPS
 
-    # SLURM starts it two minutes later, and it continues there; a rank that dies ends the others, and the job is queued again
+    # SLURM starts it two minutes later, and it continues there; a rank that dies ends the others,
+    # and the job is queued again
     wait_for(slurm, job, log(1), rf" iteration +{saved + 1}/ +{STEPS} ")
     assert f"at iteration {saved}" in log(1, rank=0).read_text()
     ranks = ranks_of(job)

@@ -18,7 +18,7 @@ import pytest
 from checkpoint_tools.mcore_io import MegatronCheckpoint
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
-from qwen35_mcore.training.hf_start import import_start, model_of_start
+from qwen35_mcore.training.checks.hf_start import import_start, model_of_start
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.hf_toy import rewrite, write_toy
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
@@ -193,7 +193,7 @@ def test_what_flags_decide_is_refused_before_the_import(source: Path, tmp_path: 
 @pytest.fixture
 def targets(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Where imports would go, without importing."""
-    import qwen35_mcore.training.hf_start as module
+    import qwen35_mcore.training.checks.hf_start as module
 
     found: list[Path] = []
     monkeypatch.setattr(module._Import, "wait", lambda self: found.append(self.target))

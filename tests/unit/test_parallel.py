@@ -16,7 +16,8 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from qwen35_mcore.config.flavors import FLAVORS, get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.parallel.layout import ParallelLayout, check_layout, require_layout
+from qwen35_mcore.parallel.check import check_layout, require_layout
+from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import layout_problems, parse_pipeline_layout
 
 MOE, DENSE = get_flavor("35b-a3b"), get_flavor("27b")

@@ -8,7 +8,7 @@ import pytest
 
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.parallel.layout import check_layout
+from qwen35_mcore.parallel.check import check_layout
 from qwen35_mcore.planner.bounds import bounds
 from qwen35_mcore.planner.calibration import DEFAULT
 from qwen35_mcore.planner.candidate import Candidate, Job

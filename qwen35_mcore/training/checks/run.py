@@ -15,16 +15,17 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import cpu_mode
 from qwen35_mcore.model.spec_providers import choose_experts
-from qwen35_mcore.parallel.layout import ParallelLayout, check_layout
+from qwen35_mcore.parallel.check import check_layout
+from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.training.checks.checkpoint import Start, check_start
 from qwen35_mcore.training.checks.checkpoint_flags import check_checkpoint_flags
 from qwen35_mcore.training.checks.data import check_datasets, check_tokenizer_flags
+from qwen35_mcore.training.checks.hf_start import import_start
 from qwen35_mcore.training.checks.numbers import check_numbers
 from qwen35_mcore.training.checks.packing import check_packing
 from qwen35_mcore.training.checks.written_folders import check_written_folders
 from qwen35_mcore.training.flags.flex import check_flex
-from qwen35_mcore.training.hf_start import import_start
 
 NEEDED = {
     "micro_batch_size": "sequences per forward pass and data parallel rank",

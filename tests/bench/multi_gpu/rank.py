@@ -19,7 +19,7 @@ def peak_bytes() -> int:
     """Most memory that torch had allocated on this rank's GPU, or the process's largest size."""
     import torch
 
-    # without CUDA `qwen35_mcore.mcore.cpu_mode` stands in for torch.cuda, and nothing is allocated there
+    # without CUDA `mcore.cpu_mode` stands in for torch.cuda, and nothing is allocated there
     on_gpu = torch.cuda.max_memory_allocated()
     return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

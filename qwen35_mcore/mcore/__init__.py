@@ -1,0 +1,4 @@
+"""Everything that depends on megatron-core's release: imports, patches, CPU mode, files, errors.
+
+Imports megatron-core and torch; of this package only `errors` and `versions`.
+"""

@@ -1,0 +1,69 @@
+"""Whether a layout can run a model: every broken rule at once, because finding them one error at a
+time costs a cluster allocation each."""
+
+from __future__ import annotations
+
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.parallel.layout import ParallelLayout
+from qwen35_mcore.parallel.rules import RULES, Case, Violation
+
+
+def check_layout(
+    config: Qwen35Config,
+    layout: ParallelLayout,
+    *,
+    seq_length: int | None = None,
+    world_size: int | None = None,
+    micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    fp8: bool = False,
+) -> list[Violation]:
+    """Everything that keeps `config` from running under `layout`; empty when nothing does.
+
+    Args:
+        seq_length: tokens per sequence, before context parallelism splits it.
+        world_size: ranks in all.
+        micro_batch_size: sequences per forward pass and data parallel rank.
+        global_batch_size: sequences per optimizer step.
+        fp8: whether matrix products run in FP8.
+    """
+    case = Case(
+        config=config,
+        layout=layout,
+        seq_length=seq_length,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        fp8=fp8,
+    )
+    return [violation for rule in RULES for violation in rule(case)]
+
+
+def require_layout(
+    config: Qwen35Config,
+    layout: ParallelLayout,
+    *,
+    seq_length: int | None = None,
+    world_size: int | None = None,
+    micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    fp8: bool = False,
+) -> None:
+    """`check_layout`, as an error.
+
+    Raises:
+        ConfigError: with every violation in its message.
+    """
+    violations = check_layout(
+        config,
+        layout,
+        seq_length=seq_length,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        fp8=fp8,
+    )
+    if violations:
+        listing = "\n  - ".join(str(violation) for violation in violations)
+        raise ConfigError(f"the parallel layout cannot run this model:\n  - {listing}")

@@ -1,0 +1,4 @@
+"""A training run: its flags, the checks before it starts, and how its errors end it.
+
+Imports everything below it; `checks` holds what is decided before the first step.
+"""

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from qwen35_mcore.doctor.gradient_result import GradientCheck, Quantity
 from qwen35_mcore.kernels import reference
+from qwen35_mcore.kernels.base import Kernels
 from qwen35_mcore.kernels.heads import Heads
-from qwen35_mcore.kernels.registry import KernelBackend, select_backend
+from qwen35_mcore.kernels.registry import select_kernels
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
 
 EPS = 1e-6
@@ -59,7 +60,7 @@ class Definition(TorchKernels):
         *unused: Any,
         **unused_too: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `dispatch.KernelBackend.gated_delta_rule`; q and k are not normalised yet."""
+        """See `Kernels.gated_delta_rule`; q and k are not normalised yet."""
         decay = reference.decay_gate(a_bsh, A_log, dt_bias)
         return reference.recurrent_gated_delta_rule(
             q_bshk, k_bshk, v_bshv, decay, b_bsh.sigmoid(), use_qk_l2norm=True
@@ -74,11 +75,11 @@ def check_gradients() -> GradientCheck:
     """
     if torch.cuda.is_available():
         device, dtype, case = torch.device("cuda"), torch.bfloat16, GPU_CASE
-        exact: KernelBackend = TorchKernels("chunked, float64")
+        exact: Kernels = TorchKernels("chunked, float64")
     else:
         device, dtype, case = torch.device("cpu"), torch.float32, CPU_CASE
         exact = Definition("recurrence, float64")
-    kernels = select_backend("auto", device, dtype)
+    kernels = select_kernels("auto", device, dtype)
     try:
         with untuned():
             return compare(kernels, exact, case, device, dtype)
@@ -90,8 +91,8 @@ def check_gradients() -> GradientCheck:
 
 
 def compare(
-    kernels: KernelBackend,
-    exact: KernelBackend,
+    kernels: Kernels,
+    exact: Kernels,
     case: Case,
     device: torch.device,
     dtype: torch.dtype,
@@ -129,7 +130,7 @@ def random_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[
     }
 
 
-def run(kernels: KernelBackend, inputs: dict[str, Tensor], heads: Heads) -> dict[str, Tensor]:
+def run(kernels: Kernels, inputs: dict[str, Tensor], heads: Heads) -> dict[str, Tensor]:
     """Output, and the gradient of every input by the part of the projection it belongs to."""
     leaves = {n: t.clone().requires_grad_() for n, t in inputs.items() if n != "grad_sbc"}
     q, k, v, z, b, a = kernels.prologue(leaves["x_sbc"], leaves["conv_cw"], heads)

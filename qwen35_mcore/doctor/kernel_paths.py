@@ -1,7 +1,7 @@
 """Which code computes each part of a model, by the same decisions that training makes.
 
-Everything here asks: `ops.dispatch`, `backends` and `arguments` decide. On a machine without GPU
-the questions are asked for a Hopper GPU with the packages that are installed here.
+Everything here asks: `kernels.registry`, `model.spec_providers` and `training.arguments` decide. On
+a machine without GPU the questions are asked for a Hopper GPU with the packages installed here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.doctor.snapshot import Finding, Level, Snapshot
 from qwen35_mcore.errors import KernelError
+from qwen35_mcore.kernels.facts import KernelFacts
+from qwen35_mcore.kernels.fla_rules import flash_qla_support
 from qwen35_mcore.kernels.heads import Heads
-from qwen35_mcore.kernels.registry import choose_backend
-from qwen35_mcore.kernels.support import KernelFacts, flash_qla_support
+from qwen35_mcore.kernels.registry import choose_kernels
 from qwen35_mcore.mcore.imports import has_apex_accumulation
 from qwen35_mcore.model.spec_providers import choose_experts
 from qwen35_mcore.training.arguments import run_defaults
@@ -70,7 +71,7 @@ def kernel_findings(machine: Snapshot) -> Iterator[Finding]:
         return
     facts = kernel_facts(machine)
     try:
-        choose_backend("auto", facts, torch.bfloat16, **HEAD_DIMS)
+        choose_kernels("auto", facts, torch.bfloat16, **HEAD_DIMS)
     except KernelError as error:
         yield Finding(rule="gdn-kernels", level=Level.ERROR, what=error.what, fix=error.fix)
         return
@@ -140,13 +141,13 @@ def _on_cpu(facts: KernelFacts) -> Iterator[KernelPath]:
 
 def _delta_rule(facts: KernelFacts, dtype: torch.dtype) -> KernelPath:
     try:
-        choice = choose_backend("auto", facts, dtype, **HEAD_DIMS)
+        choice = choose_kernels("auto", facts, dtype, **HEAD_DIMS)
     except KernelError as error:
         return KernelPath(part="GDN delta rule", path="none", why=error.what, ok=False)
-    if choice.name == "torch":
-        path = "plain torch, chunked"
-    else:
-        path = "FLA" if choice.gates_in_kernel else "FlashQLA through FLA"
+    path = "plain torch, chunked"
+    if choice.kernels.name == "fla":
+        by_flash_qla = flash_qla_support(facts, dtype, **HEAD_DIMS).ok
+        path = "FlashQLA through FLA" if by_flash_qla else "FLA"
     return KernelPath(part="GDN delta rule", path=path, why=choice.reason)
 
 

@@ -135,7 +135,7 @@ def _kernel_facts(on_gpu: bool) -> dict[str, Any]:
     """What the kernels' rules ask for; empty where FLA is too broken to be asked."""
     import torch
 
-    from qwen35_mcore.kernels.support import gather_facts
+    from qwen35_mcore.kernels.facts import gather_facts
 
     try:
         return asdict(gather_facts(torch.device("cuda" if on_gpu else "cpu")))

@@ -86,7 +86,7 @@ class Snapshot:
     shm_gib: float | None = None
     """Size of /dev/shm, through which data loaders and NCCL pass memory."""
     kernels: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `ops.support.KernelFacts`; empty where torch or FLA is broken."""
+    """Fields of `kernels.facts.KernelFacts`; empty where torch or FLA is broken."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """The variables of this process that any rule reads."""
 

@@ -1,20 +1,5 @@
-"""Kernels of the gated delta net: reference mathematics, FLA, and the explicit choice of one.
+"""Who computes a GatedDeltaNet: reference mathematics, FLA, fused Triton kernels, and the choice.
 
-`reference` is the specification; `dispatch.select_backend` picks the kernels a layer calls;
-`support` holds the rules it goes by. Importing this package never imports FLA.
+`reference` is the specification, `base` the interface; a new choice is one file that registers
+itself. Imports torch and `errors`; FLA and Triton only when kernels are built.
 """
-
-from __future__ import annotations
-
-from qwen35_mcore.kernels.registry import BACKENDS, KernelBackend, select_backend, supports
-from qwen35_mcore.kernels.support import KernelFacts, Support, gather_facts
-
-__all__ = [
-    "BACKENDS",
-    "KernelBackend",
-    "KernelFacts",
-    "Support",
-    "gather_facts",
-    "select_backend",
-    "supports",
-]

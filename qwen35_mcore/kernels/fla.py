@@ -1,7 +1,7 @@
-"""The `fla` kernel backend: flash-linear-attention 0.6 behind the layer-level interface.
+"""flash-linear-attention 0.6 as `Kernels`.
 
 q/k normalisation, grouped value heads, decay gate, beta's sigmoid and the scale are all computed
-inside FLA's kernels. FLA is imported when the backend is built, not with this module.
+inside FLA's kernels. FLA is imported when the kernels are built, not with this module.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from qwen35_mcore.errors import KernelError
-from qwen35_mcore.kernels import base
+from qwen35_mcore.kernels.base import Kernels, register
+from qwen35_mcore.kernels.facts import KernelFacts, Support
+from qwen35_mcore.kernels.fla_rules import fla_support, flash_qla_support
 from qwen35_mcore.kernels.heads import Heads
 
 
-class FlaKernels:
-    """FLA's kernels behind the interface of `dispatch.KernelBackend`; `support` says where.
+@register
+class FlaKernels(Kernels):
+    """FLA's kernels, and one fused Triton kernel before and behind the delta rule where heads fit.
 
     Args:
-        reason: why this backend was chosen, in words.
         gates_in_kernel: compute the decay and the write strength inside the delta rule's kernel.
             False where FlashQLA is to take the call: it wants both ready made, and FLA passes it
             over when asked for anything else.
@@ -32,6 +34,7 @@ class FlaKernels:
     """
 
     name = "fla"
+    made_for = "cuda"
 
     def __init__(self, reason: str, *, gates_in_kernel: bool = True) -> None:
         try:
@@ -47,17 +50,34 @@ class FlaKernels:
             ) from error
         from qwen35_mcore.kernels import fused_triton
 
-        self.reason, self._fused = reason, fused_triton
+        super().__init__(reason)
+        self._fused = fused_triton
         self.gates_in_kernel = gates_in_kernel
         self._conv, self._norm = causal_conv1d, rms_norm_gated
         self._delta_rule, self._gate = chunk_gated_delta_rule, fused_gdn_gate
 
+    @classmethod
+    def support(
+        cls, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int = 128, value_dim: int = 128
+    ) -> Support:
+        return fla_support(facts, dtype, key_dim=key_dim, value_dim=value_dim)
+
+    @classmethod
+    def build(
+        cls, reason: str, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int, value_dim: int
+    ) -> FlaKernels:
+        flash_qla = flash_qla_support(facts, dtype, key_dim=key_dim, value_dim=value_dim)
+        return cls(reason, gates_in_kernel=not flash_qla.ok)
+
+    @classmethod
+    def detail(cls, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int, value_dim: int) -> str:
+        flash_qla = flash_qla_support(facts, dtype, key_dim=key_dim, value_dim=value_dim)
+        return f"FlashQLA: {'yes' if flash_qla.ok else 'no'}, {flash_qla.reason}"
+
     def normalizes(self, heads: Heads) -> bool:
-        """See `dispatch.KernelBackend.normalizes`: the fused prologue does."""
         return self._fused.supports(heads)
 
     def cp_context(self, tokens: int, group: ProcessGroup, taps: int, device: torch.device) -> Any:
-        """See `dispatch.KernelBackend.cp_context`."""
         return zigzag_cp_context(tokens, group, taps, device)
 
     def prologue(
@@ -69,17 +89,15 @@ class FlaKernels:
         *,
         cp_context: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """See `dispatch.KernelBackend.prologue`."""
         if self._fused.supports(heads) and cp_context is None:
             return self._fused.prologue(x_sbc, weight_cw, heads, cu_seqlens)
-        return base.prologue(self, x_sbc, weight_cw, heads, cu_seqlens, cp_context)
+        return super().prologue(x_sbc, weight_cw, heads, cu_seqlens, cp_context=cp_context)
 
     def epilogue(self, o_bshv: Tensor, z_sbc: Tensor, weight_v: Tensor, eps: float) -> Tensor:
-        """See `dispatch.KernelBackend.epilogue`."""
         size = o_bshv.shape[-1]
         if self._fused.supports(Heads(1, 1, size, size)):
             return self._fused.epilogue(o_bshv, z_sbc, weight_v, eps)
-        return base.epilogue(self, o_bshv, z_sbc, weight_v, eps)
+        return super().epilogue(o_bshv, z_sbc, weight_v, eps)
 
     def causal_conv1d(
         self,
@@ -89,7 +107,6 @@ class FlaKernels:
         *,
         cp_context: Any = None,
     ) -> Tensor:
-        """See `dispatch.KernelBackend.causal_conv1d`. x may be a strided slice: no copy is made."""
         if cp_context is not None and len(x_bsc) > 1:  # FLA passes the tails of one sequence
             rows = [self.causal_conv1d(x, weight_cw, cp_context=cp_context) for x in x_bsc.split(1)]
             return torch.cat(rows)
@@ -118,9 +135,7 @@ class FlaKernels:
         qk_normalized: bool = False,
         cp_context: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `dispatch.KernelBackend.gated_delta_rule`.
-
-        With a ``cp_context`` FLA takes its boundaries from it, refuses states, and wants b = 1:
+        """With a ``cp_context`` FLA takes its boundaries from it, refuses states, and wants b = 1:
         sequences go one after another.
         """
         if cp_context is not None and len(q_bshk) > 1:
@@ -163,7 +178,7 @@ class FlaKernels:
         )
 
     def gated_rms_norm(self, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """See `dispatch.KernelBackend.gated_rms_norm`. x_hat is not rounded before the weight."""
+        """x_hat is not rounded before the weight."""
         return self._norm(x, z, weight, None, activation="silu", eps=eps)
 
 

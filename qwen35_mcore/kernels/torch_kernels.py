@@ -1,4 +1,4 @@
-"""The `torch` kernel backend: the layer-level interface in reference mathematics, on any device."""
+"""The reference mathematics as `Kernels`: plain torch, on any device."""
 
 from __future__ import annotations
 
@@ -8,48 +8,31 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from qwen35_mcore.kernels import base, reference, state_passing
-from qwen35_mcore.kernels.heads import Heads
+from qwen35_mcore.kernels import reference, state_passing
+from qwen35_mcore.kernels.base import Kernels, register
+from qwen35_mcore.kernels.facts import KernelFacts, Support
 from qwen35_mcore.kernels.state_passing import Zigzag
 
 
-class TorchKernels:
-    """Reference mathematics behind the interface of `dispatch.KernelBackend`.
-
-    Args:
-        reason: why this backend was chosen, in words.
-    """
+@register
+class TorchKernels(Kernels):
+    """Reference mathematics; slow on a GPU."""
 
     name = "torch"
+    made_for = "cpu"
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def normalizes(self, heads: Heads) -> bool:
-        """See `dispatch.KernelBackend.normalizes`."""
-        return False
+    @classmethod
+    def support(
+        cls, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int = 128, value_dim: int = 128
+    ) -> Support:
+        if not dtype.is_floating_point:
+            return Support(False, f"{dtype} is not a floating point dtype", "use a float dtype")
+        return Support(True, f"plain torch runs on {facts.device_type} in {dtype}")
 
     def cp_context(
         self, tokens: int, group: ProcessGroup, taps: int, device: torch.device
     ) -> Zigzag:
-        """See `dispatch.KernelBackend.cp_context`."""
         return Zigzag(group)
-
-    def prologue(
-        self,
-        x_sbc: Tensor,
-        weight_cw: Tensor,
-        heads: Heads,
-        cu_seqlens: Tensor | None = None,
-        *,
-        cp_context: Any = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """See `dispatch.KernelBackend.prologue`."""
-        return base.prologue(self, x_sbc, weight_cw, heads, cu_seqlens, cp_context)
-
-    def epilogue(self, o_bshv: Tensor, z_sbc: Tensor, weight_v: Tensor, eps: float) -> Tensor:
-        """See `dispatch.KernelBackend.epilogue`."""
-        return base.epilogue(self, o_bshv, z_sbc, weight_v, eps)
 
     def causal_conv1d(
         self,
@@ -59,7 +42,6 @@ class TorchKernels:
         *,
         cp_context: Any = None,
     ) -> Tensor:
-        """See `dispatch.KernelBackend.causal_conv1d`."""
         if cp_context is None:
             return reference.causal_conv1d(x_bsc, weight_cw, cu_seqlens=cu_seqlens)
         return state_passing.causal_conv1d(
@@ -82,7 +64,6 @@ class TorchKernels:
         qk_normalized: bool = False,
         cp_context: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `dispatch.KernelBackend.gated_delta_rule`."""
         g = reference.decay_gate(a_bsh, A_log, dt_bias)
         beta = torch.sigmoid(b_bsh.to(reference.compute_dtype(b_bsh)))
         inputs = [q_bshk, k_bshk, v_bshv, g, beta]
@@ -106,5 +87,4 @@ class TorchKernels:
         )
 
     def gated_rms_norm(self, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """See `dispatch.KernelBackend.gated_rms_norm`."""
         return reference.gated_rms_norm(x, z, weight, eps)

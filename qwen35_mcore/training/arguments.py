@@ -19,7 +19,7 @@ from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.data import read_sidecar
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.kernels.registry import BACKENDS
+from qwen35_mcore.kernels.registry import KERNELS
 from qwen35_mcore.mcore import cpu_mode
 from qwen35_mcore.mcore.imports import config_from_arguments
 from qwen35_mcore.mcore.megatron_errors import as_config_errors, raise_instead_of_usage
@@ -210,7 +210,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     )
     group.add_argument(
         "--gdn-kernel",
-        choices=BACKENDS,
+        choices=KERNELS,
         default="auto",
         help="Kernels of the GatedDeltaNet. auto says what it chose and why.",
     )

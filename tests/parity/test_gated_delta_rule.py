@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen35_mcore.kernels import reference
+from qwen35_mcore.kernels.facts import gather_facts
 from qwen35_mcore.kernels.fla import FlaKernels
-from qwen35_mcore.kernels.registry import select_backend
-from qwen35_mcore.kernels.support import fla_support, gather_facts
+from qwen35_mcore.kernels.fla_rules import fla_support
+from qwen35_mcore.kernels.registry import select_kernels
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
 from tests.helpers import hf_reference
 
@@ -358,7 +359,7 @@ def test_fla_equals_reference(lengths: list[int], gates_in_kernel: bool) -> None
 @pytest.mark.parametrize("lengths", [[130], [60, 2, 68]], ids=["one", "packed"])
 def test_fla_conv_and_norm_equal_reference(lengths: list[int]) -> None:
     device, channels = "cuda", 64
-    fla = select_backend("fla", device, torch.bfloat16)
+    fla = select_kernels("fla", device, torch.bfloat16)
     exact = TorchKernels("exact")
     tokens = sum(lengths)
     bounds = torch.tensor(boundaries(lengths), device=device) if len(lengths) > 1 else None

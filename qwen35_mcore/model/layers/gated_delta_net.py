@@ -23,7 +23,7 @@ import torch
 
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.kernels.heads import Heads
-from qwen35_mcore.kernels.registry import select_backend
+from qwen35_mcore.kernels.registry import select_kernels
 from qwen35_mcore.mcore.imports import (
     CheckpointWithoutOutput,
     GatedDeltaNetSubmodules,
@@ -92,7 +92,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
 
     def _setup_variant_attrs(self) -> None:
         super()._setup_variant_attrs()
-        self.kernel = select_backend(
+        self.kernel = select_kernels(
             self.config.gdn_kernel,
             device=torch.device(torch.cuda.current_device()),
             dtype=self.config.params_dtype,

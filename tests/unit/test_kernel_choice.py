@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from qwen35_mcore.errors import KernelError
-from qwen35_mcore.kernels import registry, support
-from qwen35_mcore.kernels.registry import select_backend, supports
-from qwen35_mcore.kernels.support import KernelFacts, flash_qla_support, gather_facts
+from qwen35_mcore.kernels import facts as kernel_facts
+from qwen35_mcore.kernels import registry
+from qwen35_mcore.kernels.base import Kernels
+from qwen35_mcore.kernels.facts import KernelFacts, gather_facts
+from qwen35_mcore.kernels.fla_rules import flash_qla_support
+from qwen35_mcore.kernels.registry import select_kernels, supports
 
 BF16 = torch.bfloat16
 CPU = KernelFacts(device_type="cpu", fla="0.6.0", triton="3.6.0")
@@ -66,8 +69,11 @@ def fake_fla(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return calls
 
 
-def test_importing_ops_does_not_import_fla() -> None:
-    code = "import sys, qwen35_mcore.kernels; sys.exit(any(m.split('.')[0] == 'fla' for m in sys.modules))"
+def test_importing_the_choice_does_not_import_fla() -> None:
+    code = (
+        "import sys, qwen35_mcore.kernels.registry\n"
+        "sys.exit(any(m.split('.')[0] == 'fla' for m in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -138,7 +144,7 @@ def test_flash_qla_takes_only_what_it_can() -> None:
 
 def test_auto_on_cpu_is_torch_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="qwen35_mcore.kernels"):
-        backends = [select_backend("auto", "cpu", torch.float32, facts=CPU) for _ in range(3)]
+        backends = [select_kernels("auto", "cpu", torch.float32, facts=CPU) for _ in range(3)]
     assert {b.name for b in backends} == {"torch"}
     assert "auto on cpu" in backends[0].reason
     assert [r.levelname for r in caplog.records] == ["INFO"]
@@ -147,30 +153,30 @@ def test_auto_on_cpu_is_torch_and_says_so_once(caplog: pytest.LogCaptureFixture)
 
 def test_auto_on_cuda_is_fla(fake_fla: dict, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="qwen35_mcore.kernels"):
-        backend = select_backend("auto", "cuda", BF16, facts=HOPPER)
+        backend = select_kernels("auto", "cuda", BF16, facts=HOPPER)
     assert backend.name == "fla"
     assert "the backward by tilelang 0.1.15" in caplog.text
 
 
 def test_auto_on_cuda_never_falls_back() -> None:
     with pytest.raises(KernelError, match="not installed") as error:
-        select_backend("auto", "cuda", BF16, facts=but(HOPPER, fla=None))
+        select_kernels("auto", "cuda", BF16, facts=but(HOPPER, fla=None))
     assert "pass --gdn-kernel torch" in (error.value.fix or "")
 
 
 def test_torch_named_on_cuda_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="qwen35_mcore.kernels"):
-        assert select_backend("torch", "cuda", BF16, facts=HOPPER).name == "torch"
+        assert select_kernels("torch", "cuda", BF16, facts=HOPPER).name == "torch"
     assert [r.levelname for r in caplog.records] == ["WARNING"]
 
 
 def test_a_named_backend_that_cannot_run_is_an_error() -> None:
     with pytest.raises(KernelError, match="CUDA device"):
-        select_backend("fla", "cpu", BF16, facts=CPU)
-    with pytest.raises(KernelError, match="unknown kernel backend"):
-        select_backend("flash", "cpu", BF16, facts=CPU)
+        select_kernels("fla", "cpu", BF16, facts=CPU)
+    with pytest.raises(KernelError, match="unknown kernels"):
+        select_kernels("flash", "cpu", BF16, facts=CPU)
     with pytest.raises(KernelError, match="floating point"):
-        select_backend("torch", "cpu", torch.int32, facts=CPU)
+        select_kernels("torch", "cpu", torch.int32, facts=CPU)
 
 
 def test_fla_that_does_not_import_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,12 +184,12 @@ def test_fla_that_does_not_import_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fla", None)
     with pytest.raises(KernelError, match="does not import"):
-        select_backend("fla", "cuda", BF16, facts=HOPPER)
+        select_kernels("fla", "cuda", BF16, facts=HOPPER)
 
 
 def test_facts_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLA_TILELANG", "0")
-    monkeypatch.setattr(support, "_version_of", lambda module, *_: f"{module} version")
+    monkeypatch.setattr(kernel_facts, "_version_of", lambda module, *_: f"{module} version")
     facts = gather_facts(torch.device("cpu"))
     assert facts.device_type == "cpu"
     assert facts.capability is None
@@ -196,19 +202,19 @@ def test_versions_of_absent_and_bare_modules(
 ) -> None:
     (tmp_path / "bare_kernels.py").write_text("__version__ = '1.2'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert support._version_of("bare_kernels", "no-such-distribution") == "1.2"
-    assert support._version_of("no_such_module", "no-such-distribution") is None
+    assert kernel_facts._version_of("bare_kernels", "no-such-distribution") == "1.2"
+    assert kernel_facts._version_of("no_such_module", "no-such-distribution") is None
     monkeypatch.setitem(sys.modules, "fla", None)
-    assert support._version_of("fla", "fla-core") is None
+    assert kernel_facts._version_of("fla", "fla-core") is None
 
 
-def call_rule(backend: registry.KernelBackend, **options: Any) -> Any:
+def call_rule(backend: Kernels, **options: Any) -> Any:
     q, a, head = torch.randn(1, 8, 2, 4), torch.randn(1, 8, 2), torch.randn(2)
     return backend.gated_delta_rule(q, q, q, a, a, head, head, **options)
 
 
 def test_fla_gets_raw_gates(fake_fla: dict) -> None:
-    backend = select_backend("fla", "cuda", BF16, facts=HOPPER)
+    backend = select_kernels("fla", "cuda", BF16, facts=HOPPER)
     cu_seqlens = torch.tensor([0, 3, 8])
     assert call_rule(backend, cu_seqlens=cu_seqlens, output_final_state=True) == ("o", None)
     _, options = fake_fla["rule"]
@@ -222,7 +228,7 @@ def test_fla_gets_raw_gates(fake_fla: dict) -> None:
 
 
 def test_flash_qla_gets_ready_made_gates(fake_fla: dict) -> None:
-    backend = select_backend("fla", "cuda", BF16, facts=but(HOPPER, flash_qla="0.1.3"))
+    backend = select_kernels("fla", "cuda", BF16, facts=but(HOPPER, flash_qla="0.1.3"))
     assert "FlashQLA: yes" in backend.reason
     call_rule(backend)
     _, options = fake_fla["rule"]
@@ -236,7 +242,7 @@ def test_flash_qla_gets_ready_made_gates(fake_fla: dict) -> None:
 
 
 def test_fla_conv_and_norm_arguments(fake_fla: dict) -> None:
-    backend = select_backend("fla", "cuda", BF16, facts=HOPPER)
+    backend = select_kernels("fla", "cuda", BF16, facts=HOPPER)
     x = torch.randn(1, 8, 4)
     assert backend.causal_conv1d(x, torch.randn(4, 4), cp_context="context") == "y"
     assert fake_fla["conv"][1]["activation"] == "silu"
@@ -249,7 +255,7 @@ def test_fla_passes_states_of_one_sequence_at_a_time(
     fake_fla: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its context knows the parts of one, and the rows of a microbatch are sequences apart."""
-    backend = select_backend("fla", "cuda", BF16, facts=HOPPER)
+    backend = select_kernels("fla", "cuda", BF16, facts=HOPPER)
     seen: list[tuple[int, ...]] = []
 
     def one(x: torch.Tensor, *_: Any, cp_context: str, **__: Any) -> tuple[torch.Tensor, None]:
@@ -269,7 +275,7 @@ def test_fla_passes_states_of_one_sequence_at_a_time(
 
 
 def test_torch_backend_computes_what_it_says() -> None:
-    backend = select_backend("torch", "cpu", torch.float32, facts=CPU)
+    backend = select_kernels("torch", "cpu", torch.float32, facts=CPU)
     o, final = call_rule(backend, output_final_state=True)
     assert o.shape == (1, 8, 2, 4)
     assert final.shape == (1, 2, 4, 4)

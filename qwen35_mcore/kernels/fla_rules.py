@@ -1,19 +1,10 @@
-"""Which kernel backend can run here, as rules over facts: no rule looks at the machine itself.
-
-`gather_facts` looks; the ``..._support`` functions judge. A preflight
-report prints the same facts and the same answers as the dispatch acts on.
-"""
+"""Where flash-linear-attention's kernels train correctly, as rules over `KernelFacts`."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 
+from qwen35_mcore.kernels.facts import KernelFacts, Support
 from qwen35_mcore.versions import release
 
 FLA_MINIMUM = (0, 6)
@@ -25,54 +16,6 @@ FLASH_QLA_MAJORS = (9, 10)
 # fla-org/flash-linear-attention issue 640: wrong gradients of the gated backward, first and
 # last Triton release that has them.
 BAD_TRITON_FROM, BAD_TRITON_BEFORE = (3, 4, 0), (3, 7, 1)
-
-
-class Support(NamedTuple):
-    """Whether a backend can run, why (not), and what would change a no."""
-
-    ok: bool
-    reason: str
-    fix: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelFacts:
-    """What the rules need to know of a machine. Versions are None where nothing is installed."""
-
-    device_type: str
-    capability: tuple[int, int] | None = None
-    """CUDA compute capability of the device, None off CUDA."""
-    fla: str | None = None
-    triton: str | None = None
-    tilelang: str | None = None
-    flash_qla: str | None = None
-    nvcc: bool = False
-    """A CUDA compiler that tilelang can call: without one FLA does not use tilelang."""
-    fla_switches: tuple[str, ...] = ()
-    """FLA's own environment switches that are set to turn something off."""
-
-
-def gather_facts(device: torch.device) -> KernelFacts:
-    """The facts of this process and device. Imports fla only for a CUDA device."""
-    on_cuda = device.type == "cuda" and torch.cuda.is_available()
-    fla = _version_of("fla", "fla-core", "flash-linear-attention")
-    return KernelFacts(
-        device_type=device.type,
-        capability=torch.cuda.get_device_capability(device) if on_cuda else None,
-        fla=fla,
-        triton=_version_of("triton", "triton", "pytorch-triton"),
-        tilelang=_version_of("tilelang", "tilelang"),
-        flash_qla=_version_of("flash_qla", "flash-qla"),
-        nvcc=_fla_finds_nvcc() if on_cuda and fla else False,
-        fla_switches=_fla_switches_off(),
-    )
-
-
-def torch_support(facts: KernelFacts, dtype: torch.dtype) -> Support:
-    """The reference runs wherever torch does."""
-    if not dtype.is_floating_point:
-        return Support(False, f"{dtype} is not a floating point dtype", "use a float dtype")
-    return Support(True, f"plain torch runs on {facts.device_type} in {dtype}")
 
 
 def fla_support(
@@ -166,28 +109,3 @@ def _switched_off(facts: KernelFacts, name: str) -> Support | None:
         if variable in (name, "FLA_DISABLE_BACKEND_DISPATCH"):
             return Support(False, f"it is turned off by {switch}", f"unset {variable}")
     return None
-
-
-def _version_of(module: str, *distributions: str) -> str | None:
-    if importlib.util.find_spec(module) is None:
-        return None
-    for distribution in distributions:
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    # Put on sys.path without its metadata, as on machines that reach no package index.
-    return str(getattr(importlib.import_module(module), "__version__", "unknown"))
-
-
-def _fla_finds_nvcc() -> bool:
-    try:
-        from fla.utils import has_usable_nvcc
-    except ImportError:
-        return False
-    return bool(has_usable_nvcc())
-
-
-def _fla_switches_off() -> tuple[str, ...]:
-    off = {"FLA_TILELANG": "0", "FLA_FLASH_QLA": "0", "FLA_DISABLE_BACKEND_DISPATCH": "1"}
-    return tuple(f"{name}={value}" for name, value in off.items() if os.environ.get(name) == value)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -278,71 +276,3 @@ def config_from_arguments(args: Any, config_class: type) -> Any:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     return core_transformer_config_from_args(args, config_class)
-
-
-def prepare_training(step_flops: Callable[[float, float], float]) -> None:
-    """Mend ``megatron.training`` of the wheel before ``pretrain`` runs.
-
-    Args:
-        step_flops: operations of a step, from its tokens and the sum of its squared sequence
-            lengths. Megatron's own count raises for a list-valued ``linear_attention_freq`` with
-            MTP, and takes the MTP layer for a GDN layer otherwise.
-    """
-    from megatron.core.datasets import utils as dataset_utils
-    from megatron.training import training
-
-    from qwen35_mcore.mcore.patches import (
-        bucket_padding,
-        float32_state,
-        load_unsaved,
-        log_means,
-        main_params,
-        nonfinite,
-        resharding,
-        resume_position,
-        safe_saving,
-        sgd_state,
-    )
-
-    def num_floating_point_operations(
-        args: Any,
-        batch_size: int,
-        seqlen_squared_sum_in_batch: float | None = None,
-        total_real_tokens_in_batch: float | None = None,
-    ) -> float:
-        tokens = total_real_tokens_in_batch or batch_size * args.seq_length
-        return step_flops(tokens, seqlen_squared_sum_in_batch or tokens * args.seq_length)
-
-    training.num_floating_point_operations = num_floating_point_operations
-    training.build_train_valid_test_data_iterators = _keeping_random_state(
-        training.build_train_valid_test_data_iterators
-    )
-    # GPTModel says that it is deprecated, pretrain that it wants a config in place of a provider.
-    logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
-    # The wheel ships the compiled helpers but not the Makefile that compile_helpers runs.
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        dataset_utils.compile_helpers = lambda: None
-    bucket_padding.install()
-    float32_state.install()
-    load_unsaved.install()
-    log_means.install()
-    main_params.install()
-    resume_position.install()
-    nonfinite.install()
-    resharding.install()
-    safe_saving.install()
-    sgd_state.install()
-
-
-def _keeping_random_state(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Data loaders draw a seed when they start, also after a resume has restored the state."""
-
-    def build_data_iterators(*args: Any, **kwargs: Any) -> Any:
-        state = torch.get_rng_state()
-        try:
-            return build(*args, **kwargs)
-        finally:
-            torch.set_rng_state(state)
-
-    return build_data_iterators

@@ -28,7 +28,8 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from megatron.core.utils import flatten_batch_for_packed_sequences
 
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.mcore.patches import log_means
+from qwen35_mcore.mcore.patches.install import apply_once
+from qwen35_mcore.mcore.patches.mtp_loss_log import PATCHES as MTP_LOSS_LOG
 from qwen35_mcore.model.build import build_model
 from qwen35_mcore.model.transformer_config import (
     Qwen35TransformerConfig,
@@ -223,7 +224,7 @@ def train(
     """Train one step per batch from the given global weights; the step-0 gradients come whole."""
     initialize(layout)
     MTPLossLoggingHelper.tracker.clear()
-    log_means.weigh_mtp_by_tokens()
+    apply_once(MTP_LOSS_LOG)
     config = config_for(hf, layout)
     chunks = build_chunks(hf, config, layout)
     if weights is not None:

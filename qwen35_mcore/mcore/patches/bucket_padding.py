@@ -8,19 +8,18 @@ stage than the embedding) moments and main parameters are saved shifted, without
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
 
-def install() -> None:
-    """Patch the distributed optimizer; does nothing when called again."""
-    original = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if hasattr(original, "pads_buckets"):
-        return
 
-    def with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_padding(original: Any) -> Any:
+    def sharded_param_state_fully_reshardable(self: Any, *args: Any, **kwargs: Any) -> Any:
         gather = self.get_parameter_state_dp_zero
 
         def gather_and_pad(*args: Any, **kwargs: Any) -> Any:
@@ -32,8 +31,7 @@ def install() -> None:
         finally:
             del self.get_parameter_state_dp_zero
 
-    with_padding.pads_buckets = True  # type: ignore[attr-defined]
-    DistributedOptimizer.sharded_param_state_fully_reshardable = with_padding
+    return sharded_param_state_fully_reshardable
 
 
 def _padded(state: dict[Any, Any] | None, buffers: list[Any]) -> dict[Any, Any] | None:
@@ -54,3 +52,34 @@ def _at_offsets(joined: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
     for bucket, piece in zip(buckets, joined.split(sizes), strict=True):
         spread[bucket.offset : bucket.offset + len(piece)] = piece
     return spread
+
+
+def _probe() -> Verdict:
+    """Two buckets, the first one padded: is the moment behind the padding saved as it is?"""
+    first, second = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    moments = torch.tensor([1.0, 1.0, 2.0, 2.0])
+    optimizer = SimpleNamespace(
+        gbuf_ranges=[{torch.float32: []}],
+        buffers=[
+            SimpleNamespace(
+                param_index_map={first: (0, 2, 0), second: (64, 66, 1)}, numel_unpadded=4
+            )
+        ],
+        get_parameter_state_dp_zero=lambda **_: {0: {torch.float32: {"exp_avg": moments}}},
+    )
+    model = {
+        name: ShardedTensor.from_rank_offsets(name, param)
+        for name, param in (("first", first), ("second", second))
+    }
+    saved = DistributedOptimizer.sharded_param_state_fully_reshardable(optimizer, model, False, {})
+    return shows(not torch.equal(saved[1]["exp_avg"].data, moments[2:]))
+
+
+PATCH = Patch(
+    name="bucket padding",
+    target="megatron.core.optimizer.distrib_optimizer"
+    ":DistributedOptimizer.sharded_param_state_fully_reshardable",
+    why="moments and main parameters behind a padded gradient bucket are saved shifted",
+    replace=_with_padding,
+    probe=_probe,
+)

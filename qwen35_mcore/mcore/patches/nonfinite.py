@@ -20,19 +20,13 @@ from megatron.training import get_args
 
 from qwen35_mcore.errors import Qwen35Error
 from qwen35_mcore.mcore.checkpoint_files import tracked_folder
+from qwen35_mcore.mcore.patches.patch import Patch, Verdict
 
 
 class NonFiniteError(Qwen35Error):
     """Training met NaN or infinity."""
 
     exit_status = 1
-
-
-def install() -> None:
-    """Make megatron's validation raise `NonFiniteError`."""
-    machine = rerun_state_machine.RerunStateMachine
-    if not getattr(machine.validate_result, "raises_non_finite", False):
-        machine.validate_result = _raising(machine.validate_result)
 
 
 def _raising(original: Any) -> Any:
@@ -47,7 +41,6 @@ def _raising(original: Any) -> Any:
         except RuntimeError:
             raise _error(message, result) from None
 
-    validate_result.raises_non_finite = True  # type: ignore[attr-defined]
     return validate_result
 
 
@@ -86,3 +79,22 @@ def _error(what: str, got: Any) -> NonFiniteError:
         f"samples {first} to {first + args.global_batch_size - 1}; the last checkpoint is "
         f"{saved or 'none'}",
     )
+
+
+def _probe() -> Verdict:
+    """Does megatron's check raise an error that names no way on?"""
+    machine = rerun_state_machine.RerunStateMachine(mode=rerun_state_machine.RerunMode.DISABLED)
+    try:
+        machine.validate_result(torch.tensor(torch.nan), torch.isnan, message="NaN", fatal=True)
+    except RuntimeError:
+        return Verdict.FAULT
+    return Verdict.MENDED
+
+
+PATCH = Patch(
+    name="NaN and infinity",
+    target="megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
+    why="its error is a traceback that names neither the samples nor the last checkpoint",
+    replace=_raising,
+    probe=_probe,
+)

@@ -9,20 +9,16 @@ tracker names that.
 
 from __future__ import annotations
 
+import inspect
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from megatron.training import checkpointing, get_args, training
 
-
-def install() -> None:
-    """Patch ``megatron.training``; does nothing when called again."""
-    if hasattr(training.load_checkpoint, "keeps_position"):
-        return
-    training.load_checkpoint = _keeping_position(training.load_checkpoint)
-    training.get_train_valid_test_num_samples = _beyond_the_consumed(
-        training.get_train_valid_test_num_samples
-    )
-    checkpointing.read_metadata = _unless_chosen(checkpointing.read_metadata)
+from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
 
 
 def _keeping_position(original: Any) -> Any:
@@ -37,7 +33,6 @@ def _keeping_position(original: Any) -> Any:
                 args.train_iters = iteration + left // args.global_batch_size
         return iteration, operations
 
-    load_checkpoint.keeps_position = True  # type: ignore[attr-defined]
     return load_checkpoint
 
 
@@ -67,3 +62,64 @@ def _unless_chosen(original: Any) -> Any:
         return iteration, release and not get_args().ckpt_step
 
     return read_metadata
+
+
+def _probe_schedule() -> Verdict:
+    """A whole checkpoint would have to be loaded, so the text is read."""
+    text = inspect.getsource(checkpointing.load_checkpoint)
+    condition = "if (not args.finetune or gpt_compat_load_optim) and not args.no_load_optim:"
+    return Verdict.FAULT if condition in text else Verdict.UNKNOWN
+
+
+def _probe_samples() -> Verdict:
+    """Do the datasets of a run at step 5 of 6 hold a sample more than the 100 that it consumed?"""
+    args = SimpleNamespace(
+        train_samples=None,
+        train_iters=6,
+        iteration=5,
+        global_batch_size=1,
+        consumed_train_samples=100,
+        full_validation=False,
+        skip_train=False,
+        eval_interval=10,
+        eval_iters=1,
+        start_eval_at_iter=None,
+        phase_transition_iterations=None,
+    )
+    with mock.patch.object(training, "get_args", lambda: args):
+        return shows(training.get_train_valid_test_num_samples()[0] <= 100)
+
+
+def _probe_release() -> Verdict:
+    """Does a tracker that says release win over ``--ckpt-step 5``?"""
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = Path(folder, "tracker")
+        tracker.write_text("release")
+        with mock.patch.object(checkpointing, "get_args", lambda: SimpleNamespace(ckpt_step=5)):
+            return shows(checkpointing.read_metadata(str(tracker))[1])
+
+
+PATCHES = (
+    Patch(
+        name="schedule without the optimizer",
+        target="megatron.training.training:load_checkpoint",
+        why="with --no-load-optim a run goes on at its iteration with the learning rate of the "
+        "first one; with --train-samples and another batch size it takes a wrong number of steps",
+        replace=_keeping_position,
+        probe=_probe_schedule,
+    ),
+    Patch(
+        name="samples behind the consumed ones",
+        target="megatron.training.training:get_train_valid_test_num_samples",
+        why="a run that goes on with another batch size has used up its datasets",
+        replace=_beyond_the_consumed,
+        probe=_probe_samples,
+    ),
+    Patch(
+        name="an iteration beside a release",
+        target="megatron.training.checkpointing:read_metadata",
+        why="--ckpt-step loads the folder release where the tracker names that",
+        replace=_unless_chosen,
+        probe=_probe_release,
+    ),
+)

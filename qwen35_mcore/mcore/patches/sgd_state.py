@@ -6,25 +6,22 @@ function that it has for Adam and for Lion, and calls None for SGD.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
+from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
 
-def install() -> None:
-    """Patch megatron's float32 optimizer; does nothing when called again."""
-    original = FP32Optimizer.__init__
-    if hasattr(original, "allocates_momentum"):
-        return
 
-    def initialize(self: Any, optimizer: Any, config: Any, init_state_fn: Any) -> None:
+def _allocating_momentum(original: Any) -> Any:
+    def __init__(self: Any, optimizer: Any, config: Any, init_state_fn: Any) -> None:  # noqa: N807
         if init_state_fn is None and config.optimizer == "sgd":
             init_state_fn = allocate_momentum
         original(self, optimizer, config, init_state_fn)
 
-    initialize.allocates_momentum = True  # type: ignore[attr-defined]
-    FP32Optimizer.__init__ = initialize
+    return __init__
 
 
 def allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -32,3 +29,26 @@ def allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> N
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def _probe() -> Verdict:
+    """Does a float32 optimizer with SGD allocate the state that a checkpoint is read into?"""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    momentum = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    optimizer = FP32Optimizer(momentum, SimpleNamespace(optimizer="sgd"), None)
+    try:
+        optimizer.sharded_state_dict({}, is_loading=True)
+    except TypeError:  # None is called
+        return Verdict.FAULT
+    except Exception:  # what follows wants a whole model
+        return shows(not momentum.state)
+    return Verdict.MENDED
+
+
+PATCH = Patch(
+    name="state of SGD",
+    target="megatron.core.optimizer.optimizer:FP32Optimizer.__init__",
+    why="a run with --optimizer sgd cannot resume: the function that allocates its state is None",
+    replace=_allocating_momentum,
+    probe=_probe,
+)

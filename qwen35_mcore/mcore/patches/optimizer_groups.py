@@ -10,24 +10,21 @@ the step count comes from the checkpoint.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from qwen35_mcore.mcore.patches.patch import Patch, Verdict
 
-def install() -> None:
-    """Patch megatron's ChainedOptimizer, which wraps a single optimizer too."""
-    original = ChainedOptimizer.load_state_dict
-    if getattr(original, "fits_any_grouping", False):
-        return
 
+def _fitting_any_grouping(original: Any) -> Any:
     def load_state_dict(self: Any, state_dict: Any) -> None:
         if isinstance(state_dict, dict):
             state_dict = fit_to_run(state_dict, self.chained_optimizers)
         original(self, state_dict)
 
-    load_state_dict.fits_any_grouping = True  # type: ignore[attr-defined]
-    ChainedOptimizer.load_state_dict = load_state_dict
+    return load_state_dict
 
 
 def fit_to_run(state: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
@@ -68,3 +65,26 @@ def _groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
     """The parameter groups in one optimizer's state: megatron's optimizers nest them or do not."""
     groups: list[dict[str, Any]] = part.get("optimizer", part).get("param_groups", [])
     return groups
+
+
+def _probe() -> Verdict:
+    """Does a dense and an expert optimizer load the state of a run that had one for both?"""
+    optimizer = ChainedOptimizer.__new__(ChainedOptimizer)
+    optimizer.chained_optimizers = [
+        SimpleNamespace(load_state_dict=lambda _: None, param_groups=[]) for _ in range(2)
+    ]
+    try:
+        optimizer.load_state_dict({"optimizer": {"param_groups": []}, "param_state": {}, "more": 0})
+    except RuntimeError:
+        return Verdict.FAULT
+    return Verdict.MENDED
+
+
+PATCH = Patch(
+    name="optimizer groups of another run",
+    target="megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict",
+    why="optimizer state saved at TP1 EP1 does not load at any other TP or EP, nor the other way; no "
+    "learning rate can change at a resume, and Adam's betas and epsilon of the checkpoint win",
+    replace=_fitting_any_grouping,
+    probe=_probe,
+)

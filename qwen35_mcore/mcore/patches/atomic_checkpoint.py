@@ -11,12 +11,18 @@ it started from by the same one. That save is left out, and the log says so.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 import queue
+import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import checkpointing, get_args, training
 from megatron.training.async_utils import maybe_finalize_async_save
@@ -32,18 +38,7 @@ from qwen35_mcore.mcore.checkpoint_files import (
     tracked_folder,
 )
 from qwen35_mcore.mcore.patches import nonfinite
-
-
-def install() -> None:
-    """Patch ``megatron.training``; does nothing when called again."""
-    if isinstance(checkpointing.dist_checkpointing, _CheckpointBesideItsPlace):
-        return
-    checkpointing.dist_checkpointing = _CheckpointBesideItsPlace(checkpointing.dist_checkpointing)
-    training.save_checkpoint = _unless_just_loaded(training.save_checkpoint)
-    checkpointing.maybe_msc = _AtomicTracker(checkpointing.maybe_msc)
-    filesystem_async.get_write_results_queue = _results_queue(
-        filesystem_async.get_write_results_queue
-    )
+from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
 
 
 class _CheckpointBesideItsPlace:
@@ -141,3 +136,69 @@ def _results_queue(original: Any) -> Any:
         return original(*args, **kwargs) if get_args().async_save else queue.Queue()
 
     return get_write_results_queue
+
+
+class _Unfinished(Exception):  # noqa: N818
+    pass
+
+
+def _probe_place() -> Verdict:
+    """A save that ends before its last step: is the checkpoint in its folder what it was?"""
+    last_step = mock.patch.object(serialization, "save_config", side_effect=_Unfinished)
+    with tempfile.TemporaryDirectory() as folder:
+        dist_checkpointing.save({"value": 1}, folder)
+        with last_step, contextlib.suppress(_Unfinished):
+            dist_checkpointing.save({"value": 2}, folder)
+        return shows(dist_checkpointing.load_common_state_dict(folder)["value"] != 1)
+
+
+def _probe_needless() -> Verdict:
+    """A whole training run is around it, so the text is read."""
+    text = inspect.getsource(training.pretrain)
+    return Verdict.FAULT if "save_checkpoint(\n" in text else Verdict.UNKNOWN
+
+
+def _probe_tracker() -> Verdict:
+    """The tracker is written deep inside a save, so the text is read."""
+    text = inspect.getsource(checkpointing.save_checkpoint)
+    return Verdict.FAULT if "open(tracker_filename, 'w')" in text else Verdict.UNKNOWN
+
+
+def _probe_queue() -> Verdict:
+    """A call would start the process, so the text is read."""
+    text = inspect.getsource(filesystem_async.get_write_results_queue)
+    return Verdict.FAULT if ".Manager()" in text else Verdict.UNKNOWN
+
+
+PATCHES = (
+    Patch(
+        name="checkpoint beside its place",
+        target="megatron.training.checkpointing:dist_checkpointing",
+        why="a process that is killed while it saves an iteration again leaves a mixture of two "
+        "checkpoints",
+        replace=_CheckpointBesideItsPlace,
+        probe=_probe_place,
+    ),
+    Patch(
+        name="no save without a step",
+        target="megatron.training.training:save_checkpoint",
+        why="a finished run that is started again replaces its last checkpoint by the same one",
+        replace=_unless_just_loaded,
+        probe=_probe_needless,
+    ),
+    Patch(
+        name="tracker in one step",
+        target="megatron.training.checkpointing:maybe_msc",
+        why="a process that is killed while it writes the tracker leaves an empty one",
+        replace=_AtomicTracker,
+        probe=_probe_tracker,
+    ),
+    Patch(
+        name="no process to collect results",
+        target="megatron.core.dist_checkpointing.strategies.filesystem_async"
+        ":get_write_results_queue",
+        why="a synchronous save starts a process, which imports the training script again",
+        replace=_results_queue,
+        probe=_probe_queue,
+    ),
+)

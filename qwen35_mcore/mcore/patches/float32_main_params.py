@@ -9,21 +9,19 @@ an optimizer's state: a job that resumes is left alone.
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.training import checkpointing
+
+from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
 
 
-def install() -> None:
-    """Patch ``megatron.training.checkpointing``; does nothing when called again."""
-    original = checkpointing._load_global_dist_base_checkpoint
-    if hasattr(original, "widens"):
-        return
-
-    def load(
+def _widening(original: Any) -> Any:
+    def _load_global_dist_base_checkpoint(
         load_dir: Any,
         args: Any,
         rank0: bool,
@@ -38,8 +36,7 @@ def install() -> None:
             args.load_main_params_from_ckpt = True
         return original(load_dir, args, rank0, state, iteration, release, **rest)
 
-    load.widens = True  # type: ignore[attr-defined]
-    checkpointing._load_global_dist_base_checkpoint = load
+    return _load_global_dist_base_checkpoint
 
 
 def widen(state: dict[str, Any]) -> None:
@@ -60,3 +57,23 @@ def widen(state: dict[str, Any]) -> None:
             )
             if isinstance(tensor, ShardedTensor):
                 tensor.dtype = torch.float32
+
+
+def _probe() -> Verdict:
+    """Is a float32 tensor on the disk rounded when the model's parameter is bfloat16?"""
+    exact = torch.tensor([1 + 2**-12])
+    with tempfile.TemporaryDirectory() as folder:
+        dist_checkpointing.save({"w": ShardedTensor.from_rank_offsets("w", exact)}, folder)
+        narrow = ShardedTensor.from_rank_offsets("w", torch.zeros(1, dtype=torch.bfloat16))
+        loaded = dist_checkpointing.load({"w": narrow}, folder)["w"]
+    return shows(not torch.equal(loaded.float(), exact))
+
+
+PATCH = Patch(
+    name="float32 main parameters",
+    target="megatron.training.checkpointing:_load_global_dist_base_checkpoint",
+    why="--load-main-params-from-ckpt copies values that were rounded to bfloat16 while they were "
+    "read, and wants --no-load-optim; --float32-main-params does neither",
+    replace=_widening,
+    probe=_probe,
+)

@@ -1,0 +1,38 @@
+"""Every patch of megatron-core."""
+
+from __future__ import annotations
+
+from qwen35_mcore.mcore.patches import (
+    atomic_checkpoint,
+    bucket_padding,
+    dataset_helpers,
+    first_log_interval,
+    float32_main_params,
+    float32_order,
+    flop_count,
+    load_despite_no_save,
+    loader_seed,
+    mtp_loss_log,
+    nonfinite,
+    optimizer_groups,
+    resume_position,
+    sgd_state,
+)
+from qwen35_mcore.mcore.patches.patch import Patch
+
+PATCHES: tuple[Patch, ...] = (
+    *atomic_checkpoint.PATCHES,
+    bucket_padding.PATCH,
+    dataset_helpers.PATCH,
+    first_log_interval.PATCH,
+    flop_count.PATCH,
+    float32_main_params.PATCH,
+    float32_order.PATCH,
+    load_despite_no_save.PATCH,
+    loader_seed.PATCH,
+    *mtp_loss_log.PATCHES,
+    nonfinite.PATCH,
+    optimizer_groups.PATCH,
+    *resume_position.PATCHES,
+    sgd_state.PATCH,
+)

@@ -40,7 +40,6 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from qwen35_mcore.config.flops import training_flops
-from qwen35_mcore.mcore.megatron_errors import explain_schedule_changes
 from qwen35_mcore.mcore.patches.install import install
 from qwen35_mcore.model.build import make_model_provider
 from qwen35_mcore.training.arguments import parse_arguments
@@ -169,8 +168,7 @@ datasets.is_distributed = True  # type: ignore[attr-defined]
 
 def main() -> None:
     args, model = parse_arguments()
-    explain_schedule_changes()
-    install(partial(training_flops, model))
+    install(partial(training_flops, model), accept_untested=args.accept_untested_megatron)
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets,

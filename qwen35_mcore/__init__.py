@@ -1,1 +1,44 @@
+"""Qwen3.5 for Megatron-Core: what a user builds with, imported when it is first used.
+
+`Qwen35Config`, `FLAVORS` and `get_flavor` describe a model; `transformer_config` and `build_model`
+make it a Megatron module, `make_model_provider` a provider for megatron's ``pretrain``; every error
+that is the user's to fix is a `Qwen35Error`. Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Qwen35Config": "qwen35_mcore.config.model_config",
+    "FLAVORS": "qwen35_mcore.config.flavors",
+    "get_flavor": "qwen35_mcore.config.flavors",
+    "Qwen35TransformerConfig": "qwen35_mcore.model.transformer_config",
+    "transformer_config": "qwen35_mcore.model.transformer_config",
+    "Qwen35Model": "qwen35_mcore.model.gpt_model",
+    "build_model": "qwen35_mcore.model.build",
+    "make_model_provider": "qwen35_mcore.model.build",
+    "Qwen35Error": "qwen35_mcore.errors",
+    "ConfigError": "qwen35_mcore.errors",
+    "PlanError": "qwen35_mcore.errors",
+    "CheckpointError": "qwen35_mcore.errors",
+    "DataError": "qwen35_mcore.errors",
+    "KernelError": "qwen35_mcore.errors",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

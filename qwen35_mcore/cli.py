@@ -292,8 +292,15 @@ def doctor(
     no_gradient_check: Annotated[
         bool, typer.Option("--no-gradient-check", help="Only look; do not run the kernels.")
     ] = False,
+    patches: Annotated[
+        bool,
+        typer.Option("--patches", help="Only list what is replaced in megatron-core, and why."),
+    ] = False,
 ) -> None:
     """Check this machine: versions, kernels, gradients. Exit 1: training would be wrong or slow."""
+    if patches:
+        _print_patches(as_json)
+        return
     from qwen35_mcore.doctor.report import print_report, to_json
     from qwen35_mcore.doctor.supervise import examine
 
@@ -319,6 +326,16 @@ def main() -> None:
         if leaving.code == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C, without a word
             interrupted()
         raise
+
+
+def _print_patches(as_json: bool) -> None:
+    from qwen35_mcore.doctor.patches import patch_rows, print_patches
+
+    rows = patch_rows()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        print_patches(rows)
 
 
 def _flavor_row(name: str) -> dict[str, Any]:

@@ -239,6 +239,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "depend on the microbatch size and the parallel layout.",
     )
     group.add_argument(
+        "--accept-untested-megatron",
+        action="store_true",
+        help="On a release of megatron-core that this package was not tested with, replace also the "
+        "parts that no probe can judge; see `qwen35 doctor --patches`.",
+    )
+    group.add_argument(
         "--float32-main-params",
         action="store_true",
         help="In a --bf16 run that starts from a checkpoint's weights alone (an import), fill the "

@@ -28,7 +28,6 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from megatron.core.utils import flatten_batch_for_packed_sequences
 
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.mcore.patches.install import apply_once
 from qwen35_mcore.mcore.patches.mtp_loss_log import PATCHES as MTP_LOSS_LOG
 from qwen35_mcore.model.build import build_model
 from qwen35_mcore.model.transformer_config import (
@@ -224,7 +223,8 @@ def train(
     """Train one step per batch from the given global weights; the step-0 gradients come whole."""
     initialize(layout)
     MTPLossLoggingHelper.tracker.clear()
-    apply_once(MTP_LOSS_LOG)
+    for patch in MTP_LOSS_LOG:
+        patch.apply()
     config = config_for(hf, layout)
     chunks = build_chunks(hf, config, layout)
     if weights is not None:

@@ -38,7 +38,8 @@ from qwen35_mcore.mcore.checkpoint_files import (
     tracked_folder,
 )
 from qwen35_mcore.mcore.patches import nonfinite
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 
 class _CheckpointBesideItsPlace:

@@ -15,7 +15,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 
 def _with_padding(original: Any) -> Any:

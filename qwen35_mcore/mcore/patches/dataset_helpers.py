@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron.core.datasets import utils
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 HELPERS = "megatron.core.datasets.helpers_cpp"
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron.training import get_args, training
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict
 
 
 def _starting_anew(original: Any) -> Any:

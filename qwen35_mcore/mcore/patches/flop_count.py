@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron.training import training
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict
 
 _step_flops: Callable[[float, float], float] | None = None
 

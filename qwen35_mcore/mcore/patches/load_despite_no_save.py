@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron.training import checkpointing
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 
 def _asking_for_everything(original: Any) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 
 def _keeping_random_state(original: Any) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 
 def _adding_sums(original: Any) -> Any:

@@ -20,7 +20,8 @@ from megatron.training import get_args
 
 from qwen35_mcore.errors import Qwen35Error
 from qwen35_mcore.mcore.checkpoint_files import tracked_folder
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict
 
 
 class NonFiniteError(Qwen35Error):

@@ -15,7 +15,8 @@ from typing import Any
 
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict
 
 
 def _fitting_any_grouping(original: Any) -> Any:
@@ -83,8 +84,8 @@ def _probe() -> Verdict:
 PATCH = Patch(
     name="optimizer groups of another run",
     target="megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict",
-    why="optimizer state saved at TP1 EP1 does not load at any other TP or EP, nor the other way; no "
-    "learning rate can change at a resume, and Adam's betas and epsilon of the checkpoint win",
+    why="optimizer state saved at TP1 EP1 does not load at any other TP or EP, nor the other way; "
+    "no learning rate can change at a resume, and the checkpoint's Adam betas and epsilon win",
     replace=_fitting_any_grouping,
     probe=_probe,
 )

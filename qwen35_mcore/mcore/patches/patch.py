@@ -1,22 +1,17 @@
-"""What a patch is, and when one is applied."""
+"""What a patch is."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
+from qwen35_mcore.mcore.patches.verdict import Verdict
+
 NOT_REPORTED = "not reported"
-
-
-class Verdict(StrEnum):
-    """What a probe finds on the installed release."""
-
-    FAULT = "the fault is there"
-    MENDED = "the fault is not there"
-    UNKNOWN = "cannot tell"
+_applied: set[str] = set()
+"""Names of the patches that this process has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +31,16 @@ class Patch:
     """The issue or pull request, or `NOT_REPORTED`."""
 
     def apply(self) -> None:
-        """Replace the attribute.
+        """Replace the attribute; does nothing when called again.
 
         Raises:
             ImportError, AttributeError: this release has no such attribute.
         """
+        if self.name in _applied:
+            return
         owner, attribute = self.owner_and_attribute()
         setattr(owner, attribute, self.replace(getattr(owner, attribute)))
+        _applied.add(self.name)
 
     def owner_and_attribute(self) -> tuple[Any, str]:
         """The module or class that has the attribute, and its name there."""
@@ -52,8 +50,3 @@ class Patch:
         for name in classes:
             owner = getattr(owner, name)
         return owner, attribute
-
-
-def shows(fault: bool) -> Verdict:
-    """A probe's verdict from what it saw."""
-    return Verdict.FAULT if fault else Verdict.MENDED

@@ -1,6 +1,6 @@
 """Runs every patch's probe in a process of its own, where nothing of megatron-core is replaced.
 
-python -m qwen35_mcore.mcore.patches.probes        prints a JSON object, verdicts by name
+python -m qwen35_mcore.mcore.patches.probes        prints a JSON list, a row for each patch
 """
 
 from __future__ import annotations
@@ -8,17 +8,29 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 
-from qwen35_mcore.mcore.patches.patch import Verdict
+from qwen35_mcore.mcore.patches.verdict import Verdict
 
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 
 
-def probe_all() -> dict[str, Verdict]:
-    """The verdict of every patch's probe on the installed release, by the patch's name.
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """A patch's text and what its probe found on the installed release."""
+
+    name: str
+    target: str
+    why: str
+    upstream: str
+    verdict: Verdict
+
+
+def probe_all() -> list[Probed]:
+    """Every patch, probed.
 
     Raises:
-        RuntimeError: the process that runs them failed.
+        RuntimeError: the process that runs the probes failed.
     """
     done = subprocess.run(
         [sys.executable, "-m", __name__],
@@ -29,8 +41,8 @@ def probe_all() -> dict[str, Verdict]:
     )
     if done.returncode:
         raise RuntimeError(f"the probes of megatron-core failed:\n{done.stderr[-2000:]}")
-    verdicts = json.loads(done.stdout.splitlines()[-1])
-    return {name: Verdict(text) for name, text in verdicts.items()}
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return [Probed(**row | {"verdict": Verdict(row["verdict"])}) for row in rows]
 
 
 def main() -> None:
@@ -45,15 +57,24 @@ def main() -> None:
 
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    verdicts = {}
+    rows = []
     for patch in PATCHES:
         try:
-            verdicts[patch.name] = patch.probe()
+            verdict = patch.probe()
         except Exception as error:  # of whatever kind another release raises
             print(f"{patch.name}: {type(error).__name__}: {error}", file=sys.stderr)
-            verdicts[patch.name] = Verdict.UNKNOWN
+            verdict = Verdict.UNKNOWN
+        rows.append(
+            Probed(
+                name=patch.name,
+                target=patch.target,
+                why=patch.why,
+                upstream=patch.upstream,
+                verdict=verdict,
+            )
+        )
     torch.distributed.destroy_process_group()
-    print(json.dumps(verdicts))
+    print(json.dumps([asdict(row) for row in rows]))
 
 
 if __name__ == "__main__":

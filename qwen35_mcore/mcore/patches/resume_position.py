@@ -18,7 +18,8 @@ from unittest import mock
 
 from megatron.training import checkpointing, get_args, training
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 
 def _keeping_position(original: Any) -> Any:
@@ -86,7 +87,7 @@ def _probe_samples() -> Verdict:
         start_eval_at_iter=None,
         phase_transition_iterations=None,
     )
-    with mock.patch.object(training, "get_args", lambda: args):
+    with mock.patch.object(training, "get_args", return_value=args):
         return shows(training.get_train_valid_test_num_samples()[0] <= 100)
 
 
@@ -95,7 +96,8 @@ def _probe_release() -> Verdict:
     with tempfile.TemporaryDirectory() as folder:
         tracker = Path(folder, "tracker")
         tracker.write_text("release")
-        with mock.patch.object(checkpointing, "get_args", lambda: SimpleNamespace(ckpt_step=5)):
+        chosen = SimpleNamespace(ckpt_step=5)
+        with mock.patch.object(checkpointing, "get_args", return_value=chosen):
             return shows(checkpointing.read_metadata(str(tracker))[1])
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
-from qwen35_mcore.mcore.patches.patch import Patch, Verdict, shows
+from qwen35_mcore.mcore.patches.patch import Patch
+from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 
 def _allocating_momentum(original: Any) -> Any:

@@ -1,0 +1,18 @@
+"""What a probe can find."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    """What a probe finds on the installed release."""
+
+    FAULT = "the fault is there"
+    MENDED = "the fault is not there"
+    UNKNOWN = "cannot tell"
+
+
+def shows(fault: bool) -> Verdict:
+    """The verdict of a probe that saw, or did not see, the fault."""
+    return Verdict.FAULT if fault else Verdict.MENDED

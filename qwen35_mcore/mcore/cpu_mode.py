@@ -174,7 +174,7 @@ def _tensor_to_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
     return to
 
 
-def _with_cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
+def with_cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
     """Megatron sorts parameters by ``tensor.type()`` and knows only the ``torch.cuda.*`` names."""
 
     @functools.wraps(original)
@@ -289,19 +289,19 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
     Patch(
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
         "__init__",
-        _with_cuda_type_names,
+        with_cuda_type_names,
         _TYPE_REASON,
     ),
     Patch(
         "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params",
         "__init__",
-        _with_cuda_type_names,
+        with_cuda_type_names,
         _TYPE_REASON,
     ),
     Patch(
         "megatron.core.optimizer.optimizer",
         "clip_grad_by_total_norm_fp32",
-        _with_cuda_type_names,
+        with_cuda_type_names,
         _TYPE_REASON,
     ),
 )

@@ -241,8 +241,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument(
         "--accept-untested-megatron",
         action="store_true",
-        help="On a release of megatron-core that this package was not tested with, replace also the "
-        "parts that no probe can judge; see `qwen35 doctor --patches`.",
+        help="On a release of megatron-core that this package was not tested with, replace also "
+        "the parts that no probe can judge; see `qwen35 doctor --patches`.",
     )
     group.add_argument(
         "--float32-main-params",

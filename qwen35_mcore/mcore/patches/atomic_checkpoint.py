@@ -156,7 +156,7 @@ def _probe_place() -> Verdict:
 def _probe_needless() -> Verdict:
     """A whole training run is around it, so the text is read."""
     text = inspect.getsource(training.pretrain)
-    return Verdict.FAULT if "save_checkpoint(\n" in text else Verdict.UNKNOWN
+    return Verdict.FAULT if "save_checkpoint_and_time(\n" in text else Verdict.UNKNOWN
 
 
 def _probe_tracker() -> Verdict:

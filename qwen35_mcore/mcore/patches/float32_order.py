@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
 
+from qwen35_mcore.mcore import cpu_mode
 from qwen35_mcore.mcore.patches.patch import Patch
 from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
@@ -40,7 +41,10 @@ def _probe() -> Verdict:
     places, groups = DistributedOptimizer._build_optimizer_group_ranges(
         [{"params": [narrow, wide]}], buffers
     )
-    DistributedOptimizer._build_model_and_main_param_groups(
+    build = DistributedOptimizer._build_model_and_main_param_groups
+    if cpu_mode.is_needed():
+        build = cpu_mode.with_cuda_type_names(build)
+    build(
         buffers,
         {param: (index, param.dtype, 0) for index, param in enumerate((narrow, wide))},
         groups,

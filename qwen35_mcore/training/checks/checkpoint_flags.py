@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from argparse import Namespace
 
 from qwen35_mcore.errors import ConfigError
@@ -15,8 +14,6 @@ def check_checkpoint_flags(args: Namespace) -> None:
         ConfigError: with the first of them.
     """
     _check_intervals(args)
-    _check_async(args)
-    _check_non_persistent(args)
     _check_start(args)
     if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
         raise ConfigError(
@@ -35,7 +32,7 @@ def check_checkpoint_flags(args: Namespace) -> None:
 
 
 def _check_intervals(args: Namespace) -> None:
-    for name in ("save_interval", "save_retain_interval", "non_persistent_save_interval"):
+    for name in ("save_interval", "save_retain_interval"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(
@@ -43,38 +40,6 @@ def _check_intervals(args: Namespace) -> None:
                 got=f"{_name(name)} {value}",
                 allowed="1 or more",
                 fix="drop the flag, and --save where nothing is to be saved",
-            )
-
-
-def _check_async(args: Namespace) -> None:
-    if not args.async_save:
-        return
-    if not args.use_persistent_ckpt_worker:
-        raise ConfigError(
-            "without its worker, megatron saves in step and drops --async-save",
-            fix="pass --use-persistent-ckpt-worker, or drop --async-save",
-        )
-    if args.async_strategy == "nvrx" and not importlib.util.find_spec("nvidia_resiliency_ext"):
-        raise ConfigError(
-            "--async-save takes NVIDIA's resiliency extension, which is not installed",
-            got=f"--async-strategy {args.async_strategy}",
-            allowed="nvrx with the package nvidia-resiliency-ext, or mcore",
-            fix="pass --async-strategy mcore",
-        )
-
-
-def _check_non_persistent(args: Namespace) -> None:
-    """Megatron keeps the one of the highest iteration, not the last one written: after a run has
-    gone back to an earlier iteration it removes the one that its tracker names."""
-    for name in ("non_persistent_save_interval", "non_persistent_ckpt_type"):
-        value = getattr(args, name)
-        if value is not None:
-            raise ConfigError(
-                "checkpoints beside those of --save are not supported: megatron may remove the "
-                "last one before the next is complete, and takes one past --ckpt-step",
-                got=f"{_name(name)} {value}",
-                fix="drop the flag; to save often and keep few, pass --save-interval N and "
-                "--save-retain-interval M: of the older ones, multiples of M stay",
             )
 
 

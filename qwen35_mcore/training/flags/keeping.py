@@ -41,9 +41,9 @@ CHECKPOINTS = (
         "ckpt_fully_parallel_load_exchange_algo",
     ),
     free(
-        "Megatron's own, whose worker wants a device",
+        "tests/distributed/test_saves.py",
         "async_save",
-        needs="gpu use_persistent_ckpt_worker async_strategy=mcore|package:nvidia_resiliency_ext",
+        needs="use_persistent_ckpt_worker async_strategy=mcore|package:nvidia_resiliency_ext",
     ),
     free(
         "Megatron's own",
@@ -53,21 +53,17 @@ CHECKPOINTS = (
         """,
         needs="async_save",
     ),
-    free("Megatron's own", "non_persistent_ckpt_type", needs="non_persistent_save_interval"),
-    free("Megatron's own", "non_persistent_ckpt_type", values="local", needs=RESILIENCY),
-    free(
-        "Megatron's own",
-        "non_persistent_save_interval non_persistent_global_ckpt_dir",
-        needs="non_persistent_ckpt_type",
-    ),
-    free(
-        "Megatron's own",
+    unsupported(
+        "megatron keeps the one of the highest iteration, not the last one written: it may remove "
+        "the last one before the next is complete, and takes one past --ckpt-step",
         """
+        non_persistent_save_interval non_persistent_ckpt_type non_persistent_global_ckpt_dir
         non_persistent_local_ckpt_dir non_persistent_local_ckpt_algo replication
+        replication_jump replication_factor
         """,
-        needs="non_persistent_ckpt_type=local",
+        fix="drop the flag; to save often and keep few, pass --save-interval N and "
+        "--save-retain-interval M: of the older ones, multiples of M stay",
     ),
-    free("Megatron's own", "replication_jump replication_factor", needs="replication"),
     unsupported(ONE_FORMAT, "ckpt_format"),
     unsupported(
         ONE_FORMAT,

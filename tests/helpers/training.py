@@ -33,7 +33,6 @@ from qwen35_mcore.model.build import build_model
 from qwen35_mcore.model.transformer_config import (
     Qwen35TransformerConfig,
     apply_yarn,
-    architecture_arguments,
 )
 from qwen35_mcore.training.arguments import read_flags, validated_config
 from qwen35_mcore.training.checks.run import check_flags
@@ -148,7 +147,7 @@ def config_for(hf: Qwen35Config, layout: Layout) -> Qwen35TransformerConfig:
         args = read_flags(_flags(layout), hf, on_cpu=True)
         for name, value in layout.run.items():
             setattr(args, _ARGUMENTS.get(name, name), value)
-        check_flags(args, architecture_arguments(hf))
+        check_flags(args)
         config = validated_config(args)
     apply_yarn(config, hf.yarn)
     for name, value in layout.run.items():

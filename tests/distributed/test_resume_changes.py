@@ -209,7 +209,7 @@ def test_batch_and_length_in_samples(tmp_path: Path) -> None:
 def test_data_and_order(half: Path) -> None:
     """Another seed, length of sequences, split and evaluation: said, and trained."""
     changed = ["--seed", "5", "--seq-length", "32", "--split", "90,5,5", "--eval-interval", "3"]
-    done = run(half, *CONSTANT, "--train-iters", "4", *changed, "--loss-scale", "8")
+    done = run(half, *CONSTANT, "--train-iters", "4", *changed)
     said = re.search(r"> data: (.*)", done.output())
     assert said is not None
     for part in ("--seed 5 (the checkpoint's: 1234)", "--seq-length 32", "--split 90,5,5"):

@@ -167,7 +167,7 @@ CHANGES = (
     ),
     Change(
         "hyperparameters of the optimizer",
-        ("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "loss_scale"),
+        ("adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
     ),
     Change("batch", ("micro_batch_size",)),
     Change(

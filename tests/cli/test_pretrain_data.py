@@ -61,7 +61,7 @@ def validation(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_whole_validation_sets(validation: str) -> None:
     sets = ["--train-data-path", small_dataset(), "--valid-data-path", validation]
     arguments = without_data(*sets, "--full-validation")
-    assert "pass both, or drop --full-validation" in error_of(arguments)
+    assert "fix: pass --multiple-validation-sets as well" in error_of(arguments)
     run = script_server().run([*arguments, "--multiple-validation-sets"])
     assert "validation-0 loss" in run.output()
 

@@ -71,7 +71,11 @@ OVERRIDE = "--override"
             ["Ett|ttL", "it has 0 m, the model has 1", "allowed: E, 4 t, 1 m, L"],
         ),
         ([PP, "2", LAYOUT, "Ettm|ttL"], 2, ["m (MTP) must be in the last virtual stage"]),
-        ([PP, "2", LAYOUT, "Ett|ttt"], 2, ["it has 5 t, the model has 4", "correct the layout"]),
+        (
+            [PP, "2", LAYOUT, "Ett|ttt"],
+            2,
+            ["it has 5 t, the model has 4", "correct it, or take the string that"],
+        ),
         ([PP, "2", LAYOUT, "Ett|xtmL"], 2, ["cannot be read from 'xtmL' on"]),
         ([PP, "2", LAYOUT, "Et|t|ttmL"], 2, ["it has 3 stages, pp 2 * vpp 1 need 2"]),
         (

@@ -14,7 +14,7 @@ from megatron.core.ssm.gated_delta_net.gdn import GatedDeltaNet as NativeGatedDe
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.model.gpt_model import specs
+from qwen35_mcore.model import specs
 from tests.helpers.training import Layout, build_chunks, config_for, initialize
 
 

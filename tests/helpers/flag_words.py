@@ -89,3 +89,10 @@ def following_the_advice(parser: ArgumentParser, given: list[str]) -> tuple[list
         else:
             return given, ""
     raise AssertionError(f"the advice leads on and on: {given}")
+
+
+def without_gpu_flags(words: list[str]) -> None:
+    """Take out of a plan's command line what is refused where there is no GPU."""
+    if "--attention-backend" in words:
+        at = words.index("--attention-backend")
+        del words[at : at + 2]

@@ -24,6 +24,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.utils import flatten_batch_for_packed_sequences
 
@@ -138,6 +139,7 @@ def initialize(layout: Layout, seed: int = 123) -> None:
         expert_tensor_parallel_size=layout.etp,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # the last case's may have another shape
 
 
 def config_for(hf: Qwen35Config, layout: Layout) -> Qwen35TransformerConfig:

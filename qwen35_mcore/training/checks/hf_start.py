@@ -214,10 +214,10 @@ class _Import:
                     if lock is not None and tracked_folder(self.target) is None:
                         if len(self._failures()) == seen:
                             self._run(lock, report)
-                            return
                         continue
             report.say()
             time.sleep(POLL_S)
+        _say(f"imported {self.source}")
 
     def _run(self, lock: IO[bytes], report: _Report) -> None:
         """Run the import; the process inherits the lock, and keeps it if this one is killed."""
@@ -247,7 +247,6 @@ class _Import:
                 lock.write(json.dumps(failure).encode() + b"\n")
                 lock.flush()
                 raise CheckpointError(failure)
-        _say(f"imported {self.source}")
 
     def _failure(self, errors: str, status: int) -> str:
         before, found, message = errors.strip().rpartition("error: ")

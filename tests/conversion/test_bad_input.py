@@ -80,6 +80,11 @@ def header_dtype(name: str) -> Callable[[Path], None]:
     return edit
 
 
+def index_is_a_folder(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    (folder / INDEX).mkdir()
+
+
 def shard_elsewhere(folder: Path) -> None:
     index = (folder / INDEX).read_text()
     (folder / INDEX).write_text(index.replace(SHARD, f"../{SHARD}"))
@@ -121,7 +126,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("F8_E8M0", "allowed: F32, BF16", "quantised"),
     ),
     "a folder instead of the index": (
-        lambda folder: ((folder / INDEX).unlink(), (folder / INDEX).mkdir()) and None,
+        index_is_a_folder,
         ("fix: fetch model.safetensors.index.json",),
     ),
     "an index of other folders": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -20,6 +21,7 @@ from qwen35_mcore.errors import CheckpointError
 _CONVERTIBLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # computed from the config; trainers of some years saved them, and transformers passes over them
 _COMPUTED = "*rotary_emb.inv_freq"
+_EXPERTS = re.compile(r"\.mlp\.experts\.((gate_up|down)_proj|\d+\.(gate|up|down)_proj\.weight)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,7 @@ def account(
         naming = replace(naming, mtp=False)
         config = replace(config, mtp_num_hidden_layers=0)
     table = rows(config, naming, layout)
+    _check_carry(hf.tensors, carry, table)
     _check_names(config, naming, given, table)
     _check_tensors(given, table)
     if config.tie_word_embeddings and HEAD in given:
@@ -136,6 +139,7 @@ def _check_names(
             fix="set mtp_num_hidden_layers to 1 in config.json, or carry them: --carry 'mtp.*'",
         )
     if unknown:
+        _refuse_too_many(config, unknown)
         raise CheckpointError(
             f"{len(unknown)} unknown tensors",
             got=", ".join(unknown[:5]),
@@ -154,6 +158,44 @@ def _check_names(
             f"there is no {HEAD} and config.json does not tie it to the embedding",
             fix="fetch the file that holds it. Only where the model was trained with tied "
             "embeddings is there none: then set tie_word_embeddings to true (at the top level)",
+        )
+
+
+def _check_carry(given: Collection[str], carry: Sequence[str], table: list[Row]) -> None:
+    """Refuse patterns that name nothing, or what the model itself is made of."""
+    needed = {spec.name for row in table for spec in row.hf}
+    for pattern in carry:
+        names = [name for name in given if fnmatchcase(name, pattern)]
+        taken = sorted(needed.intersection(names))
+        if names and not taken:
+            continue
+        raise CheckpointError(
+            f"--carry names {'the model' if taken else 'no tensor that is there'}",
+            got=f"{pattern!r}" + (f", which is also {', '.join(taken[:3])}" if taken else ""),
+            allowed="patterns (* and ?) of tensors that the model computes without",
+            fix="narrow the pattern" if taken else "correct the pattern, or leave it out",
+        )
+
+
+def _refuse_too_many(config: Qwen35Config, unknown: list[str]) -> None:
+    """Refuse layers and experts beyond the config's, and experts that are stored in both ways."""
+    for pattern, count, key in (
+        (r"(?:^|\.)layers\.(\d+)\.", config.num_hidden_layers, "num_hidden_layers"),
+        (r"\.experts\.(\d+)\.", config.num_experts, "num_experts"),
+    ):
+        beyond = [n for n in unknown if (m := re.search(pattern, n)) and int(m[1]) >= (count or 0)]
+        if beyond:
+            raise CheckpointError(
+                f"there are tensors beyond config.json's {key}",
+                got=", ".join(beyond[:3]),
+                allowed=f"{key} {count}",
+                fix="correct config.json: it is of another model, or was edited",
+            )
+    if all(_EXPERTS.search(name) for name in unknown):
+        raise CheckpointError(
+            "the experts are stored twice, packed and one by one",
+            got=", ".join(unknown[:3]),
+            fix="nobody can tell which are meant: write the folder again with one of the two",
         )
 
 
@@ -213,6 +255,7 @@ def _check_tensors(given: Mapping[str, HFTensor], table: list[Row]) -> None:
                 f"{name} has another shape than config.json says",
                 got=str(entry.shape),
                 allowed=str(shape),
+                fix="correct config.json if it is of another model, else fetch the weights again",
             )
         if entry.dtype not in _CONVERTIBLE:
             raise CheckpointError(

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -103,7 +104,7 @@ def import_(
     from checkpoint_tools.hub import local_folder
 
     source = local_folder(hf_dir)
-    if explain:
+    if explain is not None:
         plan = account(source, layout=layout, carry=carry or (), no_mtp=no_mtp)
         typer.echo(explained(explain, plan.table, plan.carried))
         return
@@ -152,7 +153,7 @@ def export(
         choice=dtype,
         no_mtp=no_mtp,
     )
-    if explain:
+    if explain is not None:
         carried = plan.origin.carried_names if plan.origin else ()
         typer.echo(explained(explain, plan.view.table, carried))
         return
@@ -281,7 +282,7 @@ def parse_size(text: str) -> int:
     if match:
         number, unit, binary = match.groups()
         power = " KMGT".index(unit.upper() or " ")
-        size = int(float(number) * (1024 if binary else 1000) ** power)
+        size = int(Decimal(number) * (1024 if binary else 1000) ** power)
     if size < 1:
         raise CheckpointError("not a size", got=text, allowed="such as 5GB or 500MiB")
     return size

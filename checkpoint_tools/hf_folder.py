@@ -117,7 +117,7 @@ def _safetensors(folder: Path) -> CheckpointError | None:
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if not found:
         return None
-    indices = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
+    indices = [p.name for p in sorted(folder.glob("*.safetensors.index.json")) if p.is_file()]
     if indices:
         fix = f"if {indices[0]} is the one that you mean, rename it to {INDEX_NAME}"
     elif any(_SHARD.fullmatch(name) for name in found):

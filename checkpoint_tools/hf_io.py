@@ -46,6 +46,9 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_OTHER_DTYPES = (
+    "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64",
+)  # fmt: skip
 _MAX_HEADER = 100 * 2**20
 _LFS = b"version https://git-lfs"
 
@@ -176,6 +179,13 @@ def _entry(mapped: MappedFile, base: int, name: str, value: Any) -> HFTensor:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _bad(mapped, f"the header entry of {name!r} is malformed")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype in _OTHER_DTYPES:
+        raise CheckpointError(
+            f"{name} is of a dtype that no weight of this model has",
+            got=f"{dtype} in {mapped.path}",
+            allowed="F32, BF16, F16, F64",
+            fix="start from the weights that were quantised: the bfloat16 release",
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _bad(mapped, f"{name} has an unknown dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
@@ -208,7 +218,10 @@ def _open_shards(
         for tensor, entry in read_header(files[name]).items():
             if tensor in tensors:
                 raise CheckpointError(
-                    f"{tensor} is in two shards", got=f"{tensors[tensor].file} and {name}"
+                    f"{tensor} is in two shards",
+                    got=f"{tensors[tensor].file} and {name}",
+                    fix="fetch the shards again, or save the model with transformers, which "
+                    "writes each tensor once",
                 )
             tensors[tensor] = entry
     if index is not None:
@@ -269,7 +282,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     for tensor, file in weight_map.items():
         # a name with a folder in it could read anywhere
         if not isinstance(file, str) or not file or Path(file).name != file or len(file) > 200:
-            raise _bad(mapped, f"the index puts {tensor} into {file!r}, which is no file name")
+            raise CheckpointError(
+                f"the index puts {tensor} into {file!r}, which is no file name",
+                got=str(path),
+                allowed="names of files beside the index",
+                fix="put the shards beside the index, or link them there, and name them so in it",
+            )
     return weight_map
 
 

@@ -44,7 +44,9 @@ class Work:
     """
 
     def __init__(self, target: Path, job: dict[str, Any], *, overwrite: bool) -> None:
-        self.target, self.job, self.overwrite = target.absolute(), job, overwrite
+        # a link leads to where the result goes: a rename would put the result in the link's place
+        self.target = Path(os.path.realpath(target)) if target.is_symlink() else target.absolute()
+        self.job, self.overwrite = job, overwrite
         self.folder = self.target.with_name(self.target.name + PARTIAL)
         self.tree, self.manifest = self.folder / "tree", self.folder / "manifest.jsonl"
         self._done: dict[str, dict[str, Any]] = {}
@@ -112,9 +114,11 @@ class Work:
         _remove(self.folder)
 
     def _refuse_existing(self) -> None:
-        if self.target.exists() and not self.target.is_dir():
+        if self.target.is_symlink() or (self.target.exists() and not self.target.is_dir()):
             raise CheckpointError(
-                "the target is a file", got=str(self.target), fix="name a folder that is not there"
+                "the target is no folder",
+                got=str(self.target),
+                fix="name a folder that is not there",
             )
         if not _occupied(self.target):
             return
@@ -205,7 +209,7 @@ def refuse_overlap(source: Path, target: Path) -> None:
     Raises:
         CheckpointError: it does: replacing it would take the source away.
     """
-    a, b = source.resolve(), target.resolve()
+    a, b = Path(os.path.realpath(source)), Path(os.path.realpath(target))
     if a == b or a in b.parents or b in a.parents:
         raise CheckpointError(
             "source and target are in each other",

@@ -169,17 +169,34 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
             "no Megatron checkpoint here",
             got=str(path),
             allowed=f"a folder with {TRACKER}, or an iter_NNNNNNN or release folder",
-            fix="an interrupted import is in a folder named .partial: run its command again",
+            fix=_what_is_here(path),
         )
-    name = tracker.read_text().strip()
+    name = tracker.read_text(errors="replace").strip()
     folder = path / (f"iter_{int(name):07d}" if name.isdecimal() else "release")
     if name != "release" and not name.isdecimal():
-        raise CheckpointError("the tracker file is malformed", got=f"{tracker}: {name[:80]}")
+        raise CheckpointError(
+            "the tracker file is malformed",
+            got=f"{tracker}: {name[:80]}",
+            allowed="release, or the number of an iteration",
+            fix=_what_is_here(path),
+        )
     if not folder.is_dir():
         raise CheckpointError(
-            "the tracker file names a checkpoint that is not there", got=str(folder)
+            "the tracker file names a checkpoint that is not there",
+            got=str(folder),
+            fix=_what_is_here(path),
         )
     return path, folder
+
+
+def _what_is_here(path: Path) -> str:
+    """What to name instead of a folder that is no checkpoint, and whose tracker names none."""
+    if (path / "config.json").is_file():
+        return "this is a Hugging Face folder: `qwen35-ckpt import` converts those"
+    inner = sorted(folder.parent for folder in path.glob("*/metadata.json"))
+    if inner:
+        return f"name the checkpoint itself: {', '.join(map(str, inner[-3:]))}"
+    return "an interrupted import is in a folder named .partial: run its command again"
 
 
 def _read_metadata(folder: Path) -> Any:

@@ -30,6 +30,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Turn text into Megatron's .bin/.idx files.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+_LARGEST = 2**17  # the time of `plan` grows with GPUs and with microbatches
+
 
 def _print_version(asked: bool) -> None:
     if asked:
@@ -162,8 +164,10 @@ def tokenize(
 
 @app.command()
 def plan(
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")],
-    global_batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimizer step.")],
+    gpus: Annotated[int, typer.Option(min=1, max=_LARGEST, help="GPUs in all.")],
+    global_batch_size: Annotated[
+        int, typer.Option(min=1, max=_LARGEST, help="Sequences per optimizer step.")
+    ],
     flavor: Annotated[str | None, typer.Option(help="A size; see `qwen35 flavors`.")] = None,
     hf_config: Annotated[
         str | None, typer.Option(help="Instead: a Hugging Face config.json, or its folder.")

@@ -129,8 +129,10 @@ def tokenize(
         DataError: an input, the tokenizer or the target cannot be used; nothing is left behind.
     """
     started = time.perf_counter()
-    if workers < 1:
-        raise DataError("workers must be at least 1", got=workers, fix="pass --workers 1 or more")
+    if not 1 <= workers <= 1024:
+        raise DataError(
+            "workers are processes", got=workers, allowed="1 to 1024", fix="pass --workers 8"
+        )
     prefix = dataset_prefix(output_prefix)
     check_target(prefix, overwrite=overwrite)
     text_split = parse_text_split(split_text)

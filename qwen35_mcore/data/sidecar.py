@@ -14,6 +14,7 @@ from qwen35_mcore.data.tokenizers import BYTE, ByteTokenizer
 from qwen35_mcore.errors import DataError
 
 _FORMAT = 1
+_LARGEST = 2**26  # a sidecar has a few lines, and a list of its inputs at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,17 @@ def _resolved(path: Path, tokenizer: str) -> str:
     return str(beside) if tokenizer.startswith(".") else tokenizer
 
 
+def is_sidecar(path: Path) -> bool:
+    """Whether a file is what tokenizing writes, of any version."""
+    if path.stat().st_size > _LARGEST:
+        return False
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"format", "tokenizer"} <= value.keys()
+
+
 def read_sidecar(prefix: Path | str) -> Sidecar | None:
     """The sidecar of a dataset; None where another tool wrote the dataset without one.
 
@@ -105,7 +117,7 @@ def read_sidecar(prefix: Path | str) -> Sidecar | None:
             f"{path} does not describe a dataset",
             got=str(error),
             allowed=f"the file that tokenizing writes, format {_FORMAT}",
-            fix="tokenize again with --overwrite, or remove the file if it is not the dataset's",
+            fix="move the file away; if it was the dataset's, tokenize again with --overwrite",
         ) from error
 
 

@@ -39,13 +39,14 @@ def parse_text_split(text: str) -> TextSplit | None:
     if text == "blank-lines":
         return TextSplit()
     name, colon, number = text.partition(":")
-    if name == "bytes" and colon and number.isdecimal() and int(number) >= SMALLEST_BYTES:
+    sized = name == "bytes" and colon and number.isdecimal() and len(number) <= 15
+    if sized and int(number) >= SMALLEST_BYTES:
         return TextSplit(int(number))
     raise DataError(
         "cannot tell how to split text",
         got=text,
         allowed="none (a file is one document), blank-lines, or bytes:N (at most N bytes each, cut "
-        f"at line ends where there are any; N at least {SMALLEST_BYTES})",
+        f"at line ends where there are any; N from {SMALLEST_BYTES} to 10**15 - 1)",
         fix="pass for example --split-text blank-lines or --split-text bytes:1000000",
     )
 

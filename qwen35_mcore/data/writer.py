@@ -12,10 +12,12 @@ from typing import Any, Self
 
 import numpy as np
 
+from qwen35_mcore.data.sidecar import is_sidecar
 from qwen35_mcore.errors import DataError
 from qwen35_mcore.process.interrupts import quiet_imports
 
 _PARTIAL = ".partial"
+_LONGEST_NAME = 255 - len(".json" + _PARTIAL)
 
 
 def dataset_prefix(given: Path | str) -> Path:
@@ -39,14 +41,29 @@ def dataset_prefix(given: Path | str) -> Path:
             allowed="PREFIX, of which the files are PREFIX.bin and PREFIX.idx",
             fix=f"--output-prefix {prefix.with_suffix('')}",
         )
+    if len(os.fsencode(prefix.name)) > _LONGEST_NAME:
+        raise DataError(
+            "the output prefix is too long for names of files",
+            got=f"{len(os.fsencode(prefix.name))} bytes",
+            allowed=f"up to {_LONGEST_NAME}",
+            fix="shorten the last part of --output-prefix",
+        )
     return prefix
 
 
 def check_target(prefix: Path, *, overwrite: bool) -> None:
-    """Raise DataError if writing at ``prefix`` would replace something without ``overwrite``.
+    """Raise DataError if writing at ``prefix`` would replace a dataset without ``overwrite``, or
+    a ``PREFIX.json`` that is no dataset's.
 
     A ``.partial`` file counts: it belongs to a run that is still writing or was killed.
     """
+    sidecar = Path(f"{prefix}.json")
+    if sidecar.exists() and not is_sidecar(sidecar):
+        raise DataError(
+            f"{sidecar} is there and describes no dataset: it may be somebody's text",
+            allowed="only a dataset is replaced, with --overwrite",
+            fix="choose another --output-prefix, or move the file away",
+        )
     if overwrite:
         return
     for suffix in (".bin", ".idx", ".json"):

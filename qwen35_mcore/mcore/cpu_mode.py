@@ -31,7 +31,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,7 +61,11 @@ class Patch:
 
     def apply(self) -> None:
         target = self.target()
-        setattr(target, self.attribute, self.make(getattr(target, self.attribute)))
+        made = self.make(getattr(target, self.attribute))
+        if isinstance(made, FunctionType):  # pickle finds a function by its name
+            made.__module__, _, class_name = self.owner.partition(":")
+            made.__qualname__ = f"{class_name}.{self.attribute}" if class_name else self.attribute
+        setattr(target, self.attribute, made)
 
 
 class NullStream:
@@ -157,12 +161,14 @@ def _made_from_data(original: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["pin_memory"] = False
         return original(*args, **kwargs)
 
-    factory.__module__, factory.__qualname__ = "torch", original.__name__  # for pickle
     _builtins._register_builtin(factory, _builtins._find_builtin(original))
     return factory
 
 
 def _tensor_to_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A CUDA device means the CPU, where every tensor is: without another dtype and ``copy=True``
+    the tensor itself comes back, not the copy that a GPU would hold."""
+
     @functools.wraps(original)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _is_cuda(args[0]):

@@ -1,11 +1,11 @@
 """Bytes that autograd keeps between the forward and the backward pass, by kind of layer.
 
-Read from the modules that run: `layers/gated_delta_net.py`, `layers/experts.py`, `ops/gdn_fused.py`
-and flash-linear-attention's chunked delta rule; megatron-core 0.19.2's attention, router,
-dispatcher, shared expert and cross entropy; Transformer Engine's LayerNormLinear (input, normed
-input) and Linear (input). A tensor that two operations keep counts once; views are free. Numbers
-are bytes a token unless said otherwise: bfloat16 2, float32 4, an FP8 copy 1. Routed experts stay
-in bfloat16 in FP8 runs (``--moe-experts auto``).
+Read from the modules that run: `gated_delta_net.py` and `experts.py` of `model/layers/`,
+`kernels/fused_triton.py` and flash-linear-attention's chunked delta rule; megatron-core 0.19.2's
+attention, router, dispatcher, shared expert and cross entropy; Transformer Engine's LayerNormLinear
+(input, normed input) and Linear (input). A tensor that two operations keep counts once; views are
+free. Numbers are bytes a token unless said otherwise: bfloat16 2, float32 4, an FP8 copy 1. Routed
+experts stay in bfloat16 in FP8 runs (``--moe-experts auto``).
 """
 
 from __future__ import annotations

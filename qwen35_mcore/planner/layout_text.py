@@ -1,4 +1,4 @@
-"""Writes Megatron's ``pipeline_model_parallel_layout`` strings; `pipeline_layout` reads them."""
+"""Writes Megatron's ``pipeline_model_parallel_layout`` strings; `parallel.stages` reads them."""
 
 from __future__ import annotations
 

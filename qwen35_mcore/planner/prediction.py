@@ -227,7 +227,7 @@ def predict_split(job: Job, candidate: Candidate, stages: tuple[str, ...]) -> Pr
 
     Args:
         stages: layer characters of every virtual stage, valid for the model, as
-            `pipeline_layout.parse_pipeline_layout` reads them.
+            `parallel.stages.parse_pipeline_layout` reads them.
     """
     model = Model(job, candidate)
     elements, held = iter(model.elements), []

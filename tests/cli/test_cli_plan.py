@@ -244,6 +244,13 @@ def test_bad_input_is_one_clear_error(arguments: tuple[str, ...], words: list[st
     assert all(word in done.stderr for word in words), done.stderr
 
 
+@pytest.mark.parametrize("name", ["gpus", "global-batch-size"])
+def test_sizes_that_no_search_ends_for_are_refused(name: str) -> None:
+    done = CliRunner().invoke(app, ["plan", *SMALL, f"--{name}", "1000000000"])
+    assert done.exit_code == 2
+    assert f"--{name}" in done.output
+
+
 def test_sizes_below_one_are_refused() -> None:
     """Where the command line is read: in one process, because there are ten."""
     sizes = ("gpus", "global-batch-size", "seq-length", "tp", "pp", "vpp", "cp", "ep", "etp")

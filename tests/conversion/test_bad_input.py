@@ -16,7 +16,7 @@ import torch
 
 from checkpoint_tools.inspect_ckpt import inspect_folder
 from tests.helpers.ckpt_cli import ckpt, ckpt_process, ok, refused
-from tests.helpers.hf_toy import INDEX, rewrite
+from tests.helpers.hf_toy import INDEX, pack_experts, rewrite
 
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 SHARD = "model-00002-of-00003.safetensors"
@@ -68,6 +68,28 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
     return edit
 
 
+def header_dtype(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = (folder / SHARD).read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        header[next(key for key in header if key != "__metadata__")]["dtype"] = name
+        written = json.dumps(header).encode()
+        (folder / SHARD).write_bytes(struct.pack("<Q", len(written)) + written + content[end:])
+
+    return edit
+
+
+def index_is_a_folder(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    (folder / INDEX).mkdir()
+
+
+def shard_elsewhere(folder: Path) -> None:
+    index = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(index.replace(SHARD, f"../{SHARD}"))
+
+
 def tensors(change: Change) -> Callable[[Path], None]:
     return lambda folder: rewrite(folder, change)
 
@@ -98,6 +120,30 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "quantised": (
         tensors(with_tensor(GATE, torch.zeros(8, 64).to(torch.float8_e4m3fn))),
         (GATE, "quantised"),
+    ),
+    "a dtype of quantised weights": (
+        header_dtype("F8_E8M0"),
+        ("F8_E8M0", "allowed: F32, BF16", "quantised"),
+    ),
+    "a folder instead of the index": (
+        index_is_a_folder,
+        ("fix: fetch model.safetensors.index.json",),
+    ),
+    "an index of other folders": (
+        shard_elsewhere,
+        ("no file name", "fix: put the shards beside the index"),
+    ),
+    "config of fewer layers": (
+        edit_config(num_hidden_layers=2, layer_types=None),
+        ("beyond config.json's num_hidden_layers", "fix: correct config.json"),
+    ),
+    "config of fewer experts": (
+        edit_config(num_experts=4),
+        ("beyond config.json's num_experts", "fix: correct config.json"),
+    ),
+    "experts packed and one by one": (
+        tensors(lambda given: given | pack_experts(given)),
+        ("the experts are stored twice", "fix: nobody can tell"),
     ),
     "config of another size": (edit_config(hidden_size=128), ("another shape", "(256, 64)")),
     "config of more layers": (
@@ -179,7 +225,11 @@ MEGATRON_DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "tracker of another iteration": (
         overwrite("latest_checkpointed_iteration.txt", b"70"),
-        ("iter_0000070",),
+        ("iter_0000070", "fix: name the checkpoint itself: ", "/release"),
+    ),
+    "tracker that is no text": (
+        overwrite("latest_checkpointed_iteration.txt", b"\xff\xfe"),
+        ("the tracker file is malformed", "/release"),
     ),
     "tracker with rubbish": (
         overwrite("latest_checkpointed_iteration.txt", b"\x00?"),
@@ -194,6 +244,46 @@ def test_a_damaged_megatron_checkpoint(imported: Path, tmp_path: Path, damage: s
     change(imported)
     refused(ckpt("export", imported, tmp_path / "hf"), *mentions)
     assert not list(tmp_path.glob("hf*"))
+
+
+def test_what_a_wrong_kind_of_folder_is(toys: dict[str, Path], tmp_path: Path) -> None:
+    source = toys["qwen3_5_moe_text"]
+    refused(ckpt("export", source, tmp_path / "hf"), "fix: this is a Hugging Face folder")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "mention"),
+    [
+        ("lm_head.weight", "--carry names the model"),
+        ("*", "--carry names the model"),
+        ("adaptor.*", "--carry names no tensor that is there"),
+    ],
+)
+def test_what_cannot_be_carried(
+    toys: dict[str, Path], tmp_path: Path, pattern: str, mention: str
+) -> None:
+    source = toys["qwen3_5_moe_text"]
+    refused(ckpt("import", source, tmp_path / "m", "--carry", pattern), mention, repr(pattern))
+
+
+def test_an_empty_name_to_explain_converts_nothing(toys: dict[str, Path], tmp_path: Path) -> None:
+    source = toys["qwen3_5_moe_text"]
+    refused(ckpt("import", source, tmp_path / "m", "--explain", ""), "there is no such tensor")
+
+
+def test_a_link_as_target_is_followed(toys: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "m").symlink_to("disk")
+    source = toys["qwen3_5_moe_text"]
+    ok(ckpt("import", source, tmp_path / "m"))
+    ok(ckpt("import", source, tmp_path / "m", "--overwrite"))
+    assert (tmp_path / "m").is_symlink()
+    assert (tmp_path / "disk/release").is_dir()
+    assert not list(tmp_path.glob("*.partial"))
+    ok(ckpt("verify", source, tmp_path / "m"))
+    (tmp_path / "new").symlink_to("not-yet")
+    ok(ckpt("export", tmp_path / "m", tmp_path / "new"))
+    assert (tmp_path / "not-yet/config.json").is_file()
 
 
 def test_a_pickle_that_would_run_a_program(imported: Path, tmp_path: Path) -> None:

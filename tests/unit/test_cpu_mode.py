@@ -1,4 +1,4 @@
-"""Fails when a megatron-core or torch attribute that CPU mode or mcore_compat mends disappears."""
+"""Fails when a megatron-core or torch attribute that CPU mode or mcore.imports needs is gone."""
 
 from __future__ import annotations
 

@@ -103,6 +103,8 @@ def test_calls_that_do_not_ask_for_cuda(pool: WorkerPool) -> None:
 def leaves_alone() -> None:
     for name in ("zeros", "empty", "arange", "rand", "empty_like", "full", "eye"):
         assert isinstance(getattr(torch, name), BuiltinFunctionType)
+    for function in (torch.Tensor.to, torch.Tensor.cuda, torch.cuda.synchronize):
+        assert pickle.loads(pickle.dumps(function)) is function
     for make in (torch.tensor, torch.as_tensor):
         assert pickle.loads(pickle.dumps(make)) is make
         with torch.device("meta"):

@@ -92,7 +92,7 @@ class TestErrors:
 
     def test_arguments(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", ["a"])
-        with pytest.raises(DataError, match="workers must be at least 1"):
+        with pytest.raises(DataError, match="workers are processes"):
             tokenize([path], tmp_path / "out", workers=0)
         with pytest.raises(DataError, match="no input to tokenize"):
             tokenize([], tmp_path / "out")

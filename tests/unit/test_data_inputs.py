@@ -248,3 +248,24 @@ class TestTokenizerOfASidecar:
             sidecar = data.read_sidecar(tmp_path / "data" / "out")
             assert sidecar is not None
             assert sidecar.tokenizer == read
+
+
+def test_a_text_file_in_the_sidecars_place_is_never_replaced(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.json"
+    corpus.write_text('{"text": "the only copy"}\n')
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="describes no dataset"):
+            tokenize([corpus], tmp_path / "corpus", overwrite=overwrite)
+    assert "the only copy" in corpus.read_text()
+    tokenize([corpus], tmp_path / "out")
+    tokenize([corpus], tmp_path / "out", overwrite=True)
+
+
+def test_numbers_and_names_that_no_system_takes(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    with pytest.raises(DataError, match="cannot tell how to split"):
+        tokenize([text], tmp_path / "out", split_text="bytes:" + "9" * 20)
+    with pytest.raises(DataError, match="too long for names"):
+        tokenize([text], tmp_path / ("x" * 243))
+    tokenize([text], tmp_path / ("x" * 242))

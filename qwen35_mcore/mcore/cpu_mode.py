@@ -314,6 +314,12 @@ TRAINING_PATCHES: tuple[Patch, ...] = (
         "0 would skip model-parallel set-up and seeds",
     ),
     Patch(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "torch",
+        _torch_with_cuda(device_count=lambda: 1),
+        "the process that saves beside the training divides by it, and a run waits for it for ever",
+    ),
+    Patch(
         "megatron.training.training",
         "initialize_megatron",
         lambda original: functools.partial(original, allow_no_cuda=True),

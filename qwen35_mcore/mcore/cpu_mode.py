@@ -323,7 +323,7 @@ TRAINING_PATCHES: tuple[Patch, ...] = (
         "megatron.core.dist_checkpointing.strategies.async_utils",
         "torch",
         _torch_with_cuda(device_count=lambda: 1),
-        "the worker that saves in the background divides by it",
+        "the process that saves beside the training divides by it, and a run waits for it for ever",
     ),
     Patch(
         "megatron.training.training",

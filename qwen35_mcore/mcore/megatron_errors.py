@@ -9,17 +9,20 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
+import inspect
 import linecache
 import re
 import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qwen35_mcore.errors import ConfigError, Qwen35Error
 
 _UNKNOWN = "unrecognized arguments: "
+_HELP = "--help says what every flag takes"
 
 
 def raise_instead_of_usage(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +33,27 @@ def raise_instead_of_usage(parser: argparse.ArgumentParser) -> None:
             raise _unknown_flags(
                 message.removeprefix(_UNKNOWN), list(parser._option_string_actions)
             )
-        raise ConfigError(f"cannot read the command line: {message}")
+        raise ConfigError(f"cannot read the command line: {message}", fix=_HELP)
 
     parser.error = error  # type: ignore[method-assign]
+    for action in parser._actions:
+        if inspect.isfunction(action.type):
+            action.type = _refusing(action.type)
+
+
+def _refusing(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """megatron's reader of a value, which may crash at one, as a reader that refuses it."""
+
+    @functools.wraps(read)
+    def refuse(text: str) -> Any:
+        try:
+            return read(text)
+        except argparse.ArgumentTypeError:
+            raise
+        except Exception as error:
+            raise argparse.ArgumentTypeError(f"invalid value: {text!r}") from error
+
+    return refuse
 
 
 def _unknown_flags(text: str, known: list[str]) -> ConfigError:

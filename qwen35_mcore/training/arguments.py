@@ -33,6 +33,7 @@ from qwen35_mcore.training.checks.data_flags import dataset_prefixes
 from qwen35_mcore.training.checks.hf_start import describe, model_of_start
 from qwen35_mcore.training.checks.packing import lengths_vary
 from qwen35_mcore.training.checks.resume import check_resume
+from qwen35_mcore.training.checks.resume_schedule import schedule_of_flags
 from qwen35_mcore.training.checks.run import check_flags, check_run
 from qwen35_mcore.training.flags import check_classes_while_parsing
 
@@ -70,6 +71,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     _take_over_origin(args, start)
     with as_config_errors(args):
         validated_config(args)
+    if not args.skip_train:
+        schedule_of_flags(args)
     check_resume(args, start)
     try:
         with as_config_errors(args):

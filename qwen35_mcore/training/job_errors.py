@@ -22,7 +22,7 @@ import torch.distributed as dist
 from qwen35_mcore.errors import Qwen35Error
 from qwen35_mcore.process.interrupts import interrupted
 from qwen35_mcore.training.launch import REPORTED
-from qwen35_mcore.training.start_errors import TRACEBACK, explained
+from qwen35_mcore.training.start_errors import explained, traceback_wanted
 
 PATIENCE_S = 20.0
 """How long other ranks give rank 0, which may still be importing, to print the error they share."""
@@ -56,7 +56,7 @@ def reported_once() -> Iterator[None]:
 
 
 def _leave(error: Qwen35Error) -> NoReturn:
-    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+    if traceback_wanted():
         traceback.print_exception(error)
     prints = _prints(_store())
     sys.stdout.flush()

@@ -3,17 +3,20 @@
     python -m qwen35_mcore.training.launch --nproc-per-node 8 examples/pretrain_qwen35.py ...
 
 Flags and behaviour are torchrun's. Where a rank has said in one error why the job ended, torchrun
-adds thirty lines of its own, its traceback among them; this adds nothing. A rank that was killed or
-that crashed is named in one line, Ctrl-C and SIGTERM are one word, and the exit status is the
-rank's.
+adds thirty lines of its own, its traceback among them; this adds nothing. What torchrun itself
+fails at is one error. A rank that was killed or that crashed is named in one line, Ctrl-C and
+SIGTERM are one word, and the exit status is the rank's.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any, NoReturn
 
+from qwen35_mcore.mcore.megatron_errors import failed_assertion
 from qwen35_mcore.process.interrupts import interrupted, quiet_imports
+from qwen35_mcore.training.start_errors import TRACEBACK, traceback_wanted
 
 REPORTED = "qwen35_mcore has reported this error"
 """Marks a rank's error file whose error is on the screen already."""
@@ -37,6 +40,22 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(128 + error.sigval)
     except KeyboardInterrupt:
         interrupted()
+    except Exception as error:
+        if traceback_wanted():
+            raise
+        _failed(error)
+
+
+def _failed(error: Exception) -> NoReturn:
+    text = " ".join(str(error).split()) or failed_assertion(error)
+    print(
+        f"error: torchrun failed: {type(error).__name__}: {text}\n"
+        f"  got: {shlex.join(sys.argv[1:])}\n"
+        "  fix: correct what stands before the script's name, or see whether the first node is "
+        f"there; {TRACEBACK}=1 prints the traceback",
+        file=sys.stderr,
+    )
+    sys.exit(1)
 
 
 def _leave(rank: int, failure: Any) -> NoReturn:

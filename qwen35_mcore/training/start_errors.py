@@ -34,6 +34,11 @@ PHASES = {
 """By the function of megatron's that is on the stack; the innermost one counts."""
 
 
+def traceback_wanted() -> bool:
+    """Whether the environment asks for the traceback of every error."""
+    return os.environ.get(TRACEBACK, "0") not in ("", "0")
+
+
 class StartError(Qwen35Error):
     """A run that cannot begin, in megatron's words. The whole traceback is in a file."""
 

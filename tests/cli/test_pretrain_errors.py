@@ -123,6 +123,16 @@ def test_model_choice(arguments: list[str], parts: list[str]) -> None:
     [
         (["--train-iter", "10"], ["got: --train-iter 10", "did you mean --train-iters"]),
         (["--micro-batch-size", "many"], ["--micro-batch-size: invalid int value: 'many'"]),
+        (["--linear-attention-freq", "[1"], ["--linear-attention-freq: invalid value: '[1'"]),
+        (["--cuda-graph-modules", "x"], ["--cuda-graph-modules: invalid value: 'x'", "--help"]),
+        (
+            ["--optimizer", "sgd", "--bf16", "--save", "x", "--save-interval", "1"],
+            ["drop --bf16, or pass --optimizer adam --use-distributed-optimizer"],
+        ),
+        (
+            ["--weight-decay-incr-style=linear", "--start-weight-decay=1", "--end-weight-decay=.1"],
+            ["no schedule", "allowed: --end-weight-decay >= --start-weight-decay"],
+        ),
         (["--gdn-kernel", "cuda"], ["'cuda' (choose from 'auto', 'fla', 'torch')"]),
         (["--hidden-size", "64"], ["--hidden-size contradicts", "got: 64", "allowed: 128"]),
         (["--fp16"], ["--fp16 is not supported", "bf16 or float32", "fix: pass --bf16"]),

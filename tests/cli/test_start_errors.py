@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwen35_mcore.training import launch
 from tests.cli.test_pretrain_errors import ROOT, flags
 from tests.helpers.pretrain_runs import script_server
 
@@ -163,6 +164,25 @@ def test_the_launcher_adds_nothing_to_an_error(tmp_path: Path) -> None:
     process = launched(tmp_path, REPORTS)
     assert process.communicate()[0] == "error: a flag is wrong\n  fix: drop it\n"
     assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("processes", "part"),
+    [("many", "Unsupported nproc_per_node value: many"), ("0", "self.local_world_size > 0")],
+)
+def test_what_the_launcher_fails_at_is_one_error(
+    processes: str, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--standalone", "--nproc-per-node", processes, "script.py"]
+    monkeypatch.setattr(sys, "argv", ["launch", *flags])
+    with pytest.raises(SystemExit) as left:
+        launch.main()
+    assert left.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: torchrun failed: ")
+    assert part in message
+    assert f"got: --standalone --nproc-per-node {processes}" in message
+    assert "Traceback" not in message
 
 
 @pytest.mark.slow

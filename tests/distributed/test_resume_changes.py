@@ -92,6 +92,11 @@ def test_longer_at_a_constant_rate_needs_no_flag(straight: Path, tmp_path: Path)
     assert rates(tmp_path)[4] == pytest.approx(1e-3)
 
 
+def test_another_mean_of_the_loss_is_said(half: Path) -> None:
+    output = run(half, *CONSTANT, "--train-iters", "3", "--loss-per-microbatch").output()
+    assert "> loss: --calculate-per-token-loss False (the checkpoint's: True)" in output
+
+
 def test_another_learning_rate(half: Path) -> None:
     """Refused without a word about which counts; each way that the error offers works."""
     other = [*CONSTANT, "--train-iters", "4", "--lr", "5e-4"]

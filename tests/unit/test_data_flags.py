@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,25 @@ def test_numbers_that_are_too_small() -> None:
     with pytest.raises(ConfigError, match="--eval-iters -1"):
         check_numbers(run(eval_iters=-1))
     check_numbers(run(eval_iters=0, manual_gc_interval=0, log_interval=1, save_interval=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("lr", [0.0, 1.0], [-1.0, math.inf, math.nan]),
+        ("clip_grad", [0.0, 5.0], [-1.0, math.nan]),
+        ("adam_beta1", [0.0, 0.9], [-0.1, 1.0, 2.0, math.nan]),
+        ("sgd_momentum", [0.0, 0.9], [1.0]),
+        ("seed", [1, 2**32 - 1], [-1, 0, 2**32]),
+        ("vocab_size", [1, None], [0]),
+    ],
+)
+def test_numbers_out_of_their_range(name: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        check_numbers(run(**{name: value}))
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"got: --{name.replace('_', '-')} {value}"):
+            check_numbers(run(**{name: value}))
 
 
 class TestWrittenFolders:

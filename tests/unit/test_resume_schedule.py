@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.errors import CheckpointError, ConfigError
 from qwen35_mcore.training.checks.checkpoint import Start
-from qwen35_mcore.training.checks.resume_schedule import check_schedule
+from qwen35_mcore.training.checks.resume_schedule import check_schedule, schedule_of_flags
 
 BATCH = 4
 
@@ -113,3 +113,36 @@ def test_schedules_that_are_two(
     check_schedule(args, checkpoint)
     for name in ("lr", "min_lr", "lr_decay_style"):
         assert getattr(args, name) == getattr(checkpoint.saved, name)
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (
+            {"start_weight_decay": 1.0},
+            ["--start-weight-decay 1.0, --end-weight-decay 0.1", "--end-weight-decay >= --start-"],
+        ),
+        ({"lr_warmup_init": 1.0}, ["--lr-warmup-init 1.0", "--lr-warmup-init <= --lr"]),
+        ({"min_lr": -1.0}, ["--min-lr -1.0", "--min-lr >= 0.0"]),
+        ({"lr_decay_iters": 0}, ["length of the decay 0", "length of the decay > 0"]),
+        ({"lr_decay_iters": 10}, ["length of the warmup 40, length of the decay 40"]),
+    ],
+)
+def test_flags_that_make_no_schedule(given: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        schedule_of_flags(arguments(**given))
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_the_rates_that_the_error_names_are_those_of_steps() -> None:
+    """Step 51 of 100 takes what step 50 set; the last one takes what step 99 set."""
+    checkpoint = start(arguments(lr_warmup_iters=0), 50)
+    with pytest.raises(CheckpointError) as caught:
+        check_schedule(arguments(lr_warmup_iters=0, lr=2e-3), checkpoint)
+    assert "the flags' schedule (learning rate 0.001 at the next step, 2e-05 at the last)" in str(
+        caught.value
+    )
+    assert "the checkpoint's (learning rate 0.0005 at the next step, 1e-05 at the last)" in str(
+        caught.value
+    )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 
 from qwen35_mcore.errors import ConfigError
 
 _ENDING = "_interval"
+SEEDS = 2**32
+"""numpy takes no larger ones."""
 _AT_LEAST = {
     **dict.fromkeys(("micro_batch_size", "global_batch_size", "seq_length", "train_samples"), 1),
     **dict.fromkeys(("eval_micro_batch_size", "eval_global_batch_size"), 1),
     **dict.fromkeys(("num_dataset_builder_threads", "exit_duration_in_mins"), 1),
     **dict.fromkeys(("eval_iters", "num_workers", "start_eval_at_iter"), 0),
     "mid_level_dataset_surplus": 0,
+    **dict.fromkeys(("seed", "vocab_size", "distributed_timeout_minutes"), 1),
     **dict.fromkeys(("manual_gc_interval", "inference_logging_step_interval"), 0),  # 0: never
 }
+_FINITE = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "clip_grad")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
 _OFF = {
     "eval_interval": "to evaluate never, pass --eval-iters 0",
     "save_interval": "to save never, drop --save",
@@ -24,10 +30,10 @@ _OFF = {
 
 
 def check_numbers(args: Namespace) -> None:
-    """Check steps between things, sizes and amounts.
+    """Check steps between things, sizes, amounts and rates.
 
     Raises:
-        ConfigError: with the first that is too small.
+        ConfigError: with the first that is out of its range.
     """
     lowest = {name: 1 for name in vars(args) if name.endswith(_ENDING)} | _AT_LEAST
     lowest["train_iters"] = 0 if getattr(args, "skip_train", False) else 1
@@ -46,3 +52,19 @@ def check_numbers(args: Namespace) -> None:
             allowed=f"at least {least}",
             fix=fix or f"pass {flag} {least} or more",
         )
+    for name in (*_FINITE, *_BELOW_ONE):
+        _check_range(args, name, math.inf if name in _FINITE else 1.0)
+    _check_range(args, "seed", SEEDS)
+
+
+def _check_range(args: Namespace, name: str, below: float) -> None:
+    value = getattr(args, name, None)
+    if value is None or 0 <= value < below:
+        return
+    flag = "--" + name.replace("_", "-")
+    raise ConfigError(
+        f"{flag} is out of range",
+        got=f"{flag} {value}",
+        allowed=f"at least 0, {'finite' if below == math.inf else f'below {below:.0f}'}",
+        fix="correct it" + (", or to clip nothing pass --clip-grad 0" if "clip" in name else ""),
+    )

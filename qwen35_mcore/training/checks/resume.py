@@ -202,6 +202,11 @@ CHANGES = (
         says="token ids must mean the same as before",
     ),
     Change(
+        "loss",
+        ("calculate_per_token_loss",),
+        says="from here on tokens weigh otherwise where their masks differ",
+    ),
+    Change(
         "precision",
         ("bf16", "params_dtype"),
         says="the optimizer goes on with its float32 parameters and moments",

@@ -12,8 +12,20 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.errors import CheckpointError, ConfigError
+from qwen35_mcore.mcore.megatron_errors import failed_assertion
 from qwen35_mcore.training.checks.checkpoint import Start
+
+FLAGS = {
+    "init_lr": "--lr-warmup-init",
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_warmup_steps": "length of the warmup",
+    "lr_decay_steps": "length of the decay",
+    "start_wd": "--start-weight-decay",
+    "end_wd": "--end-weight-decay",
+}
+"""Where the values come from that megatron's scheduler asserts on."""
 
 POINTS = 200
 """Steps at which two schedules are compared, beside those where one of them bends."""
@@ -39,6 +51,28 @@ def check_schedule(args: Namespace, start: Start) -> None:
     args.override_opt_param_scheduler = True
 
 
+def schedule_of_flags(args: Namespace) -> OptimizerParamScheduler:
+    """The schedule of a run's validated flags, which megatron builds after the model.
+
+    Raises:
+        ConfigError: rates, weight decays or lengths that make no schedule.
+    """
+    planned = _planned(args)
+    try:
+        return _scheduler(planned, args)
+    except AssertionError as error:
+        condition = failed_assertion(error)
+        for name, flag in FLAGS.items():
+            condition = condition.replace(f"self.{name}", flag)
+        given = {flag: {"init_lr": args.lr_warmup_init, **planned}[n] for n, flag in FLAGS.items()}
+        raise ConfigError(
+            "the flags give no schedule of learning rate and weight decay",
+            got=", ".join(f"{flag} {value}" for flag, value in given.items() if flag in condition),
+            allowed=condition,
+            fix="correct them; lengths of the schedule are in samples here",
+        ) from error
+
+
 def _take_over(args: Namespace, saved: Any, schedule: dict[str, Any]) -> None:
     args.lr, args.min_lr = schedule["max_lr"], schedule["min_lr"]
     for name in ("lr_warmup_init", "lr_decay_style", "lr_wsd_decay_style"):
@@ -53,14 +87,15 @@ def _compare(args: Namespace, start: Start, saved: dict[str, Any]) -> None:
     end = args.train_samples or here + (args.train_iters - start.iteration) * batch
     if end <= here:
         return
-    ours = _scheduler(_planned(args), args)
+    ours = schedule_of_flags(args)
     theirs = _scheduler(saved | _wsd(start.saved), start.saved)
     stride = max(batch, (end - here) // POINTS // batch * batch)
     points = {*range(here, end + 1, stride), here, here + batch, end}
     points |= {bend for bend in (*_bends(ours), *_bends(theirs)) if here <= bend <= end}
     if all(_at(ours, point) == _at(theirs, point) for point in points):
         return
-    rates, theirs_rates = (_rates(scheduler, here + batch, end) for scheduler in (ours, theirs))
+    # a step takes the rate that the one before it set
+    rates, theirs_rates = (_rates(scheduler, here, end - batch) for scheduler in (ours, theirs))
     raise CheckpointError(
         "the schedule of learning rate and weight decay differs from the checkpoint's",
         got=_differences(_planned(args), saved | _wsd(start.saved)),

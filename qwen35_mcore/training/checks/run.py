@@ -52,7 +52,9 @@ def check_flags(args: Namespace) -> None:
             "megatron's plain bf16 optimizer cannot write or read the state of float32 parameters "
             "(A_log, dt_bias and the GDN norm)",
             got="--bf16 without --use-distributed-optimizer",
-            fix="pass --use-distributed-optimizer",
+            fix="drop --bf16, or pass --optimizer adam --use-distributed-optimizer"
+            if args.optimizer == "sgd"  # which the distributed optimizer cannot save
+            else "pass --use-distributed-optimizer",
         )
     _check_main_params(args)
     _check_graph_device(args)

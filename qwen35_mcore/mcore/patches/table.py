@@ -15,6 +15,7 @@ from qwen35_mcore.mcore.patches import (
     mtp_loss_log,
     nonfinite,
     optimizer_groups,
+    padded_balancing_loss,
     resume_position,
     sgd_state,
 )
@@ -33,6 +34,7 @@ PATCHES: tuple[Patch, ...] = (
     *mtp_loss_log.PATCHES,
     nonfinite.PATCH,
     optimizer_groups.PATCH,
+    padded_balancing_loss.PATCH,
     *resume_position.PATCHES,
     sgd_state.PATCH,
 )

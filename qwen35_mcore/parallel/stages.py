@@ -1,4 +1,4 @@
-"""Megatron's ``pipeline_model_parallel_layout`` strings, read without Megatron.
+"""Megatron's ``pipeline_model_parallel_layout`` strings, read and written without Megatron.
 
 A layout lists the virtual pipeline stages in the order of the forward pass, separated by ``|``.
 A stage holds E (embedding), t (decoder layer), m (MTP layer) and L (loss) in any number, also none.
@@ -9,7 +9,8 @@ rank i % pp as its virtual stage i // pp.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from qwen35_mcore.errors import ConfigError
 
@@ -49,6 +50,25 @@ def _tokens(part: str, whole: str) -> Iterator[str]:
         else:
             yield _expand(match["group"], whole) * int(match["group_times"])
         position = match.end()
+
+
+def write_pipeline_layout(stages: Sequence[str]) -> str:
+    """The shortest text this finds for stages given as their layer characters:
+    ``("Ett", "ttt", "ttt", "tmL")`` is ``Ett|(t*3|)*2tmL``.
+
+    Runs of one layer become ``t*3`` and equal neighbouring stages a group, where that is shorter.
+    """
+    parts = []
+    bars = [*("|" for _ in stages[:-1]), ""]
+    for text, equal in groupby(map("".join, zip(map(_write_stage, stages), bars, strict=True))):
+        plain = text * (times := len(list(equal)))
+        parts.append(min(plain, f"({text})*{times}", key=len))
+    return "".join(parts)
+
+
+def _write_stage(stage: str) -> str:
+    runs = ((layer, len(list(run))) for layer, run in groupby(stage))
+    return "".join(layer * times if times < 3 else f"{layer}*{times}" for layer, times in runs)
 
 
 def layout_problems(

@@ -1,13 +1,13 @@
-"""What is asked of the planner, and one answer to try."""
+"""What is asked of the planner, one answer to try, and what a rank then works on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.parallel.layout import ParallelLayout
-from qwen35_mcore.planner.calibration import Calibration
+from qwen35_mcore.planner.calibration.rows import Calibration
 from qwen35_mcore.planner.hardware import Gpu
 
 
@@ -15,7 +15,7 @@ from qwen35_mcore.planner.hardware import Gpu
 class Job:
     """A training run to be laid out."""
 
-    config: Qwen35Config
+    model_config: Qwen35Config
     gpu: Gpu
     gpus: int
     seq_length: int
@@ -28,10 +28,6 @@ class Job:
     """How the command line names the model, for reports."""
     model_flags: tuple[str, ...] = ()
     """The training script's flags that choose the model."""
-    computed: dict[tuple, tuple[float, float]] = field(
-        init=False, default_factory=dict, compare=False, repr=False
-    )
-    """Compute times already worked out, see `elements`."""
 
     @property
     def usable_bytes(self) -> int:
@@ -87,39 +83,30 @@ class Candidate:
 
     def layout(self, pipeline_layout: str | None = None) -> ParallelLayout:
         """The same as `parallel.check_layout` wants it."""
-        return ParallelLayout(
-            tp=self.tp,
-            pp=self.pp,
-            vpp=self.vpp,
-            cp=self.cp,
-            ep=self.ep,
-            etp=self.etp,
-            sequence_parallel=self.sequence_parallel,
-            pipeline_layout=pipeline_layout,
-        )
+        names = ("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel")
+        sizes = {name: getattr(self, name) for name in names}
+        return ParallelLayout(**sizes, pipeline_layout=pipeline_layout)
 
     def __str__(self) -> str:
         """As ``--explain`` reads it."""
-        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "cp": self.cp}
-        words = [f"{name}={size}" for name, size in sizes.items()]
-        if self.etp != 1:
-            words.append(f"etp={self.etp}")
-        words.append(f"mbs={self.micro_batch_size}")
-        return ",".join([*words, f"recompute={self.recompute}", f"precision={self.precision}"])
+        names = ("tp", "pp", "vpp", "ep", "cp", *(["etp"] if self.etp != 1 else []))
+        sizes = [f"{name}={getattr(self, name)}" for name in names]
+        sizes.append(f"mbs={self.micro_batch_size}")
+        return ",".join([*sizes, f"recompute={self.recompute}", f"precision={self.precision}"])
 
 
-def recompute_modules(config: Qwen35Config) -> tuple[str, ...]:
+def recompute_modules(model_config: Qwen35Config) -> tuple[str, ...]:
     """What ``recompute=selective`` recomputes, as ``--recompute-modules`` names it: what is large
     to keep and cheap to do again, activations and GDN's gated norm, or a dense layer's SwiGLU."""
-    own = ("gdn_norm_out",) if config.num_gdn_layers else ()
-    return (*own, "moe_act" if config.is_moe else "mlp")
+    own = ("gdn_norm_out",) if model_config.num_gdn_layers else ()
+    return (*own, "moe_act" if model_config.is_moe else "mlp")
 
 
 @dataclass(frozen=True)
 class Microbatch:
     """What one rank works on in one microbatch, before any formula."""
 
-    config: Qwen35Config
+    model_config: Qwen35Config
     candidate: Candidate
     seq_length: int
 
@@ -134,21 +121,16 @@ class Microbatch:
         return self.tokens // self.candidate.tp
 
     @cached_property
-    def squared_lengths(self) -> int:
-        """Query-key pairs of the rank's sequences, the upper triangle included."""
-        return self.tokens * self.seq_length
-
-    @cached_property
     def expert_rows(self) -> int:
         """Rows that a rank's experts see when routing is balanced."""
-        return self.own_tokens * self.candidate.etp * self.config.num_experts_per_tok
+        return self.own_tokens * self.candidate.etp * self.model_config.num_experts_per_tok
 
     @cached_property
     def local_experts(self) -> int:
         """Experts on a rank."""
-        return self.config.num_experts // self.candidate.ep
+        return self.model_config.num_experts // self.candidate.ep
 
     @cached_property
     def expert_width(self) -> int:
         """Width of an expert on a rank."""
-        return self.config.moe_intermediate_size // self.candidate.etp
+        return self.model_config.moe_intermediate_size // self.candidate.etp

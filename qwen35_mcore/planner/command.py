@@ -9,12 +9,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from qwen35_mcore.config.flavors import flavor_name, get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.planner.calibration import default_calibration, read_calibration
+from qwen35_mcore.planner.calibration.rows import default_calibration, read_calibration
 from qwen35_mcore.planner.candidate import Job
 from qwen35_mcore.planner.choices import PRECISIONS, RECOMPUTE
 from qwen35_mcore.planner.emit import check_folder, emit, files
@@ -51,16 +50,10 @@ class Output:
             PlanError: a folder that exists, a picture of an unknown format, a place that cannot be
                 written, or --dry-run or --overwrite without anything to write.
         """
-        if self.dry_run and self.emit is None:
-            raise PlanError(
-                "--dry-run prints the files of --emit, which is missing",
-                fix="add --emit DIR, or leave out --dry-run: without --emit nothing is written",
-            )
-        if self.overwrite and self.emit is None:
-            raise PlanError(
-                "--overwrite is for the folder of --emit, which is missing",
-                fix="add --emit DIR, or leave out --overwrite: a picture is replaced without it",
-            )
+        for flag, given in (("--dry-run", self.dry_run), ("--overwrite", self.overwrite)):
+            if given and self.emit is None:
+                fix = f"add --emit DIR, or leave out {flag}"
+                raise PlanError(f"{flag} is for the files of --emit, which is missing", fix=fix)
         if self.emit is not None and not self.dry_run:
             check_folder(self.emit, overwrite=self.overwrite)
         if self.picture is not None:
@@ -94,11 +87,11 @@ def make_job(
     gpus_per_node: int | None = None,
     headroom_gib: float = DEFAULT_HEADROOM_GIB,
 ) -> Job:
-    """The job that the command line describes.
+    """The job that the command line describes, its sizes positive.
 
     Raises:
-        PlanError: not exactly one model, an unknown GPU, a number that is not positive, nodes that
-            the GPUs do not fill, or more headroom than memory.
+        PlanError: not exactly one model, an unknown GPU, nodes that the GPUs do not fill, or more
+            headroom than memory.
         ConfigError: an unknown flavor or a config that cannot be read.
     """
     if (flavor is None) == (hf_config is None):
@@ -108,28 +101,31 @@ def make_job(
             allowed="--flavor NAME, or --hf-config PATH of a config.json",
             fix="see `qwen35 flavors` for the names",
         )
-    sizes = {"gpus": gpus, "seq-length": seq_length, "global-batch-size": global_batch_size}
-    for name, value in sizes.items():
-        if value < 1:
-            raise PlanError(f"--{name} must be at least 1", got=value)
     if flavor:
         name = flavor_name(flavor)
-        config, model_flags = get_flavor(name), ("--flavor", name)
+        model_config, model_flags = get_flavor(name), ("--flavor", name)
     else:
         name = str(hf_config)
-        config = Qwen35Config.from_hf(name)
+        model_config = Qwen35Config.from_hf(name)
         model_flags = ("--hf-config", os.path.abspath(name))  # the plan is run from anywhere
     kind = _in_nodes(get_gpu(gpu), gpus, gpus_per_node)
+    memory = kind.memory_bytes / GIB
+    if not 0 <= headroom_gib < memory:
+        raise PlanError(
+            "--headroom leaves no memory",
+            got=f"{headroom_gib:g} GiB of the {memory:.1f} of {kind.name}",
+            allowed=f"0 to {memory:.1f}, less what a plan needs",
+            fix=f"leave it out for {DEFAULT_HEADROOM_GIB:g} GiB",
+        )
+    measured = read_calibration(calibration) if calibration else default_calibration(kind.name)
     return Job(
-        config=config,
+        model_config=model_config,
         gpu=kind,
         gpus=gpus,
         seq_length=seq_length,
         global_batch_size=global_batch_size,
-        calibration=read_calibration(calibration)
-        if calibration
-        else default_calibration(kind.name),
-        headroom_bytes=_headroom_bytes(kind, headroom_gib),
+        calibration=measured,
+        headroom_bytes=int(headroom_gib * GIB),
         model_name=name,
         model_flags=model_flags,
     )
@@ -143,31 +139,16 @@ def _in_nodes(gpu: Gpu, gpus: int, per_node: int | None) -> Gpu:
             return gpu
         fills = range(1, gpu.gpus_per_node + 1)
         return gpu.in_nodes_of(max(n for n in fills if gpus % n == 0))
-    if per_node < 1:
-        raise PlanError("--gpus-per-node must be at least 1", got=per_node)
     if gpus > per_node and gpus % per_node:
-        nodes = gpus // per_node
+        less = gpus // per_node * per_node
         divisors = [n for n in range(1, per_node) if gpus % n == 0]
         raise PlanError(
             "the GPUs do not fill whole nodes",
             got=f"--gpus {gpus} --gpus-per-node {per_node}",
             allowed=f"--gpus-per-node {', '.join(map(str, divisors))}",
-            fix=f"pass --gpus {nodes * per_node} or {(nodes + 1) * per_node}, or another "
-            "--gpus-per-node",
+            fix=f"pass --gpus {less} or {less + per_node}, or another --gpus-per-node",
         )
     return gpu.in_nodes_of(per_node)
-
-
-def _headroom_bytes(gpu: Gpu, gib: float) -> int:
-    memory = gpu.memory_bytes / GIB
-    if not 0 <= gib < memory:
-        raise PlanError(
-            "--headroom leaves no memory",
-            got=f"{gib:g} GiB of the {memory:.1f} of {gpu.name}",
-            allowed=f"0 to {memory:.1f}, less what a plan needs",
-            fix=f"leave it out for {DEFAULT_HEADROOM_GIB:g} GiB",
-        )
-    return int(gib * GIB)
 
 
 def precisions(text: str | None, gpu: Gpu) -> tuple[str, ...]:
@@ -179,7 +160,7 @@ def precisions(text: str | None, gpu: Gpu) -> tuple[str, ...]:
     there = PRECISIONS if gpu.has_fp8 else PRECISIONS[:1]
     if text == "all":
         return there
-    precision = _one_of("precision", text or PRECISIONS[0], PRECISIONS, "all")
+    precision = _one_of("precision", text or PRECISIONS[0], (*PRECISIONS, "all"))
     if precision not in there:
         raise PlanError(
             f"{gpu.name} has no FP8 tensor cores",
@@ -191,13 +172,17 @@ def precisions(text: str | None, gpu: Gpu) -> tuple[str, ...]:
 
 
 def recomputations(text: str | None) -> tuple[str, ...]:
-    """One way to recompute, or all for None."""
+    """One way to recompute, or all for None.
+
+    Raises:
+        PlanError: another word.
+    """
     return () if text is None else (_one_of("recompute", text, RECOMPUTE),)
 
 
-def _one_of(name: str, text: str, words: tuple[str, ...], *also: str) -> str:
+def _one_of(name: str, text: str, words: tuple[str, ...]) -> str:
     if text not in words:
-        allowed = ", ".join((*words, *also))
+        allowed = ", ".join(words)
         raise PlanError(f"--{name} is unknown", got=text, allowed=allowed, fix="name one of these")
     return text
 
@@ -222,8 +207,7 @@ def run_explain(job: Job, text: str, *, output: Output) -> int:
     Raises:
         PlanError: the layout cannot be read, or a file cannot be written.
     """
-    candidate, pipeline_layout = parse_layout(text)
-    explanation = explain(job, candidate, pipeline_layout)
+    explanation = explain(job, *parse_layout(text))
     if output.as_json:
         print(json.dumps(explanation_data(job, explanation), indent=2))
     else:
@@ -235,23 +219,18 @@ def run_explain(job: Job, text: str, *, output: Output) -> int:
 
 
 def _write(prediction: Prediction, output: Output) -> None:
-    if output.emit is not None and output.dry_run:
-        for name, text in files(prediction, output.emit).items():
-            print(f"\n{output.emit / name}:\n{text}", file=_messages(output))
-    elif output.emit is not None:
-        emit(prediction, output.emit, overwrite=output.overwrite)
-        command = shlex.quote(os.path.join(output.emit, "run.sh"))
-        print(
-            f"wrote {output.emit}; run it with DATA=PREFIX SAVE=FOLDER {command}",
-            file=_messages(output),
-        )
-    if output.picture is not None and output.dry_run:
-        print(f"\n{output.picture}: the picture, not drawn", file=_messages(output))
-    elif output.picture is not None:
-        draw(prediction, output.picture)
-        print(f"wrote {output.picture}", file=_messages(output))
-
-
-def _messages(output: Output) -> TextIO:
-    """Under --json, standard output holds JSON alone."""
-    return sys.stderr if output.as_json else sys.stdout
+    # under --json, standard output holds JSON alone
+    messages = sys.stderr if output.as_json else sys.stdout
+    folder, picture = output.emit, output.picture
+    if folder is not None and output.dry_run:
+        for name, text in files(prediction, folder).items():
+            print(f"\n{folder / name}:\n{text}", file=messages)
+    elif folder is not None:
+        emit(prediction, folder, overwrite=output.overwrite)
+        command = shlex.quote(os.path.join(folder, "run.sh"))
+        print(f"wrote {folder}; run it with DATA=PREFIX SAVE=FOLDER {command}", file=messages)
+    if picture is not None and output.dry_run:
+        print(f"\n{picture}: the picture, not drawn", file=messages)
+    elif picture is not None:
+        draw(prediction, picture)
+        print(f"wrote {picture}", file=messages)

@@ -1,4 +1,4 @@
-"""Seconds of collectives, by alpha-beta models over the links of a node and between nodes.
+"""Seconds of collectives: a latency and a bandwidth for the links of a node and between nodes.
 
 Megatron numbers ranks with tensor parallelism innermost, then context, data and pipeline
 parallelism; of experts, expert tensor, expert, expert data and pipeline parallelism. A group is
@@ -14,7 +14,10 @@ from math import ceil
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.hardware import Gpu
 
+_LONGEST_RING = 16
+"""Nodes; NCCL builds trees over more."""
 _PEERS_AT_A_TIME = 8
+"""NCCL's sends and receives to hundreds of ranks queue up."""
 
 
 @dataclass(frozen=True)
@@ -61,35 +64,26 @@ def gather(total_bytes: float, group: Group, gpu: Gpu) -> float:
     if group.size == 1:
         return 0.0
     members = group.joined(gpu)
-    rate = gpu.nvlink.bytes_per_s
-    alpha = (members - 1) * gpu.nvlink.alpha_s
     nodes = ceil(group.size / members)
+    rate, alpha_s = gpu.nvlink.bytes_per_s, (members - 1) * gpu.nvlink.alpha_s
     if nodes > 1:
         rate = min(rate, members * gpu.network.bytes_per_s)
-        # rings above that many nodes give way to trees
-        alpha += min(nodes - 1, 16) * gpu.network.alpha_s
-    return alpha + total_bytes * (group.size - 1) / group.size / rate
-
-
-def all_reduce(total_bytes: float, group: Group, gpu: Gpu) -> float:
-    """A reduce-scatter and an all-gather."""
-    return 2 * gather(total_bytes, group, gpu)
+        alpha_s += min(nodes - 1, _LONGEST_RING) * gpu.network.alpha_s
+    return alpha_s + total_bytes * (group.size - 1) / group.size / rate
 
 
 def all_to_all(own_bytes: float, group: Group, gpu: Gpu) -> float:
     """Every rank sends an equal share of its ``own_bytes`` to every other; what stays in the node
-    and what leaves it travel side by side. Beyond its node a rank talks to eight others at a time:
-    NCCL's sends and receives to hundreds of ranks queue up."""
+    and what leaves it travel side by side."""
     if group.size == 1:
         return 0.0
-    members = group.joined(gpu)
-    share = own_bytes / group.size
-    inside = (members - 1) * share / gpu.nvlink.bytes_per_s + gpu.nvlink.alpha_s
+    members, share = group.joined(gpu), own_bytes / group.size
+    inside = gpu.nvlink.alpha_s + (members - 1) * share / gpu.nvlink.bytes_per_s
     if group.size == members:
         return inside
-    outside = (group.size - members) * share / gpu.network.bytes_per_s
-    turns = ceil((group.size - members) / _PEERS_AT_A_TIME)
-    return max(inside, outside + turns * gpu.network.alpha_s)
+    peers = group.size - members
+    turns = ceil(peers / _PEERS_AT_A_TIME)
+    return max(inside, turns * gpu.network.alpha_s + peers * share / gpu.network.bytes_per_s)
 
 
 def send(total_bytes: float, group: Group, gpu: Gpu) -> float:

@@ -1,13 +1,10 @@
 """Seconds of every part of the model on one rank, without communication.
 
 A part's ideal time is its matrix operations at the card's peak plus its bytes at the card's
-bandwidth. The calibration maps ideal to measured time on the card that it was made on: between
-measurements on the straight line; above the largest at its efficiency or, where launches had hidden
-that, at the best one measured of this part as soon as this takes longer; below the smallest at its
-efficiency but never faster than the launches allow. On another card the time above the launches
-changes as the ideal does; launches stay.
-Operations are those of `flops`; bytes are every kept tensor written and read once forward and twice
-backward, weights read, and weight gradients added to the float32 ones.
+bandwidth. The calibration maps ideal to measured time on the card that it was made on (`Curve`). On
+another card the time above the launches changes as the ideal does; launches stay.
+Operations are those of `config.flops`; bytes are every kept tensor written and read once forward
+and twice backward, weights read, and weight gradients added to the float32 ones.
 """
 
 from __future__ import annotations
@@ -17,34 +14,27 @@ from functools import lru_cache
 from math import log
 
 from qwen35_mcore.config.flops import attention_layer_flops, gdn_layer_flops
-from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.planner import activations
-from qwen35_mcore.planner.calibration import DEFAULT, Calibration, LayerRow
+from qwen35_mcore.planner.calibration.rows import Calibration, LayerRow, default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Microbatch
 from qwen35_mcore.planner.hardware import Gpu, get_gpu
-from qwen35_mcore.planner.memory import (
-    element_parameters,
-    feed_forward_parameters,
-    mixer_parameters,
-)
+from qwen35_mcore.planner.memory import feed_forward_parameters, mixer_parameters
 
 ASSUMED_EFFICIENCY = 0.7
 """Of the ideal, for parts that nobody measured, and at most for work beyond a measurement that was
 bound by launches."""
-LAUNCH_S = {"gdn": 3.0e-3, "attention": 3.0e-3, "moe": 6.0e-3, "mlp": 1.5e-3}
-"""Forward and backward, if the host's launches are all that takes time; of a calibration without
-small sizes. The forward pass has a third of it."""
+LAUNCH_S = {"gdn": 3.0e-3, "attention": 3.0e-3, "moe": 6.0e-3, "mlp": 1.5e-3, "output": 0.0}
+"""Forward and backward, if the host's launches are all that takes time, where no small size was
+measured. The forward pass has a third of it."""
 FP8_OVER_BF16 = 1.16
 """Time in FP8 over time in bfloat16 where FP8 was not measured: that of blockwise FP8 on the layer
 stack of tests/bench/NOTES.md (85.1 and 73.1 ms), whose casts cost more than its products save."""
-
-# Passes of the fused cross entropy over the logits, in bytes each: to float32 with the maximum,
-# exponential with the sum, division forward; gradient and rounding backward.
+ADDED, WRITTEN = 2 + 2 + 8, 2
+"""Bytes of a weight's gradient: written, read and added to the float32 one in a run; written alone
+where a layer is measured."""
 _LOGITS_FORWARD, _LOGITS_BACKWARD = 6 + 8 + 8, 8 + 2
-_ACCUMULATE = 2 + 2 + 8
-"""Bytes a weight: gradient written, read, added to the float32 one."""
-_ACCUMULATE_FUSED = 8
-"""The same inside Transformer Engine's matrix product."""
+"""Bytes a logit of the fused cross entropy: to float32 with the maximum, exponential with the sum,
+division forward; gradient and rounding backward."""
 
 
 @dataclass(frozen=True)
@@ -55,47 +45,100 @@ class Work:
     """Of the forward pass, in the run's precision; the backward pass has twice as many."""
     forward_bytes: float
     backward_bytes: float
+    """Without weight gradients."""
+    parameters: float = 0.0
     bf16_flops: float = 0.0
-    """The same, of products that are in bfloat16 in every run."""
+    """Of products that are in bfloat16 in every run."""
 
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.flops + other.flops,
-            self.forward_bytes + other.forward_bytes,
-            self.backward_bytes + other.backward_bytes,
-            self.bf16_flops + other.bf16_flops,
-        )
-
-    def ideal_s(self, gpu: Gpu, precision: str) -> tuple[float, float]:
+    def ideal_s(self, gpu: Gpu, precision: str, gradient_bytes: int = ADDED) -> tuple[float, float]:
         """Forward and backward seconds at the card's peak and bandwidth."""
         compute = self.flops / gpu.peak_flops(precision) + self.bf16_flops / gpu.bf16_flops
+        backward_bytes = self.backward_bytes + gradient_bytes * self.parameters
         return (
             compute + self.forward_bytes / gpu.bytes_per_s,
-            2 * compute + self.backward_bytes / gpu.bytes_per_s,
+            2 * compute + backward_bytes / gpu.bytes_per_s,
         )
 
 
 def work(part: str, batch: Microbatch) -> Work:
-    """Work of one part ("gdn", "attention", "moe", "mlp", "mtp", "output", "embedding") on one
-    rank."""
-    config, tp = batch.config, batch.candidate.tp
-    if part == "gdn":
-        flops = gdn_layer_flops(config, batch.tokens) / tp
-        return _linears(flops, activations.gdn(batch).saved, _mixer(batch, LayerKind.GDN))
-    if part == "attention":
-        flops = attention_layer_flops(config, batch.tokens, batch.squared_lengths) / tp
-        weights = _mixer(batch, LayerKind.ATTENTION)
-        return _linears(flops, activations.attention(batch).saved, weights)
-    if part == "mlp":
-        flops = 6 * batch.tokens * config.hidden_size * config.intermediate_size / tp
-        return _linears(flops, activations.mlp(batch).saved, _feed_forward(batch))
-    if part == "moe":
-        return _moe(batch)
-    if part == "mtp":
-        return _mtp(batch)
-    if part == "output":
-        return _output(batch)
-    return _embedding(batch)
+    """Work on one rank of one of `calibration.rows.PARTS`, of the embedding, or of the joining of
+    MTP to the model."""
+    return _WORK[part](batch)
+
+
+def _work(flops: float, saved: float, weights: float) -> Work:
+    return Work(flops, 2 * saved + 2 * weights, 4 * saved + 2 * weights, weights)
+
+
+def _gdn(batch: Microbatch) -> Work:
+    config, candidate = batch.model_config, batch.candidate
+    weights = mixer_parameters(config, candidate, "g").count
+    flops = gdn_layer_flops(config, batch.tokens) / candidate.tp
+    return _work(flops, activations.gdn(batch).saved, weights)
+
+
+def _attention(batch: Microbatch) -> Work:
+    config, candidate = batch.model_config, batch.candidate
+    weights = mixer_parameters(config, candidate, "a").count
+    pairs = batch.tokens * batch.seq_length  # of queries and keys, the upper triangle included
+    flops = attention_layer_flops(config, batch.tokens, pairs) / candidate.tp
+    return _work(flops, activations.attention(batch).saved, weights)
+
+
+def _mlp(batch: Microbatch) -> Work:
+    config, candidate = batch.model_config, batch.candidate
+    weights = feed_forward_parameters(config, candidate).count
+    flops = 6 * batch.tokens * config.hidden_size * config.intermediate_size / candidate.tp
+    return _work(flops, activations.mlp(batch).saved, weights)
+
+
+def _moe(batch: Microbatch) -> Work:
+    config, tp, hidden = batch.model_config, batch.candidate.tp, batch.model_config.hidden_size
+    routed = 6 * batch.expert_rows * hidden * batch.expert_width
+    shared = 6 * batch.tokens * hidden * config.shared_expert_intermediate_size / tp
+    router = 2 * batch.own_tokens * hidden * (config.num_experts + 1)
+    weights = feed_forward_parameters(config, batch.candidate).count
+    # rows into the experts' order and back, and once more each way behind an all-to-all
+    moved = 4 * batch.expert_rows * hidden * (4 if activations.dispatcher_buffer(batch) else 2)
+    one = _work(shared, activations.moe(batch).saved, weights)
+    return Work(
+        shared, one.forward_bytes + moved, one.backward_bytes + moved, weights, routed + router
+    )
+
+
+def _output(batch: Microbatch) -> Work:
+    config, tp = batch.model_config, batch.candidate.tp
+    losses = 1 + config.mtp_num_hidden_layers
+    logits = losses * batch.tokens * config.vocab_size / tp
+    weights = losses * config.vocab_size * config.hidden_size / tp
+    forward, backward = _LOGITS_FORWARD * logits, _LOGITS_BACKWARD * logits
+    flops = 2 * logits * config.hidden_size
+    return Work(flops, forward + 2 * weights, backward + 2 * weights, weights)
+
+
+def _embedding(batch: Microbatch) -> Work:
+    """Rows looked up; backward a gradient of the whole table, mostly zeros."""
+    table = batch.model_config.vocab_size * batch.model_config.hidden_size / batch.candidate.tp
+    rows = 2 * 2 * batch.tokens * batch.model_config.hidden_size
+    return Work(0.0, rows, rows, table)
+
+
+def _joining(batch: Microbatch) -> Work:
+    """MTP's projection of two concatenated rows to one."""
+    hidden, tp = batch.model_config.hidden_size, batch.candidate.tp
+    saved = batch.own_tokens * 2 * 2 * hidden
+    return _work(4 * batch.tokens * hidden**2 / tp, saved, 2 * hidden**2 / tp)
+
+
+_WORK = {
+    "gdn": _gdn,
+    "attention": _attention,
+    "mlp": _mlp,
+    "moe": _moe,
+    "output": _output,
+    "embedding": _embedding,
+    "joining": _joining,
+}
 
 
 def precision_of(part: str, batch: Microbatch) -> str:
@@ -107,34 +150,29 @@ def seconds(
     part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration
 ) -> tuple[float, float]:
     """Forward and backward seconds of one part on one rank."""
-    precision = precision_of(part, batch)
-    forward, backward = work(part, batch).ideal_s(gpu, precision)
+    precision, todo = precision_of(part, batch), work(part, batch)
+    forward, backward = todo.ideal_s(gpu, precision)
+    if part in ("embedding", "joining"):
+        return forward / ASSUMED_EFFICIENCY, backward / ASSUMED_EFFICIENCY
     found = measured(part, batch, calibration)
-    if found is not None:
-        there = work(part, batch).ideal_s(found.gpu, precision)
-        of_forward, of_backward = found.curves
-        return of_forward.on(forward, there[0]), of_backward.on(backward, there[1])
-    if part == "mtp":
-        return _mtp_from_its_parts(batch, gpu, calibration)
-    if precision != "bf16":
-        slow = _at_bf16(part, batch, gpu, calibration)
-        return slow[0] * FP8_OVER_BF16, slow[1] * FP8_OVER_BF16
-    launch = LAUNCH_S.get(part, 0.0)
-    return (
-        max(launch / 3, forward / ASSUMED_EFFICIENCY),
-        max(2 * launch / 3, backward / ASSUMED_EFFICIENCY),
-    )
+    if found is None:
+        in_bf16 = replace(batch, candidate=replace(batch.candidate, precision="bf16"))
+        forward, backward = seconds(part, in_bf16, gpu, calibration)
+        return forward * FP8_OVER_BF16, backward * FP8_OVER_BF16
+    there = todo.ideal_s(found.gpu, precision)
+    return found.forward.on(forward, there[0]), found.backward.on(backward, there[1])
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Measured over ideal seconds."""
+    """Measured over ideal seconds: the straight line between two measurements; above the largest
+    its efficiency or, where launches had hidden that, `efficiency` as soon as this takes longer;
+    below the smallest its efficiency but never faster than the launches allow."""
 
     points: tuple[tuple[float, float], ...]
     """(ideal, measured), ascending."""
     launch_s: float
     efficiency: float = ASSUMED_EFFICIENCY
-    """Of the ideal, for work beyond a measurement that launches may have bound."""
 
     def on(self, ideal_s: float, measured_ideal_s: float) -> float:
         """Expected seconds on a card whose ideal is ``ideal_s`` where that of the measured card is
@@ -166,8 +204,8 @@ class Curve:
 class Measured:
     """What a calibration says of one part."""
 
-    curves: tuple[Curve, Curve]
-    """Forward and backward pass."""
+    forward: Curve
+    backward: Curve
     rows: tuple[LayerRow, ...]
     """The measurements that they go through."""
     gpu: Gpu
@@ -175,151 +213,43 @@ class Measured:
 
 
 def measured(part: str, batch: Microbatch, calibration: Calibration) -> Measured | None:
-    """The measurements at the nearest widths, built-in ones where the calibration has none; None
-    without any."""
-    experts = batch.local_experts if part in ("moe", "mtp") else 0
-    return _measured(
-        part, precision_of(part, batch), batch.config.hidden_size, experts, calibration
-    )
+    """The measurements at the nearest widths, the package's own where the calibration has none;
+    None without any."""
+    experts = batch.local_experts if part == "moe" else 0
+    hidden = batch.model_config.hidden_size
+    return _measured(part, precision_of(part, batch), hidden, experts, calibration)
 
 
 @lru_cache(maxsize=1024)
 def _measured(
     part: str, precision: str, hidden: int, experts: int, calibration: Calibration
 ) -> Measured | None:
-    source = calibration if calibration.rows(part, precision) else DEFAULT
+    there = bool(calibration.rows(part, precision))
+    source = calibration if there else default_calibration(calibration.gpu)
     rows = source.rows(part, precision)
     if not rows:
         return None
 
     def distance(row: LayerRow) -> float:
-        apart = abs(log(row.model.hidden_size / hidden))
-        if experts and row.model.num_experts:
-            apart += 0.25 * abs(log(row.model.num_experts / experts))
-        return apart
+        apart = abs(log(row.model_config.hidden_size / hidden))
+        return apart + (0.25 * abs(log(row.model_config.num_experts / experts)) if experts else 0)
 
     gpu = get_gpu(source.gpu)
-    ideals = [_row_ideal(row, gpu) for row in rows]
     nearest = min(map(distance, rows))
-    chosen = [i for i, row in enumerate(rows) if distance(row) == nearest]
-    launch = LAUNCH_S.get(part, 0.0)
+    points = {row: _points(row, gpu) for row in rows}
+    chosen = tuple(row for row in rows if distance(row) == nearest)
 
-    def curve(index: int, launch_s: float) -> Curve:
-        points = [(ideals[i][index], _seconds_of(rows[i])[index]) for i in range(len(rows))]
-        best = max(ideal / time for ideal, time in points)
-        own = sorted(points[i] for i in chosen)
-        return Curve(tuple(own), launch_s, min(ASSUMED_EFFICIENCY, best))
+    def curve(which: int, launch_s: float) -> Curve:
+        best = max(ideal / time for ideal, time in (pair[which] for pair in points.values()))
+        own = tuple(sorted(points[row][which] for row in chosen))
+        return Curve(own, launch_s, min(ASSUMED_EFFICIENCY, best))
 
-    curves = curve(0, launch / 3), curve(1, launch * 2 / 3)
-    return Measured(curves, tuple(rows[i] for i in chosen), gpu)
+    return Measured(curve(0, LAUNCH_S[part] / 3), curve(1, LAUNCH_S[part] * 2 / 3), chosen, gpu)
 
 
-def _seconds_of(row: LayerRow) -> tuple[float, float]:
-    return row.forward_s, row.backward_s
-
-
-def _row_ideal(row: LayerRow, gpu: Gpu) -> tuple[float, float]:
-    """Ideal times of a measured case, whose gradients were written, not added to others."""
+def _points(row: LayerRow, gpu: Gpu) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(ideal, measured) of both passes."""
     alone = Candidate(micro_batch_size=row.micro_batch_size, precision=row.precision)
-    batch = Microbatch(row.model, alone, row.seq_length)
-    forward, backward = work(row.part, batch).ideal_s(gpu, row.precision)
-    added = _ACCUMULATE_FUSED if row.part in _FUSED else _ACCUMULATE
-    spared = (added - 2) * _row_parameters(row.part, batch) / gpu.bytes_per_s
-    return forward, backward - spared
-
-
-_FUSED = ("gdn", "attention", "mlp")
-
-
-def _row_parameters(part: str, batch: Microbatch) -> float:
-    if part in ("gdn", "attention"):
-        return _mixer(batch, LayerKind.GDN if part == "gdn" else LayerKind.ATTENTION)
-    if part in ("moe", "mlp"):
-        return _feed_forward(batch)
-    kind = {"mtp": "m", "output": "L", "embedding": "E"}[part]
-    return element_parameters(batch.config, batch.candidate, kind).count
-
-
-def _mtp_from_its_parts(
-    batch: Microbatch, gpu: Gpu, calibration: Calibration
-) -> tuple[float, float]:
-    """An attention layer, and what joins it to the model at the assumed efficiency."""
-    parts = ("attention", "moe" if batch.config.is_moe else "mlp")
-    layer = [seconds(part, batch, gpu, calibration) for part in parts]
-    joining = _joining(batch).ideal_s(gpu, batch.candidate.precision)
-    forward, backward = (
-        sum(one[i] for one in layer) + joining[i] / ASSUMED_EFFICIENCY for i in (0, 1)
-    )
-    return forward, backward
-
-
-def _at_bf16(
-    part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration
-) -> tuple[float, float]:
-    candidate = replace(batch.candidate, precision="bf16")
-    return seconds(part, Microbatch(batch.config, candidate, batch.seq_length), gpu, calibration)
-
-
-def _work(flops: float, saved: float, parameters: float, accumulate: int = _ACCUMULATE) -> Work:
-    weights = 2 * parameters
-    return Work(flops, 2 * saved + weights, 4 * saved + weights + accumulate * parameters)
-
-
-def _linears(flops: float, saved: float, parameters: float) -> Work:
-    """Of Transformer Engine's linear layers."""
-    return _work(flops, saved, parameters, _ACCUMULATE_FUSED)
-
-
-def _moe(batch: Microbatch) -> Work:
-    config, tp, hidden = batch.config, batch.candidate.tp, batch.config.hidden_size
-    routed = 6 * batch.expert_rows * hidden * batch.expert_width
-    shared = 6 * batch.tokens * hidden * config.shared_expert_intermediate_size / tp
-    router = 2 * batch.own_tokens * hidden * (config.num_experts + 1)
-    saved = activations.moe(batch).saved
-    # rows into the experts' order and back, and once more each way behind an all-to-all
-    moves = 4 if activations.dispatcher_buffer(batch) else 2
-    moved = batch.expert_rows * 2 * hidden * 2 * moves
-    total = _work(shared, saved, _feed_forward(batch))
-    return total + Work(0.0, moved, moved, routed + router)
-
-
-def _mtp(batch: Microbatch) -> Work:
-    layer = work("attention", batch) + work("moe" if batch.config.is_moe else "mlp", batch)
-    return layer + _joining(batch)
-
-
-def _joining(batch: Microbatch) -> Work:
-    """MTP's projection and norms, and behind a pipeline its copy of the embedding."""
-    hidden, tp = batch.config.hidden_size, batch.candidate.tp
-    saved = activations.mtp_joining(batch).saved
-    own = _work(4 * batch.tokens * hidden**2 / tp, saved, 2 * hidden**2 / tp)
-    return own + _embedding(batch) if batch.candidate.pp > 1 else own
-
-
-def _output(batch: Microbatch) -> Work:
-    config, tp = batch.config, batch.candidate.tp
-    losses = 1 + config.mtp_num_hidden_layers
-    logits = losses * batch.tokens * config.vocab_size / tp
-    weights = losses * config.vocab_size * config.hidden_size / tp
-    return Work(
-        2 * logits * config.hidden_size,
-        _LOGITS_FORWARD * logits + 2 * weights,
-        _LOGITS_BACKWARD * logits + (2 + _ACCUMULATE) * weights,
-    )
-
-
-def _embedding(batch: Microbatch) -> Work:
-    """Rows looked up; backward a gradient of the whole table, mostly zeros."""
-    table = batch.config.vocab_size * batch.config.hidden_size / batch.candidate.tp
-    rows = 2 * 2 * batch.tokens * batch.config.hidden_size
-    return Work(0.0, rows, rows + _ACCUMULATE * table)
-
-
-def _mixer(batch: Microbatch, kind: LayerKind) -> float:
-    """Parameters of a layer's token mixer on one rank."""
-    return mixer_parameters(batch.config, batch.candidate, kind).count
-
-
-def _feed_forward(batch: Microbatch) -> float:
-    """Parameters of a layer's MLP or MoE on one rank."""
-    return feed_forward_parameters(batch.config, batch.candidate).count
+    batch = Microbatch(row.model_config, alone, row.seq_length)
+    forward, backward = work(row.part, batch).ideal_s(gpu, row.precision, WRITTEN)
+    return (forward, row.forward_s), (backward, row.backward_s)

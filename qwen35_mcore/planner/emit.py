@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from qwen35_mcore.errors import PlanError
@@ -19,7 +19,6 @@ from qwen35_mcore.planner.report import job_data, prediction_data
 
 _CUDNN_TRAINS_HEAD_256 = ("h100-80g", "h200-141g", "b200-180g")
 """Elsewhere Transformer Engine chooses."""
-_FP8_RECIPES = {"fp8-blockwise": "blockwise", "fp8-tensorwise": "tensorwise"}
 
 Group = tuple[str, list[tuple[str, ...]]]
 """A comment, and flags with their values."""
@@ -32,12 +31,7 @@ def flag_groups(prediction: Prediction) -> Iterator[Group]:
     """
     job, candidate = prediction.job, prediction.candidate
     yield "the model; it fills every architecture flag", [job.model_flags]
-    yield _why_sizes(prediction), list(_sizes(prediction))
-    if candidate.pp > 1:
-        yield (
-            _why_layout(prediction),
-            [("--pipeline-model-parallel-layout", prediction.stages.layout)],
-        )
+    yield from _sizes(prediction)
     yield (
         f"{prediction.microbatches} microbatches per step on each of {candidate.dp(job)} data "
         "parallel ranks",
@@ -48,17 +42,20 @@ def flag_groups(prediction: Prediction) -> Iterator[Group]:
         ],
     )
     yield from _recompute(prediction)
-    yield from _precision(prediction)
+    if candidate.fp8:
+        recipe = candidate.precision.removeprefix("fp8-")
+        yield (
+            "matrix products in FP8, everything else in bfloat16",
+            [("--bf16",), ("--fp8-format", "hybrid"), ("--fp8-recipe", recipe)],
+        )
+    else:
+        yield "bfloat16 weights, float32 optimizer", [("--bf16",)]
     yield (
         "optimizer state is shared by data parallel ranks; gradients are reduced under the last "
         "backward pass and weights gathered under the first forward pass",
-        [
-            ("--use-distributed-optimizer",),
-            ("--overlap-grad-reduce",),
-            ("--overlap-param-gather",),
-        ],
+        [("--use-distributed-optimizer",), ("--overlap-grad-reduce",), ("--overlap-param-gather",)],
     )
-    if job.config.is_moe:
+    if job.model_config.is_moe:
         yield (
             "tokens travel to their experts with one all-to-all",
             [("--moe-token-dispatcher-type", "alltoall")],
@@ -80,44 +77,36 @@ def flags(prediction: Prediction) -> list[str]:
     return [word for _, lines in flag_groups(prediction) for line in lines for word in line]
 
 
-def _why_sizes(prediction: Prediction) -> str:
+def _sizes(prediction: Prediction) -> Iterator[Group]:
     job, candidate = prediction.job, prediction.candidate
-    text = f"{job.gpus} GPUs, data parallel {candidate.dp(job)}"
-    if job.config.is_moe:
-        text += f", {job.config.num_experts // candidate.ep} experts of each layer on a GPU"
-    return text
-
-
-def _sizes(prediction: Prediction) -> Iterator[tuple[str, ...]]:
-    candidate = prediction.candidate
-    yield "--tensor-model-parallel-size", str(candidate.tp)
-    if candidate.sequence_parallel:
-        yield ("--sequence-parallel",)
-    yield "--pipeline-model-parallel-size", str(candidate.pp)
-    yield "--context-parallel-size", str(candidate.cp)
-    if prediction.job.config.is_moe:
-        yield "--expert-model-parallel-size", str(candidate.ep)
-        yield "--expert-tensor-parallel-size", str(candidate.etp)
-
-
-def _why_layout(prediction: Prediction) -> str:
-    candidate, even = prediction.candidate, prediction.even_step_s()
-    text = f"{candidate.pp} pipeline ranks"
+    why = f"{job.gpus} GPUs, data parallel {candidate.dp(job)}"
+    sizes: list[tuple[str, ...]] = [("--tensor-model-parallel-size", str(candidate.tp))]
+    sizes += [("--sequence-parallel",)] if candidate.sequence_parallel else []
+    sizes.append(("--pipeline-model-parallel-size", str(candidate.pp)))
+    sizes.append(("--context-parallel-size", str(candidate.cp)))
+    if job.model_config.is_moe:
+        experts = job.model_config.num_experts // candidate.ep
+        why += f", {experts} experts of each layer on a GPU"
+        sizes.append(("--expert-model-parallel-size", str(candidate.ep)))
+        sizes.append(("--expert-tensor-parallel-size", str(candidate.etp)))
+    yield why, sizes
+    if candidate.pp == 1:
+        return
+    why, even = f"{candidate.pp} pipeline ranks", prediction.even_step_s()
     if candidate.vpp > 1:
-        text += f" with {candidate.vpp} stages each, interleaved"
-    text += ": E embedding, t layer, m MTP, L loss, | next stage"
+        why += f" with {candidate.vpp} stages each, interleaved"
+    why += ": E embedding, t layer, m MTP, L loss, | next stage"
     if even is not None:
-        text += f"; predicted step {prediction.step_s:.2f} s, {even:.2f} s when split evenly"
-    return text
+        why += f"; predicted step {prediction.step_s:.2f} s, {even:.2f} s when split evenly"
+    yield why, [("--pipeline-model-parallel-layout", prediction.pipeline_layout)]
 
 
 def _recompute(prediction: Prediction) -> Iterator[Group]:
-    recompute, config = prediction.candidate.recompute, prediction.job.config
+    recompute, config = prediction.candidate.recompute, prediction.job.model_config
     if recompute == "selective":
+        what = "the experts' activations" if config.is_moe else "feed-forward layers"
         yield (
-            "the experts' activations and the norm behind the delta rule are computed again"
-            if config.is_moe
-            else "feed-forward layers and the norm behind the delta rule are computed again",
+            f"{what} and the norm behind the delta rule are computed again",
             [
                 ("--recompute-granularity", "selective"),
                 ("--recompute-modules", *recompute_modules(config)),
@@ -132,16 +121,6 @@ def _recompute(prediction: Prediction) -> Iterator[Group]:
                 ("--recompute-num-layers", "1"),
             ],
         )
-
-
-def _precision(prediction: Prediction) -> Iterator[Group]:
-    lines: list[tuple[str, ...]] = [("--bf16",)]
-    precision = prediction.candidate.precision
-    if precision in _FP8_RECIPES:
-        lines += [("--fp8-format", "hybrid"), ("--fp8-recipe", _FP8_RECIPES[precision])]
-        yield "matrix products in FP8, everything else in bfloat16", lines
-    else:
-        yield "bfloat16 weights, float32 optimizer", lines
 
 
 def layout_args(prediction: Prediction) -> str:
@@ -238,7 +217,7 @@ def plan_json(prediction: Prediction) -> str:
     """The text of ``plan.json``: what was asked, and everything predicted of the plan."""
     candidate = prediction.candidate
     asked = {**job_data(prediction.job, candidate), "layout": str(candidate)}
-    content = {**asked, "plan": prediction_data(prediction)}
+    content = asked | {"plan": prediction_data(prediction)}
     return json.dumps(_rounded(content), indent=2) + "\n"
 
 
@@ -258,17 +237,16 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         PlanError: the folder exists and must not be overwritten, is a file, or cannot be written.
     """
     there = os.path.lexists(folder)
-    if there and not folder.is_dir():
-        raise PlanError(
-            "the plan needs a folder", got=f"{folder} is a file", fix="choose another name"
-        )
-    if there and not overwrite:
-        raise PlanError(
-            "the folder for the plan exists already",
-            got=str(folder),
-            fix="choose another one, or pass --overwrite",
-        )
     refusal = why_not_writable(folder if there else folder.parent)
+    if there and not folder.is_dir():
+        what, got, fix = "the plan needs a folder", f"{folder} is a file", "choose another name"
+        raise PlanError(what, got=got, fix=fix)
+    if there and not overwrite:
+        what, fix = (
+            "the folder for the plan exists already",
+            "choose another one, or pass --overwrite",
+        )
+        raise PlanError(what, got=str(folder), fix=fix)
     if refusal:
         raise _cannot_write(folder, refusal)
 
@@ -295,27 +273,19 @@ def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> No
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            _write(files(prediction, folder), partial)
-            _move(partial, folder)
+            partial.chmod(0o755)
+            for name, text in files(prediction, folder).items():
+                (partial / name).write_text(text, encoding="utf-8")
+            (partial / "run.sh").chmod(0o755)
+            if not folder.exists():
+                os.rename(partial, folder)
+                return
+            for file in partial.iterdir():
+                os.replace(file, folder / file.name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise _cannot_write(folder, error.strerror) from error
-
-
-def _write(texts: Mapping[str, str], folder: Path) -> None:
-    folder.chmod(0o755)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    (folder / "run.sh").chmod(0o755)
-
-
-def _move(partial: Path, folder: Path) -> None:
-    if not folder.exists():
-        os.rename(partial, folder)
-        return
-    for file in partial.iterdir():
-        os.replace(file, folder / file.name)
 
 
 def _rounded(value: object) -> object:

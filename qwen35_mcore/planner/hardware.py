@@ -1,11 +1,9 @@
 """GPUs and the nodes they come in, as data.
 
 Peaks and bandwidths are the vendors' figures for dense products; what is reached of them is the
-calibration's business. Links are alpha-beta models: a message of n bytes takes
-``alpha_s + n / bytes_per_s``. Bandwidths are what a large NCCL transfer reaches, about 80 % of the
-nominal NVLink rate and 90 % of the nominal network rate.
-
-One H100 is measured (see `calibration`); figures of the others are taken from their data sheets.
+calibration's business. A message of n bytes over a link takes ``alpha_s + n / bytes_per_s``, where
+the bandwidth is what a large NCCL transfer reaches, about 80 % of the nominal NVLink rate and 90 %
+of the nominal network rate. One H100 was measured; figures of the others are from data sheets.
 """
 
 from __future__ import annotations
@@ -64,12 +62,6 @@ class Gpu:
         return self.bf16_flops if precision == "bf16" else self.fp8_flops
 
 
-_NVLINK3 = Link(alpha_s=8e-6, bytes_per_s=240e9)
-_NVLINK4 = Link(alpha_s=8e-6, bytes_per_s=360e9)
-_NVLINK5 = Link(alpha_s=8e-6, bytes_per_s=720e9)
-_HDR200 = Link(alpha_s=18e-6, bytes_per_s=22.5e9)
-_NDR400 = Link(alpha_s=18e-6, bytes_per_s=45e9)
-
 _H100 = Gpu(
     name="h100-80g",
     card="NVIDIA H100 80GB HBM3",
@@ -77,8 +69,15 @@ _H100 = Gpu(
     fp8_flops=1979e12,
     memory_bytes=81_559 * 2**20,
     bytes_per_s=3.35e12,
-    nvlink=_NVLINK4,
-    network=_NDR400,
+    nvlink=Link(alpha_s=8e-6, bytes_per_s=360e9),
+    network=Link(alpha_s=18e-6, bytes_per_s=45e9),
+)
+_H200 = replace(
+    _H100,
+    name="h200-141g",
+    card="NVIDIA H200",
+    memory_bytes=143_771 * 2**20,
+    bytes_per_s=4.8e12,
 )
 _B200 = replace(
     _H100,
@@ -88,41 +87,30 @@ _B200 = replace(
     fp8_flops=4500e12,
     memory_bytes=183_359 * 2**20,
     bytes_per_s=8.0e12,
-    nvlink=_NVLINK5,
+    nvlink=Link(alpha_s=8e-6, bytes_per_s=720e9),
 )
-
-GPUS: dict[str, Gpu] = {
-    "h100-80g": _H100,
-    "h200-141g": replace(
-        _H100,
-        name="h200-141g",
-        card="NVIDIA H200",
-        memory_bytes=143_771 * 2**20,
-        bytes_per_s=4.8e12,
-    ),
-    "b200-180g": _B200,
-    "gb200-186g": replace(
-        _B200,
-        name="gb200-186g",
-        card="NVIDIA GB200",
-        bf16_flops=2500e12,
-        fp8_flops=5000e12,
-        memory_bytes=189_471 * 2**20,
-        gpus_per_node=4,
-        nvlink_gpus=72,
-    ),
-    "a100-80g": replace(
-        _H100,
-        name="a100-80g",
-        card="NVIDIA A100-SXM4-80GB",
-        bf16_flops=312e12,
-        fp8_flops=0.0,
-        memory_bytes=81_251 * 2**20,
-        bytes_per_s=2.039e12,
-        nvlink=_NVLINK3,
-        network=_HDR200,
-    ),
-}
+_GB200 = replace(
+    _B200,
+    name="gb200-186g",
+    card="NVIDIA GB200",
+    bf16_flops=2500e12,
+    fp8_flops=5000e12,
+    memory_bytes=189_471 * 2**20,
+    gpus_per_node=4,
+    nvlink_gpus=72,
+)
+_A100 = replace(
+    _H100,
+    name="a100-80g",
+    card="NVIDIA A100-SXM4-80GB",
+    bf16_flops=312e12,
+    fp8_flops=0.0,
+    memory_bytes=81_251 * 2**20,
+    bytes_per_s=2.039e12,
+    nvlink=Link(alpha_s=8e-6, bytes_per_s=240e9),
+    network=Link(alpha_s=18e-6, bytes_per_s=22.5e9),
+)
+GPUS = {gpu.name: gpu for gpu in (_H100, _H200, _B200, _GB200, _A100)}
 """Nodes of eight GPUs with NVSwitch and one 400 Gbit/s InfiniBand card for each GPU, 200 Gbit/s for
 an A100; of GB200, trays of four in racks of 72 (NVL72)."""
 

@@ -6,6 +6,9 @@ Weights, gradients and optimizer follow megatron-core's distributed optimizer wi
 on every rank, 4 of float32 weight and 8 of Adam's moments shared by the ranks that hold the same
 weight. Routed experts are shared by the expert data parallel ranks, everything else by data and
 context parallel ones. Activations are in `activations`.
+
+The parts of a model are named by one character: E embedding, g GatedDeltaNet layer, a attention
+layer, m MTP layer, L output layer with final norm and losses.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from qwen35_mcore.config.counts import (
     router_parameters,
     shared_expert_parameters,
 )
-from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.activations import Kept
@@ -61,34 +63,15 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Static:
-    """Bytes that a part of the model occupies all the time."""
+    """Bytes that parameters occupy all the time."""
 
-    weights: float = 0.0
-    gradients: float = 0.0
-    optimizer: float = 0.0
-
-    def __add__(self, other: Static) -> Static:
-        return Static(
-            self.weights + other.weights,
-            self.gradients + other.gradients,
-            self.optimizer + other.optimizer,
-        )
+    weights: float
+    gradients: float
+    optimizer: float
 
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer
-
-
-@dataclass(frozen=True)
-class ElementMemory:
-    """Memory of one element of a pipeline layout (a layer, the embedding, MTP, the loss)."""
-
-    parameters: Parameters
-    static: Static
-    saved: float
-    """Bytes of one microbatch, kept from its forward to its backward pass."""
-    transient: float
-    """Bytes on top while its own backward pass runs."""
 
 
 def overhead_bytes(gpu: Gpu, gpus: int) -> int:
@@ -100,89 +83,71 @@ def overhead_bytes(gpu: Gpu, gpus: int) -> int:
 def static_bytes(parameters: Parameters, job: Job, candidate: Candidate) -> Static:
     """What megatron-core's distributed optimizer holds for these parameters on one rank."""
     copies = FP8_COPIES * parameters.in_fp8 if candidate.fp8 else 0.0
-    shares = candidate.dp(job) * candidate.cp
     return Static(
         weights=WEIGHT * parameters.count + copies,
         gradients=GRADIENT * parameters.count,
-        optimizer=OPTIMIZER
-        * (parameters.dense / shares + parameters.expert / candidate.expert_dp(job)),
+        optimizer=OPTIMIZER * own_share(parameters, job, candidate),
     )
 
 
-def mixer_parameters(config: Qwen35Config, candidate: Candidate, kind: LayerKind) -> Parameters:
-    """GatedDeltaNet or attention, and the norm before it, on one rank."""
-    count = gdn_parameters if kind is LayerKind.GDN else attention_parameters
-    split = count(config) / candidate.tp
-    return Parameters(dense=split + config.hidden_size, in_fp8=split)
+def own_share(parameters: Parameters, job: Job, candidate: Candidate) -> float:
+    """Parameters of these whose optimizer state a rank holds."""
+    shares = candidate.dp(job) * candidate.cp
+    return parameters.dense / shares + parameters.expert / candidate.expert_dp(job)
 
 
-def feed_forward_parameters(config: Qwen35Config, candidate: Candidate) -> Parameters:
+def mixer_parameters(model_config: Qwen35Config, candidate: Candidate, kind: str) -> Parameters:
+    """GatedDeltaNet (g) or attention (a), and the norm before it, on one rank."""
+    count = gdn_parameters if kind == "g" else attention_parameters
+    split = count(model_config) / candidate.tp
+    return Parameters(dense=split + model_config.hidden_size, in_fp8=split)
+
+
+def feed_forward_parameters(model_config: Qwen35Config, candidate: Candidate) -> Parameters:
     """MLP or MoE, and the norm before it, on one rank. The router is on every TP rank."""
-    split = (mlp_parameters(config) + shared_expert_parameters(config)) / candidate.tp
-    expert = expert_parameters(config).total / (candidate.ep * candidate.etp)
-    everywhere = config.hidden_size + router_parameters(config)
+    dense = mlp_parameters(model_config) + shared_expert_parameters(model_config)
+    split = dense / candidate.tp
+    expert = expert_parameters(model_config).total / (candidate.ep * candidate.etp)
+    everywhere = model_config.hidden_size + router_parameters(model_config)
     return Parameters(dense=split + everywhere, expert=expert, in_fp8=split)
 
 
-def layer_parameters(config: Qwen35Config, candidate: Candidate, kind: LayerKind) -> Parameters:
-    """One decoder layer on one rank."""
-    return mixer_parameters(config, candidate, kind) + feed_forward_parameters(config, candidate)
-
-
-def element_parameters(config: Qwen35Config, candidate: Candidate, kind: str) -> Parameters:
-    """Embedding (E), MTP layers (m) or output layer and final norm (L) on one rank.
-
-    A pipeline's MTP stage holds a copy of the embedding; with tied embeddings that copy is its
-    output layer too.
-    """
-    hidden, pipelined = config.hidden_size, candidate.pp > 1
-    table = Parameters(dense=config.vocab_size * hidden / candidate.tp)
+def part_parameters(model_config: Qwen35Config, candidate: Candidate, kind: str) -> Parameters:
+    """A part on one rank. A pipeline's MTP stage holds a copy of the embedding; with tied
+    embeddings that copy is its output layer too."""
+    hidden, tied = model_config.hidden_size, model_config.tie_word_embeddings
+    pipelined = candidate.pp > 1
+    table = Parameters(dense=model_config.vocab_size * hidden / candidate.tp)
     if kind == "E":
         return table
     if kind == "L":
         norm = Parameters(dense=hidden)
-        return norm if config.tie_word_embeddings and not pipelined else norm + table
+        return norm if tied and not pipelined else norm + table
+    mixer = mixer_parameters(model_config, candidate, kind)
+    layer = mixer + feed_forward_parameters(model_config, candidate)
+    if kind != "m":
+        return layer
     joining = 2 * hidden**2 / candidate.tp
-    layer = layer_parameters(config, candidate, LayerKind.ATTENTION)
     own = layer + Parameters(dense=joining + 3 * hidden, in_fp8=joining)
-    return own + table if pipelined and not config.tie_word_embeddings else own
+    return own + table if pipelined and not tied else own
 
 
-def layer_memory(job: Job, candidate: Candidate, kind: LayerKind) -> ElementMemory:
-    """A decoder layer of a kind."""
-    batch = Microbatch(job.config, candidate, job.seq_length)
-    mixer = activations.gdn if kind is LayerKind.GDN else activations.attention
-    kept = _kept(mixer(batch) + activations.feed_forward(batch), batch, inputs=1)
-    parameters = layer_parameters(job.config, candidate, kind)
-    return _element(parameters, kept, job, candidate)
-
-
-def element_memory(job: Job, candidate: Candidate, kind: str) -> ElementMemory:
-    """Embedding (E), MTP layers (m) or output layer and losses (L)."""
-    batch = Microbatch(job.config, candidate, job.seq_length)
+def kept(batch: Microbatch, kind: str) -> Kept:
+    """Activations of a part under the candidate's recomputation."""
     if kind == "E":
-        kept = activations.embedding(batch)
-    elif kind == "L":
-        output = activations.output(batch)
+        return Kept(0.0)
+    if kind == "L":
+        both = activations.output(batch)
         # both exist only around the loss, where its microbatch is the only one of the stage
-        kept = Kept(output.saved + output.transient)
+        return Kept(both.saved + both.transient)
+    if kind == "m":
+        layer, inputs = activations.mtp(batch), 2
     else:
-        layer = activations.attention(batch) + activations.feed_forward(batch)
-        kept = _kept(layer + activations.mtp_joining(batch), batch, inputs=2)
-    parameters = element_parameters(job.config, candidate, kind)
-    return _element(parameters, kept, job, candidate)
-
-
-def _kept(layer: Kept, batch: Microbatch, *, inputs: int) -> Kept:
-    """A layer's activations under the candidate's recomputation."""
+        mixer = activations.gdn if kind == "g" else activations.attention
+        layer, inputs = mixer(batch) + activations.feed_forward(batch), 1
     if batch.candidate.recompute == "none":
         return layer
     if batch.candidate.recompute == "selective":
         return Kept(layer.saved - layer.recomputed, layer.transient + layer.recomputed)
-    stored = batch.own_tokens * 2 * batch.config.hidden_size * inputs
+    stored = batch.own_tokens * 2 * batch.model_config.hidden_size * inputs
     return Kept(stored, layer.saved + layer.transient)
-
-
-def _element(parameters: Parameters, kept: Kept, job: Job, candidate: Candidate) -> ElementMemory:
-    static = static_bytes(parameters, job, candidate)
-    return ElementMemory(parameters, static, kept.saved, kept.transient)

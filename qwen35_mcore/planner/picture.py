@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -17,38 +14,31 @@ from typing import Any
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.folders import why_not_writable
 from qwen35_mcore.planner.hardware import GIB
-from qwen35_mcore.planner.pipeline import Event, Simulation
 from qwen35_mcore.planner.prediction import Prediction, StageMemory
 
 FORMATS = (".png", ".svg")
-_INK, _MUTED, _IDLE = "#1f2430", "#6b7280", "#eef0f3"
-_STATIC, _SAVED, _BESIDE, _LIMIT = "#8d99ae", "#7fb685", "#c9b7d6", "#c1121f"
-_AFTER = "#6d597a"
-# a hue per direction, darker with every chunk
-_FORWARD = ("#a6cee8", "#6aaed6", "#3d8cc4", "#1f6aa5", "#154f80", "#0d3a61", "#082a48", "#051d33")
-_BACKWARD = ("#fdd0a2", "#fdae6b", "#f58b3c", "#de6a17", "#b95008", "#933d05", "#702d04", "#502002")
-_DARK_FROM = 2
-"""From this chunk on, numbers are white."""
-
-_WIDTH, _MEMORY_WIDTH, _ROW, _LABELS = 17.0, 3.4, 0.46, 1.5
-"""Inches: the figure, its memory panel, the row of a rank, the rank labels."""
+_INK, _MUTED, _IDLE, _AFTER, _LIMIT = "#1f2430", "#6b7280", "#eef0f3", "#6d597a", "#c1121f"
+_PASSES = {
+    "F": ("#6aaed6", "#154f80", "#a6cee8", "#3d8cc4"),
+    "B": ("#fdae6b", "#b95008", "#fdd0a2", "#f58b3c"),
+}
+"""By direction, a shade for every chunk."""
+_DARK = ("#154f80", "#b95008")
+"""Shades on which numbers are white."""
+_MEMORY = {
+    "weights, gradients, optimizer": ("#8d99ae", ("weights", "gradients", "optimizer")),
+    "activations in flight": ("#7fb685", ("activations",)),
+    "workspace, CUDA, NCCL": ("#c9b7d6", ("workspace", "overhead")),
+}
+"""Colours of the memory panel, and the fields of `StageMemory` that they stand for."""
+_WIDTH, _LABELS, _TIMES, _GAP, _BYTES = 17.0, 1.5, 11.5, 0.3, 3.4
+"""Inches: the figure; rank labels, time panel, gap and memory panel from the left."""
+_ROW, _ABOVE, _LINE, _BELOW = 0.46, 1.25, 0.17, 0.9
+"""Inches: the row of a rank; headline, a line of the layout, and legend."""
 _POINTS = 72
 _SMALLEST_TEXT, _LARGEST_TEXT = 4.5, 8.0
-_ALL_PASSES = 96
-"""Passes per rank that are drawn in full; longer schedules are cut."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """A part of the step that is drawn."""
-
-    begin_s: float
-    end_s: float
-    name: str
-
-    @property
-    def length_s(self) -> float:
-        return self.end_s - self.begin_s
+_BAR = 0.82
+"""Height of a bar, of a row's."""
 
 
 def draw(prediction: Prediction, path: str | os.PathLike[str]) -> None:
@@ -66,10 +56,10 @@ def draw(prediction: Prediction, path: str | os.PathLike[str]) -> None:
     figure_class, rc_context = _matplotlib()
     # text stays text in an SVG, and nothing in it depends on the day or the run
     settings = {"svg.fonttype": "none", "svg.hashsalt": "plan", "font.family": "DejaVu Sans"}
+    metadata = {"Date": None} if suffix == ".svg" else {}
     partial = target.with_name(f"{target.name}.partial")
     with rc_context(settings):
         figure = _figure(figure_class, prediction)
-        metadata = {"Date": None} if suffix == ".svg" else {}
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(partial, format=suffix[1:], dpi=150, metadata=metadata)
@@ -94,9 +84,9 @@ def check_target(target: Path) -> str:
             fix=f"name it {target.with_suffix('.svg')}" if target.name else "name a file",
         )
     _matplotlib()
-    if os.path.isdir(target):  # false for a name that is too long, where Path.is_dir raises
-        raise _cannot_write(target, "it is a folder")
-    refusal = why_not_writable(target.parent)
+    # false for a name that is too long, where Path.is_dir raises
+    is_folder = os.path.isdir(target)
+    refusal = "it is a folder" if is_folder else why_not_writable(target.parent)
     if refusal:
         raise _cannot_write(target, refusal)
     return suffix
@@ -116,288 +106,136 @@ def _matplotlib() -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlanError(
-            "drawing needs matplotlib, which is not installed",
-            fix="pip install matplotlib",
+            "drawing needs matplotlib, which is not installed", fix="pip install matplotlib"
         ) from error
     return Figure, rc_context
 
 
-def windows(simulation: Simulation) -> list[Window]:
-    """What is drawn: the whole step, or warm-up, some steady state and cool-down of a long one."""
-    shape, step = simulation.shape, simulation.step_s
-    if 2 * shape.microbatches * shape.vpp <= _ALL_PASSES:
-        return [Window(0.0, step, "the whole step")]
-    first_rank = [event for event in simulation.events if event.rank == 0]
-    pair = 2 * step / len(first_rank)
-    warm = next(event.end_s for event in first_rank if event.kind == "B") + pair
-    cool = [event.start_s for event in first_rank if event.kind == "F"][-1] - pair
-    steady = min(6 * pair, (cool - warm) / 2)
-    if steady < 2 * pair:
-        return [Window(0.0, step, "the whole step")]
-    middle = min(
-        (event.start_s for event in first_rank),
-        key=lambda start: abs(start - (warm + cool - steady) / 2),
-    )
-    return [
-        Window(0.0, warm, "warm-up"),
-        Window(middle, middle + steady, "steady state"),
-        Window(cool, step, "cool-down"),
-    ]
-
-
 def _figure(figure_class: Any, prediction: Prediction) -> Any:
-    plan = prediction.stages
-    shape = plan.simulation.shape
-    layout = wrap(plan.layout, 190, break_on_hyphens=False)
-    top, bottom = 1.25 + 0.17 * len(layout), 0.9
-    height = top + bottom + _ROW * shape.pp
+    layout = wrap(prediction.pipeline_layout, 190, break_on_hyphens=False)
+    rows = _ROW * prediction.candidate.pp
+    height = _ABOVE + _LINE * len(layout) + rows + _BELOW
     figure = figure_class(figsize=(_WIDTH, height), facecolor="white")
-    parts, gap = windows(plan.simulation), 0.42
-    # after the pipeline comes what the step takes beside it
-    parts[-1] = replace(parts[-1], end_s=prediction.step_s)
-    room = _WIDTH - _LABELS - _MEMORY_WIDTH - 0.9 - gap * (len(parts) - 1)
-    scale = room / sum(part.length_s for part in parts)
-    left = _LABELS
-    for index, part in enumerate(parts):
-        width = part.length_s * scale
-        box = (left / _WIDTH, bottom / height, width / _WIDTH, _ROW * shape.pp / height)
-        axes = figure.add_axes(box)
-        _rows(axes, shape.pp)
-        _schedule(axes, plan.simulation, part, inches_per_s=scale)
-        axes.set_title(part.name, loc="left", fontsize=9, color=_MUTED, pad=5)
-        if index == 0:
-            _rank_labels(axes, prediction)
-        left += width + gap
-    for before, after in pairwise(parts):
-        _mark_cut(figure, figure.axes[parts.index(after)], after.begin_s - before.end_s, gap)
-    box = (left + 0.2) / _WIDTH, bottom / height, _MEMORY_WIDTH / _WIDTH, _ROW * shape.pp / height
-    memory = figure.add_axes(box)
-    _rows(memory, shape.pp)
-    _memory(memory, prediction)
+
+    def panel(left: float, width: float, title: str) -> Any:
+        axes = figure.add_axes((left / _WIDTH, _BELOW / height, width / _WIDTH, rows / height))
+        axes.set_ylim(prediction.candidate.pp - 0.5, -0.5)
+        axes.set_yticks([])
+        axes.tick_params(colors=_MUTED, labelsize=8, length=3)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_MUTED)
+        axes.set_title(title, loc="left", fontsize=9, color=_MUTED, pad=5)
+        return axes
+
+    _schedule(panel(_LABELS, _TIMES, "the whole step"), prediction)
+    _memory(panel(_LABELS + _TIMES + _GAP, _BYTES, "memory at its fullest"), prediction)
     _headline(figure, prediction, layout, height)
     _legend(figure, prediction, height)
     return figure
 
 
-def _rows(axes: Any, ranks: int) -> None:
-    axes.set_ylim(ranks - 0.5, -0.5)
-    axes.set_yticks([])
-    axes.tick_params(colors=_MUTED, labelsize=8, length=3)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_MUTED)
-
-
-def _schedule(axes: Any, simulation: Simulation, part: Window, *, inches_per_s: float) -> None:
-    shape, pipeline_s = simulation.shape, simulation.step_s
-    for rank in range(shape.pp):
-        axes.barh(rank, part.length_s, 0.82, part.begin_s, color=_IDLE, linewidth=0)
-        if part.end_s > pipeline_s:
-            axes.barh(rank, part.end_s - pipeline_s, 0.82, pipeline_s, color=_AFTER, linewidth=0)
+def _schedule(axes: Any, prediction: Prediction) -> None:
+    simulation, step_s = prediction.simulation, prediction.step_s
+    pp, pipeline_s = prediction.candidate.pp, prediction.simulation.step_s
+    points_per_s = _TIMES * _POINTS / step_s
+    for rank in range(pp):
+        axes.barh(rank, pipeline_s, _BAR, color=_IDLE, linewidth=0)
+        axes.barh(rank, step_s - pipeline_s, _BAR, pipeline_s, color=_AFTER, linewidth=0)
+        busy = (simulation.busy_s[rank] + prediction.after_s) / step_s
+        stages = " ".join(map(_short, prediction.stages[rank::pp]))
+        right = {"ha": "right", "va": "center"}
+        left = -0.006 * step_s
+        axes.text(left, rank - 0.2, f"rank {rank} · {busy:.0%} busy", size=8.5, color=_INK, **right)
+        axes.text(left, rank + 0.24, stages, size=7, color=_MUTED, **right)
     bars: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
-    for event in simulation.events:
-        if event.end_s <= part.begin_s or event.start_s >= part.end_s:
-            continue
-        chunk = event.stage // shape.pp
-        palette = _FORWARD if event.kind == "F" else _BACKWARD
-        colour = palette[_shade(chunk, shape.vpp)]
-        bars[event.rank, colour].append((event.start_s, event.end_s - event.start_s))
-        _number(axes, event, part, inches_per_s, _shade(chunk, shape.vpp) >= _DARK_FROM)
+    for (kind, stage, microbatch), begin_s, end_s in simulation.events:
+        colour = _PASSES[kind][stage // pp % len(_PASSES[kind])]
+        seconds, rank, text = end_s - begin_s, stage % pp, str(microbatch)
+        bars[rank, colour].append((begin_s, seconds))
+        size = min(_LARGEST_TEXT, seconds * points_per_s / (0.75 * len(text)))
+        if size >= _SMALLEST_TEXT:
+            ink = "white" if colour in _DARK else _INK
+            middle = (begin_s + end_s) / 2
+            axes.text(middle, rank, text, ha="center", va="center", size=size, color=ink)
     for (rank, colour), spans in bars.items():
-        axes.broken_barh(
-            spans, (rank - 0.41, 0.82), facecolor=colour, edgecolor="white", linewidth=0.4
-        )
-    axes.set_xlim(part.begin_s, part.end_s)
-    unit, name = (1.0, "s") if simulation.step_s >= 2 else (1e-3, "ms")
+        row = (rank - _BAR / 2, _BAR)
+        axes.broken_barh(spans, row, facecolor=colour, edgecolor="white", linewidth=0.4)
+    axes.set_xlim(0, step_s)
+    unit, name = (1.0, "s") if step_s >= 2 else (1e-3, "ms")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:g} {name}")
-    axes.locator_params(axis="x", nbins=max(2, int(part.length_s * inches_per_s / 0.9)))
-
-
-def _shade(chunk: int, vpp: int) -> int:
-    # one or two chunks take shades that can be told apart at a glance
-    shade = {1: 1, 2: 3 * chunk}.get(vpp, chunk)
-    return min(shade, len(_FORWARD) - 1)
-
-
-def _number(axes: Any, event: Event, part: Window, inches_per_s: float, light: bool) -> None:
-    """The microbatch of a pass, where it can be read."""
-    text = str(event.microbatch)
-    points = (event.end_s - event.start_s) * inches_per_s * _POINTS
-    size = min(_LARGEST_TEXT, points / (0.75 * len(text)))
-    whole = part.begin_s <= event.start_s and event.end_s <= part.end_s
-    if size < _SMALLEST_TEXT or not whole:
-        return
-    axes.text(
-        (event.start_s + event.end_s) / 2,
-        event.rank,
-        text,
-        ha="center",
-        va="center_baseline",
-        fontsize=size,
-        color="white" if light else _INK,
-    )
-
-
-def _rank_labels(axes: Any, prediction: Prediction) -> None:
-    plan = prediction.stages
-    simulation = plan.simulation
-    shape = simulation.shape
-    for rank in range(shape.pp):
-        busy = (simulation.busy_s[rank] + prediction.after_s) / prediction.step_s
-        chunks = " ".join(_short(stage) for stage in plan.stages[rank :: shape.pp])
-        for text, rise, size, colour in (
-            (f"rank {rank} · {busy:.0%} busy", -0.2, 8.5, _INK),
-            (chunks, 0.24, 7, _MUTED),
-        ):
-            axes.annotate(
-                text,
-                (0, rank + rise),
-                xycoords=("axes fraction", "data"),
-                xytext=(-6, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                fontsize=size,
-                color=colour,
-            )
 
 
 def _short(stage: str) -> str:
     """``Etttm`` as E3tm."""
     count = stage.count("t")
-    return stage.replace("t" * count, f"{count}t" if count > 1 else "t") if count else stage
-
-
-def _mark_cut(figure: Any, axes: Any, seconds: float, gap: float) -> None:
-    """Between two windows: how much of the step is not drawn."""
-    box = axes.get_position()
-    figure.text(
-        box.x0 - gap / 2 / _WIDTH,
-        (box.y0 + box.y1) / 2,
-        f"{_seconds(seconds)} of steady state not drawn",
-        rotation=90,
-        ha="center",
-        va="center",
-        fontsize=8,
-        style="italic",
-        color=_MUTED,
-    )
-
-
-_MEMORY_PARTS: tuple[tuple[str, str, Callable[[StageMemory], float]], ...] = (
-    (
-        "weights, gradients, optimizer",
-        _STATIC,
-        lambda memory: memory.weights + memory.gradients + memory.optimizer,
-    ),
-    ("activations in flight", _SAVED, lambda memory: memory.activations),
-    ("workspace, CUDA, NCCL", _BESIDE, lambda memory: memory.workspace + memory.overhead),
-)
+    return stage.replace("t" * count, f"{count}t") if count > 1 else stage
 
 
 def _memory(axes: Any, prediction: Prediction) -> None:
+    def gib(memory: StageMemory, names: tuple[str, ...]) -> float:
+        return sum(getattr(memory, name) for name in names) / GIB
+
     memories = prediction.memory()
     limit = prediction.job.usable_bytes / GIB
-    right = max(limit, *(memory.total / GIB for memory in memories)) * 1.04
+    right = max(limit, *(memory.total / GIB for memory in memories)) * 1.2
     for rank, memory in enumerate(memories):
-        axes.barh(rank, right, 0.82, color=_IDLE, linewidth=0)
         left = 0.0
-        for _, colour, size_of in _MEMORY_PARTS:
-            size = size_of(memory) / GIB
-            axes.barh(rank, size, 0.82, left, color=colour, linewidth=0)
+        for colour, names in _MEMORY.values():
+            size = gib(memory, names)
+            axes.barh(rank, size, _BAR, left, color=colour, linewidth=0)
             left += size
-        static = _MEMORY_PARTS[0][2](memory) / GIB
-        if static > 0.16 * right:
-            text = {"ha": "center", "va": "center", "color": "white", "size": 8}
-            axes.text(static / 2, rank, f"{static:.1f}", **text)
-        outside = left < 0.75 * right
-        axes.text(
-            left + (0.015 if outside else -0.015) * right,
-            rank,
-            f"{memory.total / GIB:.1f}",
-            ha="left" if outside else "right",
-            va="center",
-            size=8,
-            weight="bold",
-            color=_INK,
-        )
+        text = {"va": "center", "size": 8, "weight": "bold", "color": _INK}
+        axes.text(left + 0.015 * right, rank, f"{memory.total / GIB:.1f}", **text)
     axes.axvline(limit, color=_LIMIT, linewidth=1.6)
     axes.set_xlim(0, right)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} GiB")
     axes.locator_params(axis="x", nbins=4)
-    axes.set_title("memory at its fullest", loc="left", fontsize=9, color=_MUTED, pad=5)
 
 
 def _headline(figure: Any, prediction: Prediction, layout: list[str], height: float) -> None:
-    job, shape = prediction.job, prediction.stages.simulation.shape
-    facts = [
-        f"step {prediction.step_s:.2f} s",
-        f"bubble {prediction.bubble:.2f}",
-        f"{shape.pp} ranks",
-        f"{shape.vpp} chunks each, interleaved" if shape.vpp > 1 else "1F1B",
-        f"{shape.microbatches} microbatches",
-    ]
-    facts += _against_even(prediction)
-    title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
-    left, va = 0.25 / _WIDTH, "center"
-    figure.text(left, 1 - 0.3 / height, title, size=15, weight="bold", color=_INK, va=va)
-    figure.text(left, 1 - 0.6 / height, "   ·   ".join(facts), size=10.5, color=_INK, va=va)
-    for line, text in enumerate(layout):
-        down = 0.9 + 0.17 * line
-        figure.text(
-            left, 1 - down / height, text, size=8, color=_MUTED, va=va, family="DejaVu Sans Mono"
+    job, candidate = prediction.job, prediction.candidate
+    interleaved = f"{candidate.vpp} chunks each, interleaved" if candidate.vpp > 1 else "1F1B"
+    facts = [f"step {prediction.step_s:.2f} s", f"bubble {prediction.bubble:.2f}"]
+    facts += [f"{candidate.pp} ranks", interleaved, f"{prediction.microbatches} microbatches"]
+    if prediction.even is not None and candidate.pp > 1:
+        even = prediction.even_step_s()
+        facts.append(
+            "the even split does not fit" if even is None else f"split evenly {even:.2f} s"
         )
-
-
-def _against_even(prediction: Prediction) -> list[str]:
-    if prediction.stages.even is None or prediction.candidate.pp == 1:
-        return []
-    even = prediction.even_step_s()
-    return ["the even split does not fit" if even is None else f"split evenly {even:.2f} s"]
+    title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
+    lines = [(0.3, title, {"size": 15, "weight": "bold"}), (0.6, "   ·   ".join(facts), {})]
+    mono = {"size": 8, "color": _MUTED, "family": "DejaVu Sans Mono"}
+    lines += [(0.9 + _LINE * number, text, mono) for number, text in enumerate(layout)]
+    for down, text, style in lines:
+        style = {"size": 10.5, "color": _INK, "va": "center", **style}
+        figure.text(0.25 / _WIDTH, 1 - down / height, text, **style)
 
 
 def _legend(figure: Any, prediction: Prediction, height: float) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    job, vpp = prediction.job, prediction.stages.simulation.shape.vpp
-    entries: list[Any] = [
-        Patch(color=palette[_shade(chunk, vpp)], label=_pass_name(name, chunk, vpp))
-        for name, palette in (("forward", _FORWARD), ("backward", _BACKWARD))
+    job, vpp = prediction.job, prediction.candidate.vpp
+    names = {"F": "forward", "B": "backward"}
+    colours = {
+        f"{names[kind]}, chunk {chunk}" if vpp > 1 else names[kind]: shades[chunk % len(shades)]
+        for kind, shades in _PASSES.items()
         for chunk in range(vpp)
-    ]
-    entries.append(Patch(color=_IDLE, label="idle"))
-    entries.append(Patch(color=_AFTER, label="after the pipeline: dp, optimizer"))
-    entries += [Patch(color=colour, label=name) for name, colour, _ in _MEMORY_PARTS]
+    }
+    colours |= {"idle": _IDLE, "after the pipeline: dp, optimizer": _AFTER}
+    colours |= {name: colour for name, (colour, _) in _MEMORY.items()}
     limit = f"limit {job.usable_bytes / GIB:.1f} GiB"
     if job.headroom_bytes:
         limit += f", {job.headroom_bytes / GIB:.1f} below the card's"
-    entries.append(Line2D([], [], color=_LIMIT, linewidth=1.6, label=limit))
-    columns = len(entries) if len(entries) <= 6 else -(-len(entries) // 2)
+    entries: list[Any] = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(
-        handles=entries,
+        handles=[*entries, Line2D([], [], color=_LIMIT, linewidth=1.6, label=limit)],
         loc="lower left",
         bbox_to_anchor=(0.15 / _WIDTH, 0.08 / height),
-        ncols=columns,
+        ncols=-(-(len(entries) + 1) // 2),
         frameon=False,
         fontsize=8.5,
         labelcolor=_INK,
-        handlelength=1.3,
-        columnspacing=1.6,
     )
-    figure.text(
-        1 - 0.25 / _WIDTH,
-        0.2 / height,
-        "E embedding   t decoder layer   m MTP   L output and loss   number: microbatch",
-        ha="right",
-        size=8,
-        color=_MUTED,
-    )
-
-
-def _pass_name(direction: str, chunk: int, vpp: int) -> str:
-    return f"{direction}, chunk {chunk}" if vpp > 1 else direction
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 2 else f"{value * 1e3:.0f} ms"
+    key = "E embedding   t decoder layer   m MTP   L output and loss   number: microbatch"
+    figure.text(1 - 0.25 / _WIDTH, 0.2 / height, key, ha="right", size=8, color=_MUTED)

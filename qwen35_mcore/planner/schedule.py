@@ -1,20 +1,28 @@
-"""The order in which Megatron runs forward and backward passes on each pipeline rank.
+"""A pipeline step: the order of Megatron's passes, when each runs, and what a rank then holds.
 
-Read from megatron-core 0.19.2, `pipeline_parallel/schedules.py`: 1F1B where a rank holds one stage,
-interleaved 1F1B where it holds several (`get_pp_rank_microbatches`, `get_schedule_table`). Virtual
-stage i belongs to rank i % pp, as its chunk i // pp. The order depends on no duration, so all of
-it is computed once per shape and kept.
+The order is read from megatron-core 0.19.2, `pipeline_parallel/schedules.py`: 1F1B where a rank
+holds one stage, interleaved 1F1B where it holds several. Virtual stage i belongs to rank i % pp, as
+its chunk i // pp. The order depends on no duration, so that it is worked out once for each shape.
+
+A transfer begins when both ranks have asked for it. A rank asks for its next input when it is done
+with the pass before, and goes on when its output is handed over; interleaved
+(``--overlap-p2p-communication``) it asks after the forward pass before, and does not wait for
+gradients to be handed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from operator import ge
 from typing import NamedTuple
 
 from qwen35_mcore.errors import PlanError
+
+_STEADY_GROUPS = 4
+"""Groups of pp microbatches after which a rank holds nothing that it did not hold before."""
+_NOTHING = -1
 
 
 class Operation(NamedTuple):
@@ -39,49 +47,15 @@ class Shape:
     """Virtual stages per rank; 1 is plain 1F1B."""
     microbatches: int
     """Microbatches of a step, per data parallel rank."""
-    group: int
-    """``--microbatch-group-size-per-vp-stage``: microbatches that pass through a chunk before the
-    next chunk's turn; Megatron's default is pp. Without interleaving it means nothing."""
-    overlap: bool = False
-    """``--overlap-p2p-communication``, which only the interleaved schedule has."""
 
     def __post_init__(self) -> None:
-        for name in ("pp", "vpp", "microbatches"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name} must be at least 1", got=getattr(self, name))
-        if self.vpp == 1:
-            return
-        if self.pp == 1:
+        if min(self.pp, self.vpp, self.microbatches) < 1:
+            raise PlanError("sizes of a pipeline must be at least 1", got=self)
+        if self.vpp > 1 and (self.pp == 1 or self.microbatches % self.pp):
             raise PlanError(
-                "the interleaved schedule needs pipeline ranks to pass activations between",
-                got=f"vpp {self.vpp}, pp 1",
-                fix="set vpp to 1",
-            )
-        if self.pp == 2 and not self.overlap:
-            raise PlanError(
-                "without overlap, transfers of the interleaved schedule would mix between the same "
-                "two ranks",
-                got=f"vpp {self.vpp}, pp 2, no overlap",
-                fix="let transfers overlap, or use more pipeline ranks",
-            )
-        self._check_groups()
-
-    def _check_groups(self) -> None:
-        allowed = f"{self.pp} (pp) to {self.microbatches} (microbatches)"
-        if not self.pp <= self.group <= self.microbatches:
-            raise PlanError(
-                "the interleaved schedule cannot group microbatches so",
-                got=f"groups of {self.group}, {self.microbatches} microbatches",
-                allowed=allowed,
-                fix="use at least pp microbatches per step, or vpp 1",
-            )
-        last = self.microbatches % self.group
-        if 0 < last < self.pp:
-            raise PlanError(
-                "the last group of microbatches is shorter than the pipeline",
-                got=f"{self.microbatches} microbatches in groups of {self.group} leave {last}",
-                allowed=f"no rest, or at least {self.pp} (pp)",
-                fix="use a multiple of pp microbatches per step",
+                "the interleaved schedule runs groups of pp microbatches on several pipeline ranks",
+                got=f"vpp {self.vpp}, pp {self.pp}, {self.microbatches} microbatches",
+                fix="use a multiple of pp microbatches per step, or vpp 1",
             )
 
     @property
@@ -90,49 +64,120 @@ class Shape:
         return self.pp * self.vpp
 
 
-def warmup_forwards(shape: Shape, rank: int) -> int:
-    """Forward passes of a rank before its first pair of a forward and a backward pass."""
-    ranks_after = shape.pp - rank - 1
-    if shape.vpp == 1:
-        return min(ranks_after, shape.microbatches)
-    wanted = 2 * ranks_after + (shape.vpp - 1) * shape.group
-    return min(wanted, shape.microbatches * shape.vpp)
-
-
-def passes(shape: Shape, rank: int) -> tuple[list[Operation], list[Operation]]:
-    """The forward passes of a rank and the backward passes of a rank, each in their order."""
-    turns = _turns(shape)
-    forward = [Operation("F", chunk * shape.pp + rank, micro) for micro, chunk in turns]
-    backward = [
-        Operation("B", (shape.vpp - 1 - chunk) * shape.pp + rank, micro) for micro, chunk in turns
-    ]
-    return forward, backward
-
-
 def rank_order(shape: Shape, rank: int) -> Iterator[Operation]:
     """The passes of a rank, in order: warm-up, pairs of forward and backward, cool-down."""
-    forward, backward = passes(shape, rank)
-    warmup = warmup_forwards(shape, rank)
-    pairs = len(forward) - warmup
-    yield from forward[:warmup]
-    for one in range(pairs):
-        yield forward[warmup + one]
-        yield backward[one]
-    yield from backward[pairs:]
-
-
-def _turns(shape: Shape) -> list[tuple[int, int]]:
-    """(microbatch, chunk) of the forward passes; backward passes take the chunks in reverse."""
-    group = shape.group if shape.vpp > 1 else shape.microbatches
-    return [
-        (micro, chunk)
-        for first in range(0, shape.microbatches, group)
-        for chunk in range(shape.vpp)
-        for micro in range(first, min(first + group, shape.microbatches))
+    pp, vpp, microbatches = shape.pp, shape.vpp, shape.microbatches
+    group, ranks_after = (pp if vpp > 1 else microbatches), pp - 1 - rank
+    turns = [
+        (chunk * pp + rank, micro)
+        for first in range(0, microbatches, group)
+        for chunk in range(vpp)
+        for micro in range(first, min(first + group, microbatches))
     ]
+    forward = [Operation("F", stage, micro) for stage, micro in turns]
+    # the chunks in reverse
+    last = shape.stages - pp + 2 * rank
+    backward = [Operation("B", last - stage, micro) for stage, micro in turns]
+    warmup = min(len(turns), ranks_after if vpp == 1 else 2 * ranks_after + (vpp - 1) * pp)
+    yield from forward[:warmup]
+    for pair in zip(forward[warmup:], backward, strict=False):
+        yield from pair
+    yield from backward[len(turns) - warmup :]
 
 
-_STEADY_GROUPS = 4
+def _neighbour(shape: Shape, operation: Operation, by: int) -> Operation | None:
+    """The same microbatch one stage on (1) or back (-1) in the direction of the pass."""
+    stage = operation.stage + (by if operation.kind == "F" else -by)
+    return operation._replace(stage=stage) if 0 <= stage < shape.stages else None
+
+
+def _taken_after(shape: Shape) -> dict[Operation | None, Operation | None]:
+    """For every pass whose rank waits until its output is taken, the receiver's pass at whose end
+    that is, None for the step's begin."""
+    found: dict[Operation | None, Operation | None] = {}
+    for rank in range(shape.pp):
+        before: Operation | None = None
+        for operation in rank_order(shape, rank):
+            if shape.vpp == 1 or operation.kind == "F":
+                sender = _neighbour(shape, operation, -1)
+                found |= {sender: before} if sender else {}
+                before = operation
+    return found
+
+
+@lru_cache(maxsize=64)
+def _program(shape: Shape) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[Operation, ...]]:
+    """All passes, each after those it waits for, and what they are.
+
+    Of each: the pass before it on its rank; the one at whose end the output of that is taken; the
+    one whose output it needs; and its duration: by stage, a backward pass's by stages + stage.
+    Passes are counted from 1 on, 0 is the step's begin and `_NOTHING` nothing.
+    """
+    left = [list(rank_order(shape, rank))[::-1] for rank in range(shape.pp)]
+    taken_after = _taken_after(shape)
+    last: list[Operation | None] = [None] * shape.pp
+    number: dict[Operation | None, int] = {None: 0}
+    steps = []
+    while any(left):
+        for rank, operations in enumerate(left):
+            while operations:
+                before, own = last[rank], operations[-1]
+                needed, taken = _neighbour(shape, own, -1), taken_after.get(before)
+                if needed not in number or taken not in number:
+                    break
+                handed = number[taken] if before in taken_after else _NOTHING
+                awaited = number[needed] if needed else _NOTHING
+                code = own.stage if own.kind == "F" else shape.stages + own.stage
+                steps.append((number[before], handed, awaited, code))
+                last[rank] = operations.pop()
+                number[own] = len(steps)
+    return tuple(steps), tuple(operation for operation in number if operation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """A step of the pipeline."""
+
+    shape: Shape
+    durations_s: tuple[float, ...] = field(repr=False)
+    """Forward seconds of every virtual stage, then backward seconds of every virtual stage."""
+    p2p_s: float = 0.0
+    """Seconds of a transfer between two stages."""
+
+    @cached_property
+    def _ends_s(self) -> list[float]:
+        """When every pass of the program ends, after a 0 for the step's begin."""
+        ends = [0.0]
+        add, durations, p2p_s = ends.append, self.durations_s, self.p2p_s
+        # the planner spends its time here: comparisons are written out, because max() is slower
+        for previous, handed, awaited, code in _program(self.shape)[0]:
+            start = ends[previous]
+            if handed >= 0:
+                if ends[handed] > start:
+                    start = ends[handed]
+                start += p2p_s
+            if awaited >= 0 and ends[awaited] + p2p_s > start:
+                start = ends[awaited] + p2p_s
+            add(start + durations[code])
+        return ends
+
+    @cached_property
+    def step_s(self) -> float:
+        """From the first pass's start to the last one's end."""
+        return max(self._ends_s)
+
+    @property
+    def busy_s(self) -> tuple[float, ...]:
+        """Seconds of computing, per rank."""
+        pp, times = self.shape.pp, self.shape.microbatches
+        return tuple(times * sum(self.durations_s[rank::pp]) for rank in range(pp))
+
+    @property
+    def events(self) -> Iterator[tuple[Operation, float, float]]:
+        """Every pass with its begin and end in seconds, each after those it waits for."""
+        steps, operations = _program(self.shape)
+        for step, operation, end in zip(steps, operations, self._ends_s[1:], strict=True):
+            yield operation, end - self.durations_s[step[-1]], end
 
 
 @lru_cache(maxsize=512)
@@ -140,16 +185,14 @@ def alive(shape: Shape) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """For each rank, what it can hold at its fullest: microbatches that went forward and not yet
     backward, one number per chunk. Moments that hold no more than another in any chunk are left
     out, so that the maximum over the rest is the peak for any sizes."""
-    if shape.microbatches >= (_STEADY_GROUPS + 1) * shape.group:
-        # steady state repeats with every group, so the moments of a shorter step are the same
-        short = shape.microbatches % shape.group + _STEADY_GROUPS * shape.group
-        return alive(replace(shape, microbatches=short))
+    most = _STEADY_GROUPS * shape.pp + shape.microbatches % shape.pp
+    if shape.microbatches > most:
+        return alive(replace(shape, microbatches=most))
     return tuple(_fullest(shape, rank) for rank in range(shape.pp))
 
 
 def _fullest(shape: Shape, rank: int) -> tuple[tuple[int, ...], ...]:
-    held = [0] * shape.vpp
-    moments = set()
+    held, moments = [0] * shape.vpp, set()
     for operation in rank_order(shape, rank):
         held[operation.stage // shape.pp] += 1 if operation.kind == "F" else -1
         moments.add(tuple(held))
@@ -158,3 +201,19 @@ def _fullest(shape: Shape, rank: int) -> tuple[tuple[int, ...], ...]:
         if not any(all(map(ge, one, moment)) for one in kept):
             kept.append(moment)
     return tuple(kept)
+
+
+def peak_saved_bytes(saved_bytes: Sequence[float], shape: Shape) -> list[float]:
+    """The most activation bytes each rank holds at one moment.
+
+    Args:
+        saved_bytes: bytes that one microbatch keeps from its forward to its backward pass, per
+            virtual stage. The chunks of a rank are not at their fullest at the same time.
+    """
+    return [
+        max(
+            sum(n * size for n, size in zip(moment, saved_bytes[rank :: shape.pp], strict=True))
+            for moment in moments
+        )
+        for rank, moments in enumerate(alive(shape))
+    ]

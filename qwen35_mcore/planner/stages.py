@@ -1,155 +1,232 @@
-"""Which layers each pipeline stage gets, so that the step is shortest and every rank fits."""
+"""Which layers each pipeline stage gets, so that the step is shortest and every rank fits.
+
+A split cuts the parts of a model, MTP and loss taken together because Megatron wants them in one
+stage, into one run for each virtual stage, none of them empty: Megatron takes a stage without
+layers, but its data-parallel buffers would be empty. A split is written as the index of the first
+part of every stage but the first.
+
+The search begins with splits whose stages take equally long, each as far as memory allows, and
+improves the best of them by moving single layers from stage to stage as long as first the memory
+that is missing and then the simulated step gets smaller. It tries a fixed number of moves.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
+from operator import add
 
-from qwen35_mcore.errors import PlanError
-from qwen35_mcore.planner.layout_text import write_pipeline_layout
-from qwen35_mcore.planner.pipeline import Simulation
-from qwen35_mcore.planner.schedule import Shape
-from qwen35_mcore.planner.split import Cuts, Element, Splits
-from qwen35_mcore.planner.split_search import Found, search
-from qwen35_mcore.planner.split_starts import even_cuts
+from qwen35_mcore.planner.schedule import Shape, Simulation, alive, peak_saved_bytes
 
-__all__ = ["Element", "StagePlan", "StageSplit", "balance"]
+Cuts = tuple[int, ...]
+Score = tuple[float, float]
+"""Bytes missing on all ranks together, seconds of a step."""
 
-_GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageSplit:
-    """A model cut into virtual stages."""
-
-    layout: str
-    """The ``--pipeline-model-parallel-layout`` string."""
-    stages: tuple[str, ...]
-    """The layer characters of every virtual stage, in forward order."""
-    simulation: Simulation
-    """A step of it."""
-    static_bytes: tuple[float, ...]
-    """Per rank, what all its chunks hold all the time."""
-    stage_bytes: tuple[float, ...]
-    """Per rank, the most it holds at one moment: static and the activations of what is in flight.
-    The chunks of a rank are not at their fullest at the same moment."""
+_HALVINGS = 12
+"""Of the interval in which the time of equal stages lies."""
+_SHARES = (0.0, 0.5, 1.0)
+"""How much of a long loss the other chunks of its rank make up for, in the splits to begin with:
+the schedule keeps the ranks of a chunk in step, so that both chunks and ranks should be equal."""
+_SMALL = 1e-9
+"""Relative difference below which two times are the same."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StagePlan(StageSplit):
-    """The chosen split."""
-
-    capacity_bytes: float
-    """What a rank may hold."""
-    lower_bound_s: float
-    """No split that fits has a shorter step; equal to step_s where the choice is proven best."""
-    even: StageSplit | None
-    """What Megatron would take without a layout string, fitting or not; None where the layers do
-    not divide by the stages."""
-
-
-def balance(
-    elements: Sequence[Element],
-    *,
-    pp: int,
-    vpp: int = 1,
-    microbatches: int,
-    p2p_s: float = 0.0,
-    capacity_bytes: float = float("inf"),
-    microbatch_group: int | None = None,
-    passes: int = 2_000_000,
-) -> StagePlan:
-    """Cut a model into pp * vpp stages.
+class Chain:
+    """A model's parts in order as running sums, MTP and loss taken together.
 
     Args:
-        elements: the model in order: E, the decoder layers t, MTP layers m if any, L.
-        pp: pipeline ranks.
-        vpp: virtual stages per rank.
-        microbatches: microbatches per step and data parallel rank.
-        p2p_s: seconds of a transfer between neighbouring ranks, once both are there for it.
-        capacity_bytes: what the elements may hold on one rank.
-        microbatch_group: microbatches per turn of a chunk; None is pp, as in Megatron.
-        passes: forward and backward passes to simulate at most, where there are too many splits to
-            try all: the effort of the search, about 4 million a second.
-
-    Raises:
-        PlanError: the elements are in another order, are fewer than the stages, fit in no split
-            found (the message says on which rank the nearest one is short, and of how much), or
-            Megatron cannot run the schedule.
+        forward_s, backward_s: seconds of a microbatch in every part, recomputation included.
+        static_bytes: what every part holds all the time: parameters, gradients, optimizer state.
+        saved_bytes: what a microbatch keeps of it from the forward to the backward pass.
     """
-    group = pp if microbatch_group is None or vpp == 1 else microbatch_group
-    shape = Shape(pp=pp, vpp=vpp, microbatches=microbatches, group=group, overlap=vpp > 1)
-    units = _units(elements, shape)
-    splits = Splits(units, shape, p2p_s, capacity_bytes)
-    found = search(splits, passes=passes)
-    if splits.excess_bytes(found.cuts):
-        raise _too_full(splits, found)
-    layers = len(units) - 2
-    even = None
-    if layers and layers % shape.stages == 0:
-        even = _split(splits, even_cuts(len(units), shape.stages))
-    return StagePlan(
-        **vars(_split(splits, found.cuts)),
-        capacity_bytes=capacity_bytes,
-        lower_bound_s=found.lower_bound_s,
-        even=even,
-    )
+
+    def __init__(
+        self,
+        forward_s: Sequence[float],
+        backward_s: Sequence[float],
+        static_bytes: Sequence[float],
+        saved_bytes: Sequence[float],
+    ) -> None:
+        self.total = len(forward_s)
+        self.forward_s, self.backward_s = _sums(forward_s), _sums(backward_s)
+        self.static_bytes, self.saved_bytes = _sums(static_bytes), _sums(saved_bytes)
+        self.both_s = list(map(add, self.forward_s, self.backward_s))
+        self.tail_s = self.both_s[-1] - self.both_s[-2]
 
 
-def _units(elements: Sequence[Element], shape: Shape) -> list[Element]:
-    """The elements, MTP and loss joined."""
-    kinds = "".join(element.kind for element in elements)
-    layers = kinds.strip("EL").rstrip("m")
-    if kinds != "E" + layers + "m" * kinds.count("m") + "L" or layers.strip("t"):
-        raise PlanError(
-            "the elements of the model are out of order",
-            got=kinds,
-            allowed="E, decoder layers t, MTP layers m, L",
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a model for one schedule."""
+
+    chain: Chain
+    """At least one unit for every stage."""
+    shape: Shape
+    p2p_s: float = 0.0
+    """Seconds of a transfer between stages."""
+    capacity_bytes: float = float("inf")
+    """What a rank may hold."""
+
+    def simulate(self, cuts: Cuts) -> Simulation:
+        """The step of a split."""
+        durations = (*self._of(self.chain.forward_s, cuts), *self._of(self.chain.backward_s, cuts))
+        return Simulation(shape=self.shape, durations_s=durations, p2p_s=self.p2p_s)
+
+    def rank_bytes(self, cuts: Cuts) -> list[float]:
+        """What each rank holds at its fullest."""
+        static, pp = self._of(self.chain.static_bytes, cuts), self.shape.pp
+        saved = peak_saved_bytes(self._of(self.chain.saved_bytes, cuts), self.shape)
+        return [sum(static[rank::pp]) + saved[rank] for rank in range(pp)]
+
+    def missing_bytes(self, cuts: Cuts) -> float:
+        """Bytes that the ranks hold above their capacity, all together; 0 if the split fits."""
+        return sum(max(0.0, held - self.capacity_bytes) for held in self.rank_bytes(cuts))
+
+    def least_s(self, cuts: Cuts) -> float:
+        """No step of this split is shorter; far quicker than the simulation. A rank computes all
+        its passes between the first that reaches it and the last that leaves it."""
+        pp, both = self.shape.pp, self._of(self.chain.both_s, cuts)
+        return max(
+            self.chain.both_s[begin] + self.shape.microbatches * sum(both[rank::pp])
+            for rank, begin in enumerate((0, *cuts)[:pp])
         )
-    if len(layers) + 2 < shape.stages:
-        raise PlanError(
-            "there are more virtual stages than layers for them",
-            got=f"pp {shape.pp} * vpp {shape.vpp} = {shape.stages} stages, {len(layers)} layers",
-            allowed=f"up to {len(layers) + 2} stages: embedding and loss can stand alone",
-            fix="lower pp or vpp",
+
+    @property
+    def least_of_all_s(self) -> float:
+        """No step of any split is shorter, wherever memory would allow it.
+
+        Rank r computes every microbatch, after the first one's forward and before the last one's
+        backward passes of the ranks before it: m * t_r + sum of t before r. Over all ways to share
+        a total T between p ranks, the largest of these is smallest at T / (1 - (1 - 1/m)**p).
+        Interleaved stages wait for one of v chunks only: T / v / (1 - (1 - 1/(v m))**p).
+        """
+        shape, total = self.shape, self.chain.both_s[-1]
+        shared = 1 - (1 - 1 / (shape.vpp * shape.microbatches)) ** shape.pp
+        return max(total / shape.vpp / shared, shape.microbatches * self.chain.tail_s)
+
+    def score(self, cuts: Cuts) -> Score:
+        return self.missing_bytes(cuts), self.simulate(cuts).step_s
+
+    def even(self) -> Cuts | None:
+        """As many layers in every stage, which is what Megatron takes without a layout string; None
+        where the layers do not divide."""
+        each, rest = divmod(self.chain.total - 2, self.shape.stages)
+        return (
+            None if rest or not each else tuple(1 + each * i for i in range(1, self.shape.stages))
         )
-    last = elements[1 + len(layers) :]
-    tail = Element(
-        kind="".join(element.kind for element in last),
-        forward_s=sum(element.forward_s for element in last),
-        backward_s=sum(element.backward_s for element in last),
-        static_bytes=sum(element.static_bytes for element in last),
-        saved_bytes=sum(element.saved_bytes for element in last),
-    )
-    return [*elements[: 1 + len(layers)], tail]
+
+    def first(self) -> Cuts | None:
+        """The best split to begin a search with; None where memory allows none of them."""
+        starts = [self._equal(share) for share in _SHARES[: 1 if self.shape.vpp == 1 else None]]
+        found = dict.fromkeys(cuts for cuts in starts if cuts is not None)
+        return min(found, key=self.score, default=None)
+
+    @property
+    def least_missing_bytes(self) -> float:
+        """What every rank lacks on average, however the model is split."""
+        needed = self.chain.static_bytes[-1] + self.chain.saved_bytes[-1]
+        return max(0.0, needed / self.shape.pp - self.capacity_bytes)
+
+    def fits(self) -> bool:
+        """Whether stages that each take what fits reach the end of the model."""
+        return not self.least_missing_bytes and self._fill(float("inf"), 0.0) is not None
+
+    def _equal(self, share: float) -> Cuts | None:
+        """The split whose longest stage but the last is shortest."""
+        high = self.chain.both_s[-1]
+        best = self._fill(high, share)
+        low = high / self.shape.stages / 2
+        for _ in range(_HALVINGS if best else 0):
+            middle = (low + high) / 2
+            cuts = self._fill(middle, share)
+            low, high, best = (middle, high, best) if cuts is None else (low, middle, cuts)
+        return best
+
+    def _fill(self, limit_s: float, share: float) -> Cuts | None:
+        """Every stage as long as time and memory allow; None if the last one cannot take the rest.
+        Chunks of a rank may each fill as large a part of its memory."""
+        shape, both_s, total = self.shape, self.chain.both_s, self.chain.total
+        over_s = share * max(0.0, self.chain.tail_s - limit_s) / max(1, shape.vpp - 1)
+        held, edges = [0.0] * shape.pp, [0]
+        for stage in range(shape.stages):
+            chunk, rank = divmod(stage, shape.pp)
+            begin, rest = edges[-1], shape.stages - 1 - stage
+            most_alive = max(moment[chunk] for moment in alive(shape)[rank])
+            size_of = partial(self._bytes, begin, most_alive)
+            room = self.capacity_bytes * (chunk + 1) / shape.vpp - held[rank]
+            if not rest:
+                allowed_s = max(limit_s, self.chain.tail_s)
+            elif shape.vpp > 1 and rank == shape.pp - 1:
+                allowed_s = limit_s - over_s
+            else:
+                allowed_s = limit_s
+            until = both_s[begin] + allowed_s
+            end = max(begin + 1, bisect_right(both_s, until, begin, total - rest + 1) - 1)
+            if size_of(end) > room:
+                end = bisect_right(range(end), room, begin, end, key=size_of) - 1
+            if end <= begin:
+                return None
+            held[rank] += size_of(end)
+            edges.append(end)
+        return tuple(edges[1:-1]) if edges[-1] == total else None
+
+    def _bytes(self, begin: int, alive: int, end: int) -> float:
+        """What units hold with so many microbatches alive."""
+        static, saved = self.chain.static_bytes, self.chain.saved_bytes
+        return static[end] - static[begin] + alive * (saved[end] - saved[begin])
+
+    @staticmethod
+    def _of(sums: Sequence[float], cuts: Cuts) -> list[float]:
+        """A quantity per virtual stage, from its running sums over the units."""
+        return [sums[end] - sums[begin] for begin, end in pairwise((0, *cuts, len(sums) - 1))]
 
 
-def _split(splits: Splits, cuts: Cuts) -> StageSplit:
-    stages = tuple(
-        "".join(unit.kind for unit in splits.units[begin:end])
-        for begin, end in pairwise(splits.edges(cuts))
-    )
-    static, pp = splits.of_stages(splits.static, cuts), splits.shape.pp
-    return StageSplit(
-        layout=write_pipeline_layout(stages),
-        stages=stages,
-        simulation=splits.simulate(cuts),
-        static_bytes=tuple(sum(static[rank::pp]) for rank in range(pp)),
-        stage_bytes=splits.rank_bytes(cuts),
-    )
+def balance(splits: Splits, *, moves: int) -> Cuts:
+    """The best split found: the fastest that fits, or the one nearest to fitting.
+
+    Args:
+        moves: moves of a layer to try.
+    """
+    cuts = splits.first()
+    if cuts is None:
+        cuts = replace(splits, capacity_bytes=float("inf")).first()
+        assert cuts is not None
+    best = splits.score(cuts)
+    every, seen, idle = _moves(splits.shape.stages), {cuts}, 0
+    for turn in range(moves):
+        if idle == len(every):
+            break
+        idle += 1
+        moved = _shifted(cuts, splits.chain.total, *every[turn % len(every)])
+        if moved is None or moved in seen:
+            continue
+        missing = splits.missing_bytes(moved)
+        if missing > best[0] or (missing == best[0] and splits.least_s(moved) >= best[1]):
+            continue
+        seen.add(moved)
+        score = missing, splits.simulate(moved).step_s
+        if score < (best[0], best[1] * (1 - _SMALL)):
+            best, cuts, idle = score, moved, 0
+    return cuts
 
 
-def _too_full(splits: Splits, found: Found) -> PlanError:
-    held = splits.rank_bytes(found.cuts)
-    fullest = max(held)
-    shape, split = splits.shape, _split(splits, found.cuts)
-    short = (fullest - splits.capacity_bytes) / _GIB
-    answer = "fits" if found.all_weighed else "that fits was found"
-    return PlanError(
-        f"no split into {shape.stages} stages {answer}: the nearest is {short:.1f} GiB "
-        f"short on pipeline rank {held.index(fullest)}",
-        got=f"{fullest / _GIB:.1f} GiB there with layout {split.layout}",
-        allowed=f"{splits.capacity_bytes / _GIB:.1f} GiB per rank",
-        fix="recompute more, or raise pp, tp, ep or cp",
-    )
+@lru_cache(maxsize=64)
+def _moves(stages: int) -> tuple[tuple[int, int, int], ...]:
+    """(first cut, last cut, by): one layer moved between two stages, neighbours first."""
+    cuts = range(stages - 1)
+    pairs = [(last - first, first, last) for first in cuts for last in cuts[first:]]
+    return tuple((first, last, by) for _, first, last in sorted(pairs) for by in (1, -1))
+
+
+def _shifted(cuts: Cuts, total: int, first: int, last: int, by: int) -> Cuts | None:
+    """Neighbouring cuts moved, or None where that would empty a stage."""
+    moved = (*cuts[:first], *(cut + by for cut in cuts[first : last + 1]), *cuts[last + 1 :])
+    edges = (0, *moved, total)
+    emptied = edges[first] == edges[first + 1] or edges[last + 1] == edges[last + 2]
+    return None if emptied else moved
+
+
+def _sums(values: Sequence[float]) -> list[float]:
+    return list(accumulate(values, initial=0.0))

@@ -1,0 +1,206 @@
+"""Measured times that turn operation and byte counts into seconds.
+
+A calibration is a JSON file that ``python -m tests.bench.bench_calibration`` writes on one GPU.
+Without one, and for parts that a file lacks, the measurement of one H100 in this folder stands in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.errors import PlanError, Qwen35Error
+from qwen35_mcore.planner.choices import PRECISIONS, RECOMPUTE
+from qwen35_mcore.planner.hardware import get_gpu
+
+SCHEMA = 1
+PARTS = ("gdn", "attention", "moe", "mlp", "output")
+"""What is measured."""
+MEASURED = Path(__file__).parent
+"""Files that the package brings, by name of the GPU."""
+_STANDARD = "h100-80g"
+"""The GPU whose file stands in for every other's."""
+_FROM_ROOT = "qwen35_mcore/planner/calibration"
+_LARGEST = 2**40
+"""Of a sequence, a batch, or a peak in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """Seconds of one part of a layer, forward and backward, on one GPU without parallelism."""
+
+    part: str
+    model_config: Qwen35Config
+    seq_length: int
+    micro_batch_size: int
+    precision: str
+    forward_s: float
+    backward_s: float
+    saved_bytes: int | None = None
+    """Bytes kept between the two passes, where measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    """A training run on one GPU: what predictions are compared with."""
+
+    name: str
+    model_config: Qwen35Config
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    recompute: str
+    precision: str
+    peak_bytes: int
+    model_bytes: int | None
+    step_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """Rows, and where they come from. Compared by identity, which caches rely on."""
+
+    source: str
+    gpu: str
+    layers: tuple[LayerRow, ...]
+    runs: tuple[RunRow, ...] = ()
+
+    def rows(self, part: str, precision: str) -> tuple[LayerRow, ...]:
+        """Rows of one part in one precision."""
+        return tuple(r for r in self.layers if r.part == part and r.precision == precision)
+
+
+def model_of(flavor: str, overrides: Mapping[str, Any]) -> Qwen35Config:
+    """A flavor with some Hugging Face fields changed; fewer layers keep the first ones.
+
+    Raises:
+        PlanError: no such field.
+    """
+    model_config = get_flavor(flavor)
+    unknown = set(overrides) - {f.name for f in fields(model_config)}
+    if unknown:
+        raise PlanError("an override names no field of the model", got=", ".join(sorted(unknown)))
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    layers = changes.get("num_hidden_layers")
+    if isinstance(layers, int) and "layer_types" not in changes:
+        pattern = model_config.layer_types
+        changes["layer_types"] = (pattern * (layers // len(pattern) + 1))[:layers]
+    return replace(model_config, **changes)
+
+
+@lru_cache
+def default_calibration(gpu: str) -> Calibration:
+    """What this package brings for a GPU: its own measurement, else that of one H100."""
+    own = MEASURED / f"{gpu}.json"
+    file = own if own.is_file() else MEASURED / f"{_STANDARD}.json"
+    return replace(read_calibration(file), source=f"{_FROM_ROOT}/{file.name}")
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read a calibration file.
+
+    Raises:
+        PlanError: no such file, no JSON, another schema, no layer measured, or an entry that
+            cannot be used: a GPU, a word, a size or a time.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(
+            "cannot read the calibration file",
+            got=f"{path}: {error.strerror}",
+            fix="correct the path, or leave out --calibration for the measurement of this package",
+        ) from error
+    except ValueError as error:
+        raise _unusable(path, "is not valid JSON", error) from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise _unusable(path, f"has another schema than {SCHEMA}", repr(schema))
+    layers, runs = content.get("layers", []), content.get("runs", [])
+    if not isinstance(layers, list) or not isinstance(runs, list) or not layers:
+        lists = json.dumps({"layers": layers, "runs": runs})
+        raise _unusable(path, 'needs at least one row in "layers", and a list of "runs"', lists)
+    gpu = _read(content.get("gpu", _STANDARD), path, lambda name: get_gpu(str(name)))
+    precisions = PRECISIONS if gpu.has_fp8 else PRECISIONS[:1]
+    return Calibration(
+        source=str(path),
+        gpu=gpu.name,
+        layers=tuple(_read(row, path, lambda row: layer_row(row, precisions)) for row in layers),
+        runs=tuple(_read(row, path, run_row) for row in runs),
+    )
+
+
+def _unusable(path: Path, why: str, got: object) -> PlanError:
+    fix = "measure again: python -m tests.bench.bench_calibration"
+    return PlanError(f"the calibration file {why}", got=f"{path}: {got}"[:300], fix=fix)
+
+
+def _read[Row](row: Any, path: Path, reader: Callable[[Any], Row]) -> Row:
+    broken = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, Qwen35Error)
+    try:
+        return reader(row)
+    except broken as error:
+        got = f"{json.dumps(row)[:200]}: {type(error).__name__} {error}"
+        raise _unusable(path, "has an entry that cannot be used", got) from error
+
+
+def layer_row(row: Mapping[str, Any], precisions: tuple[str, ...] = PRECISIONS) -> LayerRow:
+    """A row of "layers". Raises what a wrong one makes Python raise, as `run_row` does."""
+    overrides = {"mtp_num_hidden_layers": 0} | (row.get("overrides") or {})  # one loss alone
+    if row.get("local_experts"):
+        overrides["num_experts"] = row["local_experts"]
+    return LayerRow(
+        part=_word(row, "part", PARTS),
+        model_config=model_of(row["flavor"], overrides),
+        seq_length=_size(row, "seq_length"),
+        micro_batch_size=_size(row, "micro_batch_size"),
+        precision=_word(row, "precision", precisions),
+        forward_s=_milliseconds(row, "forward_ms"),
+        backward_s=_milliseconds(row, "backward_ms"),
+        saved_bytes=row.get("saved_bytes"),
+    )
+
+
+def run_row(row: Mapping[str, Any]) -> RunRow:
+    """A row of "runs"."""
+    overrides = row.get("overrides") or {}
+    return RunRow(
+        name=", ".join([row["flavor"], *(f"{key} {value}" for key, value in overrides.items())]),
+        model_config=model_of(row["flavor"], overrides),
+        seq_length=_size(row, "seq_length"),
+        micro_batch_size=_size(row, "micro_batch_size"),
+        global_batch_size=_size(row, "global_batch_size"),
+        recompute=_word(row, "recompute", RECOMPUTE),
+        precision=_word(row, "precision", PRECISIONS),
+        peak_bytes=_size(row, "peak_bytes"),
+        model_bytes=row.get("model_bytes"),
+        step_s=None if row.get("step_ms") is None else _milliseconds(row, "step_ms"),
+    )
+
+
+def _size(row: Mapping[str, Any], name: str) -> int:
+    value = int(row[name])
+    if not 1 <= value <= _LARGEST:
+        raise ValueError(f"{name} is not between 1 and {_LARGEST}")
+    return value
+
+
+def _word(row: Mapping[str, Any], name: str, allowed: tuple[str, ...]) -> str:
+    if row[name] not in allowed:
+        raise ValueError(f"{name} is none of {', '.join(allowed)}")
+    return str(row[name])
+
+
+def _milliseconds(row: Mapping[str, Any], name: str) -> float:
+    """A time that somebody can have measured, in seconds."""
+    value = float(row[name])
+    if not isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is no positive time")
+    return value / 1e3

@@ -1,11 +1,9 @@
 """Bytes that autograd keeps between the forward and the backward pass, by kind of layer.
 
-Read from the modules that run: `gated_delta_net.py` and `experts.py` of `model/layers/`,
-`kernels/fused_triton.py` and flash-linear-attention's chunked delta rule; megatron-core 0.19.2's
-attention, router, dispatcher, shared expert and cross entropy; Transformer Engine's LayerNormLinear
-(input, normed input) and Linear (input). A tensor that two operations keep counts once, views and
-vectors of one number a token or a head not at all. Numbers are bytes a token unless said otherwise:
-bfloat16 2, float32 4, an FP8 copy 1. Routed experts stay in bfloat16 in FP8 runs.
+Read from the layers and kernels of this package, megatron-core 0.19.2, flash-linear-attention and
+Transformer Engine. A tensor that two operations keep counts once; views, and vectors of one number
+a token or a head, not at all. Numbers are bytes a token unless said otherwise: bfloat16 2, float32
+4, an FP8 copy 1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Seconds of collectives: a latency and a bandwidth for the links of a node and between nodes.
+"""Seconds of collectives, from latency and bandwidth of the links in a node and between nodes.
 
-Megatron numbers ranks with tensor parallelism innermost, then context, data and pipeline
-parallelism; of experts, expert tensor, expert, expert data and pipeline parallelism. A group is
-described by its size and the distance between neighbouring members, which says how many of them
-share a node.
+A group is described by its size and the distance between neighbouring ranks, which says how many of
+them share a node. Megatron numbers ranks in the order tp, cp, dp, pp, of experts etp, ep, dp, pp.
 """
 
 from __future__ import annotations
@@ -32,30 +30,18 @@ class Group:
         return max(1, min(self.size, gpu.nvlink_gpus // self.stride))
 
 
-@dataclass(frozen=True)
-class Groups:
-    """The groups of one rank under a candidate."""
-
-    tp: Group
-    cp: Group
-    dp: Group
-    """Data and context parallel ranks together: they share gradients and optimizer state."""
-    ep: Group
-    etp: Group
-    expert_dp: Group
-    pp: Group
-
-    @classmethod
-    def of(cls, candidate: Candidate, job: Job) -> Groups:
-        return cls(
-            tp=Group(candidate.tp),
-            cp=Group(candidate.cp, candidate.tp),
-            dp=Group(candidate.dp(job) * candidate.cp, candidate.tp),
-            ep=Group(candidate.ep, candidate.etp),
-            etp=Group(candidate.etp),
-            expert_dp=Group(candidate.expert_dp(job), candidate.etp * candidate.ep),
-            pp=Group(candidate.pp, job.gpus // candidate.pp),
-        )
+def groups_of(candidate: Candidate, job: Job) -> dict[str, Group]:
+    """The groups of one rank; dp of data and context parallel ranks together, which share gradients
+    and optimizer state, expert_dp of the ranks that hold the same experts."""
+    return {
+        "tp": Group(candidate.tp),
+        "cp": Group(candidate.cp, candidate.tp),
+        "dp": Group(candidate.dp(job) * candidate.cp, candidate.tp),
+        "ep": Group(candidate.ep, candidate.etp),
+        "etp": Group(candidate.etp),
+        "expert_dp": Group(candidate.expert_dp(job), candidate.etp * candidate.ep),
+        "pp": Group(candidate.pp, job.gpus // candidate.pp),
+    }
 
 
 def gather(total_bytes: float, group: Group, gpu: Gpu) -> float:

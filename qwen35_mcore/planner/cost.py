@@ -1,10 +1,7 @@
 """Seconds of every part of the model on one rank, without communication.
 
 A part's ideal time is its matrix operations at the card's peak plus its bytes at the card's
-bandwidth. The calibration maps ideal to measured time on the card that it was made on (`Curve`). On
-another card the time above the launches changes as the ideal does; launches stay.
-Operations are those of `config.flops`; bytes are every kept tensor written and read once forward
-and twice backward, weights read, and weight gradients added to the float32 ones.
+bandwidth; the calibration maps ideal to measured time on the card that it was made on.
 """
 
 from __future__ import annotations

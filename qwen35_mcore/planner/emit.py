@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -20,75 +21,78 @@ from qwen35_mcore.planner.report import job_data, prediction_data
 _CUDNN_TRAINS_HEAD_256 = ("h100-80g", "h200-141g", "b200-180g")
 """Elsewhere Transformer Engine chooses."""
 
-Group = tuple[str, list[tuple[str, ...]]]
-"""A comment, and flags with their values."""
 
-
-def flag_groups(prediction: Prediction) -> Iterator[Group]:
-    """Megatron's flags of a plan by what they are for, each with the reason.
+def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
+    """Megatron's flags of a plan by what they are for: the reason, and flags with their values.
 
     Data, checkpoints, learning rate and length of the run are not among them.
     """
     job, candidate = prediction.job, prediction.candidate
-    yield "the model; it fills every architecture flag", [job.model_flags]
+    yield "the model; it fills every architecture flag", [shlex.join(job.model_flags)]
     yield from _sizes(prediction)
     yield (
         f"{prediction.microbatches} microbatches per step on each of {candidate.dp(job)} data "
         "parallel ranks",
         [
-            ("--seq-length", str(job.seq_length)),
-            ("--micro-batch-size", str(candidate.micro_batch_size)),
-            ("--global-batch-size", str(job.global_batch_size)),
+            f"--seq-length {job.seq_length}",
+            f"--micro-batch-size {candidate.micro_batch_size}",
+            f"--global-batch-size {job.global_batch_size}",
         ],
     )
-    yield from _recompute(prediction)
+    if candidate.recompute == "selective":
+        what = "the experts' activations" if job.model_config.is_moe else "feed-forward layers"
+        modules = " ".join(recompute_modules(job.model_config))
+        yield (
+            f"{what} and the norm behind the delta rule are computed again",
+            ["--recompute-granularity selective", f"--recompute-modules {modules}"],
+        )
+    elif candidate.recompute == "full":
+        yield (
+            "every layer is computed again from its input: the fastest way to fit in memory",
+            [
+                "--recompute-granularity full",
+                "--recompute-method uniform",
+                "--recompute-num-layers 1",
+            ],
+        )
     if candidate.fp8:
         recipe = candidate.precision.removeprefix("fp8-")
         yield (
             "matrix products in FP8, everything else in bfloat16",
-            [("--bf16",), ("--fp8-format", "hybrid"), ("--fp8-recipe", recipe)],
+            ["--bf16", "--fp8-format hybrid", f"--fp8-recipe {recipe}"],
         )
     else:
-        yield "bfloat16 weights, float32 optimizer", [("--bf16",)]
+        yield "bfloat16 weights, float32 optimizer", ["--bf16"]
     yield (
         "optimizer state is shared by data parallel ranks; gradients are reduced under the last "
         "backward pass and weights gathered under the first forward pass",
-        [("--use-distributed-optimizer",), ("--overlap-grad-reduce",), ("--overlap-param-gather",)],
+        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
     )
     if job.model_config.is_moe:
-        yield (
-            "tokens travel to their experts with one all-to-all",
-            [("--moe-token-dispatcher-type", "alltoall")],
-        )
+        dispatcher = ["--moe-token-dispatcher-type alltoall"]
+        yield "tokens travel to their experts with one all-to-all", dispatcher
     if job.gpu.name in _CUDNN_TRAINS_HEAD_256:
-        yield (
-            "cuDNN's attention: the fast one at head size 256 on this GPU",
-            [("--attention-backend", "fused")],
-        )
+        fused = ["--attention-backend fused"]
+        yield "cuDNN's attention: the fast one at head size 256 on this GPU", fused
     if job.gpus > 1:
         yield (
             "Python collects garbage on all ranks at the same step instead of one after another",
-            [("--manual-gc",), ("--manual-gc-interval", "100")],
+            ["--manual-gc", "--manual-gc-interval 100"],
         )
 
 
-def flags(prediction: Prediction) -> list[str]:
-    """The words of `flag_groups` without comments."""
-    return [word for _, lines in flag_groups(prediction) for line in lines for word in line]
-
-
-def _sizes(prediction: Prediction) -> Iterator[Group]:
+def _sizes(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
     job, candidate = prediction.job, prediction.candidate
     why = f"{job.gpus} GPUs, data parallel {candidate.dp(job)}"
-    sizes: list[tuple[str, ...]] = [("--tensor-model-parallel-size", str(candidate.tp))]
-    sizes += [("--sequence-parallel",)] if candidate.sequence_parallel else []
-    sizes.append(("--pipeline-model-parallel-size", str(candidate.pp)))
-    sizes.append(("--context-parallel-size", str(candidate.cp)))
+    sizes = [f"--tensor-model-parallel-size {candidate.tp}"]
+    sizes += ["--sequence-parallel"] if candidate.sequence_parallel else []
+    sizes.append(f"--pipeline-model-parallel-size {candidate.pp}")
+    sizes.append(f"--context-parallel-size {candidate.cp}")
     if job.model_config.is_moe:
         experts = job.model_config.num_experts // candidate.ep
         why += f", {experts} experts of each layer on a GPU"
-        sizes.append(("--expert-model-parallel-size", str(candidate.ep)))
-        sizes.append(("--expert-tensor-parallel-size", str(candidate.etp)))
+        sizes.append(f"--expert-model-parallel-size {candidate.ep}")
+        sizes.append(f"--expert-tensor-parallel-size {candidate.etp}")
     yield why, sizes
     if candidate.pp == 1:
         return
@@ -98,85 +102,27 @@ def _sizes(prediction: Prediction) -> Iterator[Group]:
     why += ": E embedding, t layer, m MTP, L loss, | next stage"
     if even is not None:
         why += f"; predicted step {prediction.step_s:.2f} s, {even:.2f} s when split evenly"
-    yield why, [("--pipeline-model-parallel-layout", prediction.pipeline_layout)]
+    stages = shlex.quote(prediction.pipeline_layout)
+    yield why, [f"--pipeline-model-parallel-layout {stages}"]
 
 
-def _recompute(prediction: Prediction) -> Iterator[Group]:
-    recompute, config = prediction.candidate.recompute, prediction.job.model_config
-    if recompute == "selective":
-        what = "the experts' activations" if config.is_moe else "feed-forward layers"
-        yield (
-            f"{what} and the norm behind the delta rule are computed again",
-            [
-                ("--recompute-granularity", "selective"),
-                ("--recompute-modules", *recompute_modules(config)),
-            ],
-        )
-    elif recompute == "full":
-        yield (
-            "every layer is computed again from its input: the fastest way to fit in memory",
-            [
-                ("--recompute-granularity", "full"),
-                ("--recompute-method", "uniform"),
-                ("--recompute-num-layers", "1"),
-            ],
-        )
+def flags(prediction: Prediction) -> list[str]:
+    """The words of `flag_groups` without reasons."""
+    lines = (line for _, group in flag_groups(prediction) for line in group)
+    return [word for line in lines for word in shlex.split(line)]
 
 
 def layout_args(prediction: Prediction) -> str:
     """The text of ``layout.args``: one flag with its values a line, comments with reasons."""
-    job = prediction.job
-    fullest = max(memory.total for memory in prediction.memory())
+    job, fullest = prediction.job, prediction.fullest_bytes
     lines = [
         f"# {job.model_name} on {job.gpus} {job.gpu.name}, written by `qwen35 plan`.",
         f"# Predicted: {prediction.step_s:.2f} s a step, {prediction.tokens_per_gpu_s:,.0f} "
         f"tokens/s/GPU, {fullest / GIB:.1f} GiB on the fullest GPU.",
     ]
     for reason, group in flag_groups(prediction):
-        lines += ["", f"# {reason}", *(shlex.join(line) for line in group)]
+        lines += ["", f"# {reason}", *group]
     return "\n".join(lines) + "\n"
-
-
-_RUN_SH = """\
-#!/usr/bin/env bash
-# {what}. Run it from anywhere, with the paths of
-# launch/README.md set:
-#
-#   {folder}/run.sh [OPTIONS OF sbatch --] [FLAGS OF pretrain_qwen35.py]
-#
-# Flags win over those of layout.args.
-set -euo pipefail
-preset=$(dirname "$(readlink -f "${{BASH_SOURCE[0]}}")")
-repo=${{REPO:-{repository}}}
-[[ -n ${{REPO:-}} || -r $repo/launch/train.sh ]] || repo=$PWD  # moved since this was written
-if [[ ! -r $repo/launch/train.sh ]]; then
-    printf 'error: the repository of qwen35_mcore is not there\\n  got: %s\\n' "$repo" >&2
-    printf '  fix: set REPO to its folder\\n' >&2
-    exit 2
-fi
-REPO=$(cd "$repo" && pwd)
-export REPO
-{unset}options=()
-for ((i = 1; i <= $#; i++)); do
-    if [[ ${{!i}} == -- ]]; then
-{mark}        options=("${{@:1:i-1}}")
-        shift "$i"
-        break
-    fi
-done
-{local}if ! command -v sbatch >/dev/null; then
-    echo 'error: {needs}, and there is no sbatch here' >&2
-    echo '  fix: submit it on a machine of a SLURM cluster' >&2
-    exit 2
-fi
-exec sbatch --nodes={nodes} --gpus-per-node={each} "${{options[@]}}" \\
-    "$REPO/launch/slurm.sbatch" "$preset" "$@"
-"""
-_LOCAL = """\
-if [[ -z $submit ]]; then
-    NPROC=${{NPROC:-{each}}} exec bash "$REPO/launch/train.sh" "$preset" "$@"
-fi
-"""
 
 
 def run_sh(prediction: Prediction, folder: Path) -> str:
@@ -186,19 +132,23 @@ def run_sh(prediction: Prediction, folder: Path) -> str:
     """
     job = prediction.job
     nodes, each = job.nodes, job.gpus_of_a_node
-    alone = nodes == 1
-    where = f"{job.gpus} {job.gpu.name}" + ("" if alone else f", {nodes} nodes of {each}")
-    return _RUN_SH.format(
-        what=f"{job.model_name} on {where}",
-        folder=folder.name,
-        repository=_repository(folder),
-        local=_LOCAL.format(each=each) if alone else "",
-        unset="submit='' " if alone else "",
-        mark="        submit=yes\n" if alone else "",
-        needs="options before -- are for sbatch" if alone else f"this plan runs on {nodes} nodes",
-        nodes=nodes,
-        each=each,
-    )
+    here = f'NPROC=${{NPROC:-{each}}} exec bash "$REPO/launch/train.sh" "$preset" "$@"'
+    where = f"{job.gpus} {job.gpu.name}"
+    of_nodes = {
+        "what": f"{job.model_name} on {where}, {nodes} nodes of {each}",
+        "needs": f"this plan runs on {nodes} nodes",
+    }
+    of_one = {
+        "what": f"{job.model_name} on {where}",
+        "needs": "options before -- are for sbatch",
+        "unset": "submit='' ",
+        "mark": "        submit=yes\n",
+        "local": f"if [[ -z $submit ]]; then\n    {here}\nfi\n",
+    }
+    values = {"folder": folder.name, "repository": _repository(folder)}
+    values |= {"nodes": str(nodes), "each": str(each)} | (of_one if nodes == 1 else of_nodes)
+    template = Path(__file__).with_name("run.sh.template").read_text(encoding="utf-8")
+    return re.sub("@([a-z]+)@", lambda match: values.get(match[1], ""), template)
 
 
 def _repository(folder: Path) -> str:

@@ -1,9 +1,7 @@
 """GPUs and the nodes they come in, as data.
 
-Peaks and bandwidths are the vendors' figures for dense products; what is reached of them is the
-calibration's business. A message of n bytes over a link takes ``alpha_s + n / bytes_per_s``, where
-the bandwidth is what a large NCCL transfer reaches, about 80 % of the nominal NVLink rate and 90 %
-of the nominal network rate. One H100 was measured; figures of the others are from data sheets.
+Bandwidths of links are what a large NCCL transfer reaches, about 80 % of the nominal NVLink rate
+and 90 % of the nominal network rate. One H100 was measured; the rest is from data sheets.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """Bytes of GPU memory by part of the model: weights, gradients, optimizer, activations, overhead.
 
-Weights, gradients and optimizer follow megatron-core's distributed optimizer with bfloat16 weights
-(its ``docs/user-guide/features/dist_optimizer.md``, and ``compute_weight_and_optimizer_memory`` in
-``megatron/training/theoretical_memory_usage.py``): 2 bytes a weight and 4 bytes of float32 gradient
-on every rank, 4 of float32 weight and 8 of Adam's moments shared by the ranks that hold the same
-weight. Routed experts are shared by the expert data parallel ranks, everything else by data and
-context parallel ones. Activations are in `activations`.
+Megatron-core's distributed optimizer shares the state of routed experts between the expert data
+parallel ranks, that of everything else between data and context parallel ones.
 
 The parts of a model are named by one character: E embedding, g GatedDeltaNet layer, a attention
 layer, m MTP layer, L output layer with final norm and losses.
@@ -61,33 +57,19 @@ class Parameters:
         return self.dense + self.expert
 
 
-@dataclass(frozen=True)
-class Static:
-    """Bytes that parameters occupy all the time."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer
-
-
 def overhead_bytes(gpu: Gpu, gpus: int) -> int:
     """Memory that no model formula accounts for, stated in every report."""
     communicators = COMMUNICATOR_BYTES if gpus > 1 else 0
     return CONTEXT_BYTES + communicators + int(FRAGMENTATION * gpu.memory_bytes)
 
 
-def static_bytes(parameters: Parameters, job: Job, candidate: Candidate) -> Static:
-    """What megatron-core's distributed optimizer holds for these parameters on one rank."""
+def static_bytes(
+    parameters: Parameters, job: Job, candidate: Candidate
+) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer state that the distributed optimizer holds on one rank."""
     copies = FP8_COPIES * parameters.in_fp8 if candidate.fp8 else 0.0
-    return Static(
-        weights=WEIGHT * parameters.count + copies,
-        gradients=GRADIENT * parameters.count,
-        optimizer=OPTIMIZER * own_share(parameters, job, candidate),
-    )
+    optimizer = OPTIMIZER * own_share(parameters, job, candidate)
+    return WEIGHT * parameters.count + copies, GRADIENT * parameters.count, optimizer
 
 
 def own_share(parameters: Parameters, job: Job, candidate: Candidate) -> float:

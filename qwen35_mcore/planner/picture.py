@@ -15,6 +15,7 @@ from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.folders import why_not_writable
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction, StageMemory
+from qwen35_mcore.planner.report import short_stage
 
 FORMATS = (".png", ".svg")
 _INK, _MUTED, _IDLE, _AFTER, _LIMIT = "#1f2430", "#6b7280", "#eef0f3", "#6d597a", "#c1121f"
@@ -142,7 +143,7 @@ def _schedule(axes: Any, prediction: Prediction) -> None:
         axes.barh(rank, pipeline_s, _BAR, color=_IDLE, linewidth=0)
         axes.barh(rank, step_s - pipeline_s, _BAR, pipeline_s, color=_AFTER, linewidth=0)
         busy = (simulation.busy_s[rank] + prediction.after_s) / step_s
-        stages = " ".join(map(_short, prediction.stages[rank::pp]))
+        stages = " ".join(map(short_stage, prediction.stages[rank::pp]))
         right = {"ha": "right", "va": "center"}
         left = -0.006 * step_s
         axes.text(left, rank - 0.2, f"rank {rank} · {busy:.0%} busy", size=8.5, color=_INK, **right)
@@ -163,12 +164,6 @@ def _schedule(axes: Any, prediction: Prediction) -> None:
     axes.set_xlim(0, step_s)
     unit, name = (1.0, "s") if step_s >= 2 else (1e-3, "ms")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:g} {name}")
-
-
-def _short(stage: str) -> str:
-    """``Etttm`` as E3tm."""
-    count = stage.count("t")
-    return stage.replace("t" * count, f"{count}t") if count > 1 else stage
 
 
 def _memory(axes: Any, prediction: Prediction) -> None:

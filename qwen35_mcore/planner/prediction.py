@@ -12,7 +12,7 @@ from qwen35_mcore.parallel.stages import write_pipeline_layout
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.communication import gather
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
-from qwen35_mcore.planner.layers import Model, Part, Times
+from qwen35_mcore.planner.layers import Model, Part
 from qwen35_mcore.planner.memory import (
     GRADIENT,
     WEIGHT,
@@ -24,8 +24,6 @@ from qwen35_mcore.planner.memory import (
 from qwen35_mcore.planner.schedule import Shape, Simulation
 from qwen35_mcore.planner.stages import Cuts, Splits, balance
 
-MOVES = 20_000
-"""Effort of the search for the stages of one candidate, see `stages.balance`."""
 _OPTIMIZER_TRAFFIC = 4 * 7 + WEIGHT + GRADIENT
 """Bytes a parameter of an Adam step: gradient, weight and two moments read, three written back, the
 bfloat16 weight, and the gradient's norm."""
@@ -59,25 +57,39 @@ class Prediction:
 
     @cached_property
     def splits(self) -> Splits:
-        return splits_of(self.model, self.candidate)
+        """The ways to split the model, which may have been made for another ``vpp``.
+
+        Raises:
+            PlanError: it has fewer parts than the candidate has stages, or Megatron cannot run the
+                schedule.
+        """
+        shape = Shape(pp=self.candidate.pp, vpp=self.candidate.vpp, microbatches=self.microbatches)
+        chain = self.model.chain
+        if chain.total < shape.stages:
+            raise PlanError(
+                "there are more virtual stages than layers for them",
+                got=f"pp {shape.pp} * vpp {shape.vpp} = {shape.stages} stages, "
+                f"{chain.total - 2} layers",
+                allowed=f"up to {chain.total} stages: embedding and loss can stand alone",
+                fix="lower pp or vpp",
+            )
+        return Splits(chain, shape, self.model.p2p_s, self.model.capacity_bytes)
 
     @cached_property
     def simulation(self) -> Simulation:
         """The step of the pipeline, which tables and picture show."""
         return self.splits.simulate(self.cuts)
 
-    @cached_property
-    def _held(self) -> tuple[tuple[Part, ...], ...]:
+    @property
+    def _kinds(self) -> list[str]:
         """The parts of every virtual stage."""
-        parts = [self.model.part[kind] for kind in self.model.kinds]
-        edges = (0, *self.cuts, len(parts))
-        return tuple(tuple(parts[begin:end]) for begin, end in pairwise(edges))
+        edges = pairwise((0, *self.cuts, len(self.model.kinds)))
+        return [self.model.kinds[begin:end] for begin, end in edges]
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Layer characters of every virtual stage, as Megatron's layout string has them."""
-        layers = str.maketrans("ga", "tt")
-        return tuple("".join(part.kind for part in s).translate(layers) for s in self._held)
+        return tuple(kinds.replace("g", "t").replace("a", "t") for kinds in self._kinds)
 
     @property
     def pipeline_layout(self) -> str:
@@ -93,9 +105,8 @@ class Prediction:
     def after_s(self) -> float:
         """Seconds of a step outside the pipeline: exposed communication of gradients and weights,
         and the optimizer."""
-        return max(
-            self._exposed_s(rank) + self._optimizer_s(rank) for rank in range(self.candidate.pp)
-        )
+        ranks = range(self.candidate.pp)
+        return max(self._exposed_s(rank) + self._optimizer_s(rank) for rank in ranks)
 
     @cached_property
     def even(self) -> Prediction | None:
@@ -115,18 +126,15 @@ class Prediction:
         return self.candidate.microbatches(self.job)
 
     @property
-    def _tokens(self) -> int:
-        return self.job.global_batch_size * self.job.seq_length
-
-    @property
     def tokens_per_gpu_s(self) -> float:
-        return self._tokens / self.step_s / self.job.gpus
+        tokens = self.job.global_batch_size * self.job.seq_length
+        return tokens / self.step_s / self.job.gpus
 
     @property
     def model_flops_per_gpu_s(self) -> float:
         """Megatron's convention (see `config.flops`), recomputation not counted."""
-        seq_length = self.job.seq_length
-        flops = training_flops(self.job.model_config, self._tokens, seq_length=seq_length)
+        tokens, length = self.job.global_batch_size * self.job.seq_length, self.job.seq_length
+        flops = training_flops(self.job.model_config, tokens, seq_length=length)
         return flops / self.step_s / self.job.gpus
 
     @property
@@ -142,7 +150,7 @@ class Prediction:
 
     def rank_parts(self, rank: int) -> list[Part]:
         """Everything that a pipeline rank holds."""
-        return [part for stage in self._held[rank :: self.candidate.pp] for part in stage]
+        return [self.model.part[kind] for kind in "".join(self._kinds[rank :: self.candidate.pp])]
 
     def rank_parameters(self, rank: int) -> Parameters:
         """What a pipeline rank holds of the model's parameters."""
@@ -150,35 +158,34 @@ class Prediction:
 
     def memory(self) -> list[StageMemory]:
         """The fullest moment of every pipeline rank."""
+        overhead = overhead_bytes(self.job.gpu, self.job.gpus)
         gathered = []
         for rank, held in enumerate(self.splits.rank_bytes(self.cuts)):
             static = static_bytes(self.rank_parameters(rank), self.job, self.candidate)
-            gathered.append(
-                StageMemory(
-                    weights=static.weights,
-                    gradients=static.gradients,
-                    optimizer=static.optimizer,
-                    activations=held - static.total,
-                    workspace=self.model.workspace_bytes,
-                    overhead=overhead_bytes(self.job.gpu, self.job.gpus),
-                )
-            )
+            activations = held - sum(static)
+            workspace = self.model.workspace_bytes
+            gathered.append(StageMemory(*static, activations, workspace, overhead))
         return gathered
+
+    @property
+    def fullest_bytes(self) -> float:
+        """Of the fullest rank."""
+        return max(memory.total for memory in self.memory())
 
     def breakdown(self) -> dict[str, float]:
         """Seconds of a step of the slowest rank, by what they go to."""
-        simulation, times = self.simulation, self.microbatches
+        simulation = self.simulation
         rank = max(range(self.candidate.pp), key=lambda r: simulation.busy_s[r])
-        busy = sum((p.forward + p.backward for p in self.rank_parts(rank)), Times())
+        seconds = dict.fromkeys(("compute", "tp", "ep", "cp"), 0.0)
+        for part in self.rank_parts(rank):
+            for name, forward_s, backward_s in part.terms:
+                seconds[name] += self.microbatches * (forward_s + backward_s)
         transfers = simulation.step_s - replace(simulation, p2p_s=0.0).step_s
         optimizer = self._optimizer_s(rank)
         return {
-            "compute": busy.compute * times,
-            "tp": busy.tp * times,
-            "ep": busy.ep * times,
-            "cp": busy.cp * times,
+            **seconds,
             "pp": transfers,
-            "bubble": simulation.step_s - transfers - busy.total * times,
+            "bubble": simulation.step_s - transfers - simulation.busy_s[rank],
             "dp": self.after_s - optimizer,
             "optimizer": optimizer,
         }
@@ -187,16 +194,14 @@ class Prediction:
         """Gradients are reduced under the last microbatch's backward pass, weights gathered under
         the first one's forward pass."""
         parameters, parts = self.rank_parameters(rank), self.rank_parts(rank)
-        groups, gpu = self.model.groups, self.job.gpu
+        dp, expert_dp = self.model.groups["dp"], self.model.groups["expert_dp"]
 
-        def beyond(hidden_under_s: float, size: int) -> float:
-            dense = gather(size * parameters.dense, groups.dp, gpu)
-            expert = gather(size * parameters.expert, groups.expert_dp, gpu)
-            return max(0.0, dense + expert - hidden_under_s)
+        def moved_s(size: int) -> float:
+            dense = gather(size * parameters.dense, dp, self.job.gpu)
+            return dense + gather(size * parameters.expert, expert_dp, self.job.gpu)
 
-        return beyond(sum(part.backward.total for part in parts), GRADIENT) + beyond(
-            sum(part.forward.total for part in parts), WEIGHT
-        )
+        reduced = moved_s(GRADIENT) - sum(part.backward_s for part in parts)
+        return max(0.0, reduced) + max(0.0, moved_s(WEIGHT) - sum(p.forward_s for p in parts))
 
     def _optimizer_s(self, rank: int) -> float:
         parameters = self.rank_parameters(rank)
@@ -205,40 +210,15 @@ class Prediction:
         return (moved + zeroed) / self.job.gpu.bytes_per_s / ASSUMED_EFFICIENCY
 
 
-def splits_of(model: Model, candidate: Candidate) -> Splits:
-    """The ways to split a model, which may have been made for another ``vpp``, into the virtual
-    stages of a candidate.
-
-    Raises:
-        PlanError: it has fewer parts than these stages, or Megatron cannot run the schedule.
-    """
-    shape = Shape(
-        pp=candidate.pp, vpp=candidate.vpp, microbatches=candidate.microbatches(model.job)
-    )
-    if model.chain.total < shape.stages:
-        raise PlanError(
-            "there are more virtual stages than layers for them",
-            got=f"pp {shape.pp} * vpp {shape.vpp} = {shape.stages} stages, "
-            f"{model.chain.total - 2} layers",
-            allowed=f"up to {model.chain.total} stages: embedding and loss can stand alone",
-            fix="lower pp or vpp",
-        )
-    return Splits(model.chain, shape, model.p2p_s, model.capacity_bytes)
-
-
-def predict(job: Job, candidate: Candidate, *, moves: int = MOVES) -> Prediction:
-    """Balance the stages of a candidate and predict its step, of stages that nearly fit where none
-    do.
-
-    Args:
-        moves: effort of the search for the stages, see `stages.balance`.
+def predict(job: Job, candidate: Candidate) -> Prediction:
+    """Balance the stages of a candidate and predict its step; the stages that were nearest to
+    fitting, where none fit.
 
     Raises:
         PlanError: it has more stages than layers for them.
     """
-    model = Model(job, candidate)
-    cuts = balance(splits_of(model, candidate), moves=moves)
-    return Prediction(job, candidate, model, cuts)
+    whole = Prediction(job, candidate, Model(job, candidate), ())
+    return replace(whole, cuts=balance(whole.splits))
 
 
 def predict_split(job: Job, candidate: Candidate, stages: tuple[str, ...]) -> Prediction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qwen35_mcore.planner.calibration.rows import PARTS
@@ -124,17 +124,17 @@ def print_found(job: Job, found: Found) -> None:
             f"{one.model_flops_per_gpu_s / 1e12:.0f}",
             f"{one.mfu:.2f}",
             f"{one.bubble:.2f}",
-            f"{max(m.total for m in one.memory()) / GIB:.1f}",
+            f"{one.fullest_bytes / GIB:.1f}",
         )
         for number, one in enumerate(found.best, 1)
     ]
     _print_table(title, ("", "layout", *units), rows, caption="mbs: sequences per microbatch")
     print_prediction(found.best[0])
-    note = "more could be faster than these, which the effort of a search does not cover"
+    note = "others could be faster, which the effort of a search does not cover"
     if found.exact:
         note = "no other is faster than the first by these figures"
     elif found.complete:
-        note = "no other is expected to be faster; better balanced stages of one might be"
+        note = "no other can be faster, unless better balanced stages of one are"
     _print(
         f"{found.allowed} layouts obey the rules, {found.fitting} may fit in memory, "
         f"{found.simulated} were simulated: {note}."
@@ -148,15 +148,16 @@ def print_explanation(job: Job, explanation: Explanation) -> None:
         print_prediction(explanation.prediction)
         print_sources(job, explanation.candidate)
         return
-    _print(f"{explanation.candidate} cannot run:")
-    _print(*(f"  - {violation}" for violation in explanation.violations))
-    _print(*(f"  {line}" for line in explanation.memory.splitlines()))
+    reasons = [f"  - {violation}" for violation in explanation.violations]
+    reasons += [f"  {line}" for line in explanation.memory.splitlines()]
+    _print(f"{explanation.candidate} cannot run:", *reasons)
 
 
 def print_sources(job: Job, candidate: Candidate) -> None:
     """What the figures of a layout rest on."""
-    lines = [f"Times: {job.calibration.source}."]
+    gpu, each, usual = job.gpu.name, job.gpus_of_a_node, get_gpu(job.gpu.name).gpus_per_node
     not_measured, extrapolated = not_covered(job, candidate)
+    lines = [f"Times: {job.calibration.source}."]
     if not_measured:
         lines.append(
             f"Not measured in {candidate.precision}, taken at {ASSUMED_EFFICIENCY:.0%} of what the "
@@ -164,16 +165,13 @@ def print_sources(job: Job, candidate: Candidate) -> None:
         )
     for case, parts in extrapolated.items():
         lines.append(f"Extrapolated: {', '.join(parts)} (measured up to {case}).")
-    if job.calibration.gpu != job.gpu.name:
+    if job.calibration.gpu != gpu:
         lines.append(
-            f"Measured on {job.calibration.gpu}, carried over to {job.gpu.name}: what is above the "
+            f"Measured on {job.calibration.gpu}, carried over to {gpu}: what is above the "
             "launches by peak and bandwidth."
         )
     if job.nodes > 1:
-        each, usual = job.gpus_of_a_node, get_gpu(job.gpu.name).gpus_per_node
-        why = (
-            f", where a node of {job.gpu.name} has {usual}: --gpus-per-node says how many are used"
-        )
+        why = f", where a node of {gpu} has {usual}: --gpus-per-node says how many are used"
         lines.append(f"{job.nodes} nodes of {each} GPUs{'' if each == usual else why}.")
     lines.append(
         f"Memory of each GPU includes {overhead_bytes(job.gpu, job.gpus) / GIB:.1f} GiB for "
@@ -185,57 +183,52 @@ def print_sources(job: Job, candidate: Candidate) -> None:
 
 def print_prediction(prediction: Prediction) -> None:
     """One layout: its stages, where the seconds go, the memory of every pipeline rank."""
-    candidate, job, memories = prediction.candidate, prediction.job, prediction.memory()
+    candidate, seconds = prediction.candidate, prediction.breakdown()
     even = prediction.even_step_s()
     beside = f"; split evenly {even:.2f} s" if even is not None and candidate.pp > 1 else ""
-    fullest = max(memory.total for memory in memories) / GIB
     _print(
-        f"\n{candidate}, dp={candidate.dp(job)}",
+        f"\n{candidate}, dp={candidate.dp(prediction.job)}",
         f"pipeline layout  {prediction.pipeline_layout}",
-        f"step {prediction.step_s:.2f} s{beside}; {fullest:.1f} GiB on the fullest GPU",
+        f"step {prediction.step_s:.2f} s{beside}; "
+        f"{prediction.fullest_bytes / GIB:.1f} GiB on the fullest GPU",
     )
-    seconds = prediction.breakdown()
     shares = [f"{value / prediction.step_s:.0%}" for value in seconds.values()]
     rows = [[f"{value:.2f}" for value in seconds.values()], shares]
-    _print_table("seconds of a step, slowest rank", tuple(seconds), rows)
+    _print_table("seconds of a step, slowest rank", seconds, rows)
+    ranks = []
+    for rank, memory in enumerate(prediction.memory()):
+        stages = " ".join(map(short_stage, prediction.stages[rank :: candidate.pp]))
+        sizes = (f"{size / GIB:.1f}" for size in (*vars(memory).values(), memory.total))
+        ranks.append((str(rank), stages, *sizes))
     headers = ("rank", "layers", "weights", "grads", "optim.", "activ.", "work", "other", "total")
-    ranks = [
-        [
-            str(rank),
-            " ".join(_short(stage) for stage in prediction.stages[rank :: candidate.pp]),
-            *(f"{size / GIB:.1f}" for size in (*vars(memory).values(), memory.total)),
-        ]
-        for rank, memory in enumerate(memories)
-    ]
-    _print_table(f"GiB by pipeline rank, up to {job.usable_bytes / GIB:.1f}", headers, ranks)
+    limit = prediction.job.usable_bytes / GIB
+    _print_table(f"GiB by pipeline rank, up to {limit:.1f}", headers, ranks)
+
+
+def short_stage(stage: str) -> str:
+    """``Etttm`` as Et*3m."""
+    layers = stage.count("t")
+    return stage.replace("t" * layers, f"t*{layers}") if layers > 2 else stage or "-"
 
 
 def _compact(prediction: Prediction) -> str:
     """Sizes above one, in few characters."""
     one, job = prediction.candidate, prediction.job
-    sizes = {"tp": one.tp, "pp": one.pp, "vpp": one.vpp, "ep": one.ep, "cp": one.cp}
-    if job.model_config.is_moe:
-        sizes["etp"] = one.etp
-    words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+    names = ("tp", "pp", "vpp", "ep", "cp", *(["etp"] if job.model_config.is_moe else []))
+    words = [f"{name}{getattr(one, name)}" for name in names if getattr(one, name) > 1]
     words += [f"dp{one.dp(job)}", f"mbs{one.micro_batch_size}"]
     words += [f"recompute {one.recompute}"] if one.recompute != "none" else []
     return " ".join([*words, one.precision] if one.fp8 else words)
 
 
-def _short(stage: str) -> str:
-    layers = stage.count("t")
-    return stage.replace("t" * layers, f"t*{layers}") if layers > 2 else stage or "-"
-
-
 def _print(*lines: str) -> None:
     from rich.console import Console
 
-    for line in lines:
-        Console().print(line, soft_wrap=True, markup=False, highlight=False)
+    Console().print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 
 def _print_table(
-    title: str, headers: tuple[str, ...], rows: Sequence[Sequence[str]], caption: str | None = None
+    title: str, headers: Iterable[str], rows: Sequence[Sequence[str]], caption: str | None = None
 ) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -1,13 +1,7 @@
 """A pipeline step: the order of Megatron's passes, when each runs, and what a rank then holds.
 
-The order is read from megatron-core 0.19.2, `pipeline_parallel/schedules.py`: 1F1B where a rank
-holds one stage, interleaved 1F1B where it holds several. Virtual stage i belongs to rank i % pp, as
-its chunk i // pp. The order depends on no duration, so that it is worked out once for each shape.
-
-A transfer begins when both ranks have asked for it. A rank asks for its next input when it is done
-with the pass before, and goes on when its output is handed over; interleaved
-(``--overlap-p2p-communication``) it asks after the forward pass before, and does not wait for
-gradients to be handed over.
+Read from megatron-core 0.19.2, `pipeline_parallel/schedules.py`. Virtual stage i belongs to rank
+i % pp, as its chunk i // pp.
 """
 
 from __future__ import annotations

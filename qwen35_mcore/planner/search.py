@@ -1,10 +1,7 @@
 """Which layout is fastest: enumerate, reject, start, and improve the most promising.
 
-Every layout that the rules of `parallel` allow and whose layers fit gets a lower bound of its step
-time. From the lowest bound up, each gets stages of equal length, which are simulated, until no
-bound is below the results already found; the fastest of these get their stages improved. Work is
-counted in simulated passes and in moves of a layer, never in seconds: the answer is the same on
-every machine.
+Work is counted in simulated passes and in moves of a layer, never in seconds: the answer is the
+same on every machine.
 """
 
 from __future__ import annotations
@@ -35,8 +32,6 @@ PASSES = 5_000_000
 """Passes to simulate in all before the stages of the best layouts are improved."""
 IMPROVED = 12
 """Layouts whose stages are improved, at least."""
-MOVES = 1500
-"""Effort of improving the stages of one layout, see `stages.balance`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +132,7 @@ def _started(fitting: Iterable[Prediction], top: int) -> list[Prediction]:
 
 
 def _improved(prediction: Prediction) -> Prediction:
-    return replace(prediction, cuts=balance(prediction.splits, moves=MOVES))
+    return replace(prediction, cuts=balance(prediction.splits))
 
 
 def candidates(job: Job, space: Space) -> Iterator[Candidate]:

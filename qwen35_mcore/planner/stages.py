@@ -1,13 +1,8 @@
 """Which layers each pipeline stage gets, so that the step is shortest and every rank fits.
 
-A split cuts the parts of a model, MTP and loss taken together because Megatron wants them in one
-stage, into one run for each virtual stage, none of them empty: Megatron takes a stage without
-layers, but its data-parallel buffers would be empty. A split is written as the index of the first
-part of every stage but the first.
-
-The search begins with splits whose stages take equally long, each as far as memory allows, and
-improves the best of them by moving single layers from stage to stage as long as first the memory
-that is missing and then the simulated step gets smaller. It tries a fixed number of moves.
+A split cuts the parts of a model into one run for each virtual stage, none of them empty, because a
+stage without layers has empty data-parallel buffers; MTP and loss stay in one stage. It is written
+as the index of the first part of every stage but the first.
 """
 
 from __future__ import annotations
@@ -25,6 +20,8 @@ Cuts = tuple[int, ...]
 Score = tuple[float, float]
 """Bytes missing on all ranks together, seconds of a step."""
 
+MOVES = 2000
+"""Moves of a layer that are tried for one layout."""
 _HALVINGS = 12
 """Of the interval in which the time of equal stages lies."""
 _SHARES = (0.0, 0.5, 1.0)
@@ -146,23 +143,19 @@ class Splits:
 
     def _fill(self, limit_s: float, share: float) -> Cuts | None:
         """Every stage as long as time and memory allow; None if the last one cannot take the rest.
-        Chunks of a rank may each fill as large a part of its memory."""
+        Chunks of a rank may each fill as large a part of its memory, beyond what the tail takes."""
         shape, both_s, total = self.shape, self.chain.both_s, self.chain.total
         over_s = share * max(0.0, self.chain.tail_s - limit_s) / max(1, shape.vpp - 1)
-        held, edges = [0.0] * shape.pp, [0]
+        held, edges, moments = [0.0] * shape.pp, [0], alive(shape)
+        tail_bytes = self._bytes(total - 1, moments[-1][0][-1], total)
         for stage in range(shape.stages):
             chunk, rank = divmod(stage, shape.pp)
             begin, rest = edges[-1], shape.stages - 1 - stage
-            most_alive = max(moment[chunk] for moment in alive(shape)[rank])
-            size_of = partial(self._bytes, begin, most_alive)
-            room = self.capacity_bytes * (chunk + 1) / shape.vpp - held[rank]
-            if not rest:
-                allowed_s = max(limit_s, self.chain.tail_s)
-            elif shape.vpp > 1 and rank == shape.pp - 1:
-                allowed_s = limit_s - over_s
-            else:
-                allowed_s = limit_s
-            until = both_s[begin] + allowed_s
+            size_of = partial(self._bytes, begin, max(moment[chunk] for moment in moments[rank]))
+            reserved = tail_bytes if rest and rank == shape.pp - 1 else 0.0
+            room = (self.capacity_bytes - reserved) * (chunk + 1) / shape.vpp - held[rank]
+            allowed_s = limit_s - over_s if reserved else limit_s
+            until = both_s[begin] + (allowed_s if rest else max(limit_s, self.chain.tail_s))
             end = max(begin + 1, bisect_right(both_s, until, begin, total - rest + 1) - 1)
             if size_of(end) > room:
                 end = bisect_right(range(end), room, begin, end, key=size_of) - 1
@@ -183,11 +176,11 @@ class Splits:
         return [sums[end] - sums[begin] for begin, end in pairwise((0, *cuts, len(sums) - 1))]
 
 
-def balance(splits: Splits, *, moves: int) -> Cuts:
+def balance(splits: Splits) -> Cuts:
     """The best split found: the fastest that fits, or the one nearest to fitting.
 
-    Args:
-        moves: moves of a layer to try.
+    From the split to begin with on, single layers move from stage to stage as long as first the
+    memory that is missing and then the simulated step gets smaller.
     """
     cuts = splits.first()
     if cuts is None:
@@ -195,7 +188,7 @@ def balance(splits: Splits, *, moves: int) -> Cuts:
         assert cuts is not None
     best = splits.score(cuts)
     every, seen, idle = _moves(splits.shape.stages), {cuts}, 0
-    for turn in range(moves):
+    for turn in range(MOVES):
         if idle == len(every):
             break
         idle += 1

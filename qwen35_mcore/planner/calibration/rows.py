@@ -17,7 +17,7 @@ from typing import Any
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError, Qwen35Error
-from qwen35_mcore.planner.choices import PRECISIONS, RECOMPUTE
+from qwen35_mcore.planner.choices import PRECISIONS
 from qwen35_mcore.planner.hardware import get_gpu
 
 SCHEMA = 1
@@ -47,22 +47,6 @@ class LayerRow:
     """Bytes kept between the two passes, where measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRow:
-    """A training run on one GPU: what predictions are compared with."""
-
-    name: str
-    model_config: Qwen35Config
-    seq_length: int
-    micro_batch_size: int
-    global_batch_size: int
-    recompute: str
-    precision: str
-    peak_bytes: int
-    model_bytes: int | None
-    step_s: float | None
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
     """Rows, and where they come from. Compared by identity, which caches rely on."""
@@ -70,7 +54,6 @@ class Calibration:
     source: str
     gpu: str
     layers: tuple[LayerRow, ...]
-    runs: tuple[RunRow, ...] = ()
 
     def rows(self, part: str, precision: str) -> tuple[LayerRow, ...]:
         """Rows of one part in one precision."""
@@ -87,7 +70,9 @@ def model_of(flavor: str, overrides: Mapping[str, Any]) -> Qwen35Config:
     unknown = set(overrides) - {f.name for f in fields(model_config)}
     if unknown:
         raise PlanError("an override names no field of the model", got=", ".join(sorted(unknown)))
-    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    changes: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()
+    }
     layers = changes.get("num_hidden_layers")
     if isinstance(layers, int) and "layer_types" not in changes:
         pattern = model_config.layer_types
@@ -123,17 +108,15 @@ def read_calibration(path: Path) -> Calibration:
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise _unusable(path, f"has another schema than {SCHEMA}", repr(schema))
-    layers, runs = content.get("layers", []), content.get("runs", [])
-    if not isinstance(layers, list) or not isinstance(runs, list) or not layers:
-        lists = json.dumps({"layers": layers, "runs": runs})
-        raise _unusable(path, 'needs at least one row in "layers", and a list of "runs"', lists)
+    layers = content.get("layers")
+    if not isinstance(layers, list) or not layers:
+        raise _unusable(path, 'needs at least one row in "layers"', json.dumps(layers))
     gpu = _read(content.get("gpu", _STANDARD), path, lambda name: get_gpu(str(name)))
     precisions = PRECISIONS if gpu.has_fp8 else PRECISIONS[:1]
     return Calibration(
         source=str(path),
         gpu=gpu.name,
         layers=tuple(_read(row, path, lambda row: layer_row(row, precisions)) for row in layers),
-        runs=tuple(_read(row, path, run_row) for row in runs),
     )
 
 
@@ -152,7 +135,7 @@ def _read[Row](row: Any, path: Path, reader: Callable[[Any], Row]) -> Row:
 
 
 def layer_row(row: Mapping[str, Any], precisions: tuple[str, ...] = PRECISIONS) -> LayerRow:
-    """A row of "layers". Raises what a wrong one makes Python raise, as `run_row` does."""
+    """A row of "layers". Raises what a wrong one makes Python raise."""
     overrides = {"mtp_num_hidden_layers": 0} | (row.get("overrides") or {})  # one loss alone
     if row.get("local_experts"):
         overrides["num_experts"] = row["local_experts"]
@@ -165,23 +148,6 @@ def layer_row(row: Mapping[str, Any], precisions: tuple[str, ...] = PRECISIONS) 
         forward_s=_milliseconds(row, "forward_ms"),
         backward_s=_milliseconds(row, "backward_ms"),
         saved_bytes=row.get("saved_bytes"),
-    )
-
-
-def run_row(row: Mapping[str, Any]) -> RunRow:
-    """A row of "runs"."""
-    overrides = row.get("overrides") or {}
-    return RunRow(
-        name=", ".join([row["flavor"], *(f"{key} {value}" for key, value in overrides.items())]),
-        model_config=model_of(row["flavor"], overrides),
-        seq_length=_size(row, "seq_length"),
-        micro_batch_size=_size(row, "micro_batch_size"),
-        global_batch_size=_size(row, "global_batch_size"),
-        recompute=_word(row, "recompute", RECOMPUTE),
-        precision=_word(row, "precision", PRECISIONS),
-        peak_bytes=_size(row, "peak_bytes"),
-        model_bytes=row.get("model_bytes"),
-        step_s=None if row.get("step_ms") is None else _milliseconds(row, "step_ms"),
     )
 
 

@@ -10,7 +10,7 @@ from qwen35_mcore.config.flops import training_flops
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.stages import write_pipeline_layout
 from qwen35_mcore.planner.candidate import Candidate, Job
-from qwen35_mcore.planner.communication import gather
+from qwen35_mcore.planner.communication import Group, gather
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
 from qwen35_mcore.planner.layers import Model, Part
 from qwen35_mcore.planner.memory import (
@@ -22,7 +22,7 @@ from qwen35_mcore.planner.memory import (
     static_bytes,
 )
 from qwen35_mcore.planner.schedule import Shape, Simulation
-from qwen35_mcore.planner.stages import Cuts, Splits, balance
+from qwen35_mcore.planner.stages import Cuts, Splits
 
 _OPTIMIZER_TRAFFIC = 4 * 7 + WEIGHT + GRADIENT
 """Bytes a parameter of an Adam step: gradient, weight and two moments read, three written back, the
@@ -167,6 +167,11 @@ class Prediction:
             gathered.append(StageMemory(*static, activations, workspace, overhead))
         return gathered
 
+    @cached_property
+    def missing_bytes(self) -> float:
+        """Memory that the ranks lack, all together."""
+        return self.splits.missing_bytes(self.cuts)
+
     @property
     def fullest_bytes(self) -> float:
         """Of the fullest rank."""
@@ -200,8 +205,19 @@ class Prediction:
             dense = gather(size * parameters.dense, dp, self.job.gpu)
             return dense + gather(size * parameters.expert, expert_dp, self.job.gpu)
 
+        config, pp = self.job.model_config, self.candidate.pp
+        tied = 0.0
+        if (
+            pp > 1
+            and rank in (0, pp - 1)
+            and (config.mtp_num_hidden_layers or config.tie_word_embeddings)
+        ):  # the first and the last rank add up the gradients of their embeddings
+            table = GRADIENT * config.vocab_size * config.hidden_size / self.candidate.tp
+            ends = Group(2, self.model.groups["pp"].stride * (pp - 1))
+            tied = 2 * gather(table, ends, self.job.gpu)
         reduced = moved_s(GRADIENT) - sum(part.backward_s for part in parts)
-        return max(0.0, reduced) + max(0.0, moved_s(WEIGHT) - sum(p.forward_s for p in parts))
+        gathered = moved_s(WEIGHT) - sum(part.forward_s for part in parts)
+        return tied + max(0.0, reduced) + max(0.0, gathered)
 
     def _optimizer_s(self, rank: int) -> float:
         parameters = self.rank_parameters(rank)
@@ -218,7 +234,7 @@ def predict(job: Job, candidate: Candidate) -> Prediction:
         PlanError: it has more stages than layers for them.
     """
     whole = Prediction(job, candidate, Model(job, candidate), ())
-    return replace(whole, cuts=balance(whole.splits))
+    return replace(whole, cuts=whole.splits.best())
 
 
 def predict_split(job: Job, candidate: Candidate, stages: tuple[str, ...]) -> Prediction:

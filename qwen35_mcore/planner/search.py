@@ -19,7 +19,6 @@ from qwen35_mcore.planner.choices import RECOMPUTE
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.layers import Model
 from qwen35_mcore.planner.prediction import Prediction
-from qwen35_mcore.planner.stages import balance
 
 EVEN_SPLIT_RULE = "pp * vpp divides num_hidden_layers"
 """The one rule of `parallel` that does not bind here: every plan has a layout string."""
@@ -30,7 +29,7 @@ LEAST_LOCAL_SEQUENCE = 4096
 """Context parallelism does not cut sequences below this; tensor parallelism saves the memory."""
 PASSES = 5_000_000
 """Passes to simulate in all before the stages of the best layouts are improved."""
-IMPROVED = 12
+IMPROVED = 24
 """Layouts whose stages are improved, at least."""
 
 
@@ -78,17 +77,18 @@ def search(job: Job, space: Space, *, top: int = 5) -> Found:
     allowed = list(candidates(job, space))
     if not allowed:
         raise _nothing_allowed(job, space)
-    fitting = [one for one in _not_split(job, allowed) if one.splits.fits()]
-    if not fitting:
-        raise _nothing_fits(job, space, allowed)
+    fitting = [one for one in _not_split(job, allowed) if one.splits.may_fit()]
     fitting.sort(key=_bound_s)
     started = _started(fitting, top)
-    improved = started[: max(IMPROVED, top)]
-    best = sorted(map(_improved, improved), key=_step_s)[:top]
+    split = sorted((one for one in started if not one.missing_bytes), key=_step_s)
+    improved = (replace(one, cuts=one.splits.best()) for one in split[: max(IMPROVED, top)])
+    best = tuple(sorted(improved, key=_step_s)[:top])
+    if not best:
+        raise _nothing_fits(job, space, allowed)
     others = (_bound_s(one) for one in fitting if one.candidate != best[0].candidate)
     left = fitting[len(started) :]
     return Found(
-        tuple(best),
+        best,
         len(allowed),
         len(fitting),
         len(started),
@@ -116,23 +116,20 @@ def _not_split(job: Job, allowed: Iterable[Candidate]) -> Iterator[Prediction]:
 
 
 def _started(fitting: Iterable[Prediction], top: int) -> list[Prediction]:
-    """The most promising layouts with stages of equal length, fastest first."""
+    """From the lowest bound up, layouts with stages of equal length, until no bound is below the
+    steps that were found."""
     started: list[Prediction] = []
     steps: list[float] = []
     passes = 0
     for one in fitting:
         if passes > PASSES or (len(steps) >= top and _bound_s(one) >= steps[top - 1]):
             break
-        cuts, shape = one.splits.first(), one.splits.shape
-        assert cuts is not None, "it fits"
+        shape = one.splits.shape
         passes += 2 * shape.stages * shape.microbatches
-        started.append(replace(one, cuts=cuts))
-        insort(steps, started[-1].step_s)
-    return sorted(started, key=_step_s)
-
-
-def _improved(prediction: Prediction) -> Prediction:
-    return replace(prediction, cuts=balance(prediction.splits))
+        started.append(replace(one, cuts=one.splits.first()))
+        if not started[-1].missing_bytes:
+            insort(steps, started[-1].step_s)
+    return started
 
 
 def candidates(job: Job, space: Space) -> Iterator[Candidate]:
@@ -277,4 +274,5 @@ def _smallest_that_fits(job: Job, space: Space) -> int | None:
 
 
 def _fits(job: Job, space: Space) -> bool:
-    return any(one.splits.fits() for one in _not_split(job, candidates(job, space)))
+    started = (one.splits for one in _not_split(job, candidates(job, space)))
+    return any(not one.missing_bytes(one.first()) for one in started if one.may_fit())

@@ -8,7 +8,7 @@ as the index of the first part of every stage but the first.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
@@ -17,8 +17,6 @@ from operator import add
 from qwen35_mcore.planner.schedule import Shape, Simulation, alive, peak_saved_bytes
 
 Cuts = tuple[int, ...]
-Score = tuple[float, float]
-"""Bytes missing on all ranks together, seconds of a step."""
 
 MOVES = 2000
 """Moves of a layer that are tried for one layout."""
@@ -103,32 +101,69 @@ class Splits:
         shared = 1 - (1 - 1 / (shape.vpp * shape.microbatches)) ** shape.pp
         return max(total / shape.vpp / shared, shape.microbatches * self.chain.tail_s)
 
-    def score(self, cuts: Cuts) -> Score:
-        return self.missing_bytes(cuts), self.simulate(cuts).step_s
-
     def even(self) -> Cuts | None:
         """As many layers in every stage, which is what Megatron takes without a layout string; None
         where the layers do not divide."""
         each, rest = divmod(self.chain.total - 2, self.shape.stages)
-        return (
-            None if rest or not each else tuple(1 + each * i for i in range(1, self.shape.stages))
-        )
-
-    def first(self) -> Cuts | None:
-        """The best split to begin a search with; None where memory allows none of them."""
-        starts = [self._equal(share) for share in _SHARES[: 1 if self.shape.vpp == 1 else None]]
-        found = dict.fromkeys(cuts for cuts in starts if cuts is not None)
-        return min(found, key=self.score, default=None)
+        cuts = tuple(1 + each * i for i in range(1, self.shape.stages))
+        return None if rest or not each else cuts
 
     @property
     def least_missing_bytes(self) -> float:
-        """What every rank lacks on average, however the model is split."""
-        needed = self.chain.static_bytes[-1] + self.chain.saved_bytes[-1]
-        return max(0.0, needed / self.shape.pp - self.capacity_bytes)
+        """What every rank lacks on average, with equal stages and one microbatch at the loss."""
+        *_, layers, total = self.chain.saved_bytes
+        alive_stages = sum(max(map(sum, moments)) for moments in alive(self.shape))
+        saved = alive_stages * layers / self.shape.stages + total - layers
+        needed = (self.chain.static_bytes[-1] + saved) / self.shape.pp
+        return max(0.0, needed - self.capacity_bytes)
 
-    def fits(self) -> bool:
-        """Whether stages that each take what fits reach the end of the model."""
-        return not self.least_missing_bytes and self._fill(float("inf"), 0.0) is not None
+    def may_fit(self) -> bool:
+        """Whether some split may fit; without interleaving, whether one does."""
+        if self.shape.vpp > 1:
+            return not self.least_missing_bytes
+        return self._fill(float("inf"), 0.0) is not None
+
+    def first(self) -> Cuts:
+        """A split to begin a search with: of those with stages that take equally long the fastest
+        that fits, or else the one that is made to fit with the fewest moves."""
+        shares = _SHARES if self.shape.vpp > 1 else _SHARES[:1]
+        fitting = {cuts for share in shares if (cuts := self._equal(share)) is not None}
+        if fitting:
+            return min(sorted(fitting), key=lambda cuts: self.simulate(cuts).step_s)
+        equal = replace(self, capacity_bytes=float("inf"))._equal(0.0)
+        assert equal is not None
+        return self._improved(equal, self._missing_below)
+
+    def best(self) -> Cuts:
+        """The fastest split found that fits, or the one nearest to fitting."""
+        cuts = self.first()
+        return cuts if self.missing_bytes(cuts) else self._improved(cuts, self._step_below)
+
+    def _improved(self, cuts: Cuts, cost: Callable[[Cuts, float], float]) -> Cuts:
+        """A split of which single layers are moved from stage to stage as long as it costs less."""
+        least, every = cost(cuts, float("inf")), _moves(self.shape.stages)
+        seen, idle = {cuts}, 0
+        for turn in range(MOVES):
+            if idle == len(every) or not least:
+                break
+            idle += 1
+            moved = _shifted(cuts, self.chain.total, *every[turn % len(every)])
+            if moved is None or moved in seen:
+                continue
+            seen.add(moved)
+            found = cost(moved, least)
+            if found < least * (1 - _SMALL):
+                least, cuts, idle = found, moved, 0
+        return cuts
+
+    def _missing_below(self, cuts: Cuts, _: float) -> float:
+        return self.missing_bytes(cuts)
+
+    def _step_below(self, cuts: Cuts, limit_s: float) -> float:
+        """Seconds of a step, infinite where it is not below the limit or does not fit."""
+        if self.least_s(cuts) >= limit_s or self.missing_bytes(cuts):
+            return float("inf")
+        return self.simulate(cuts).step_s
 
     def _equal(self, share: float) -> Cuts | None:
         """The split whose longest stage but the last is shortest."""
@@ -174,35 +209,6 @@ class Splits:
     def _of(sums: Sequence[float], cuts: Cuts) -> list[float]:
         """A quantity per virtual stage, from its running sums over the units."""
         return [sums[end] - sums[begin] for begin, end in pairwise((0, *cuts, len(sums) - 1))]
-
-
-def balance(splits: Splits) -> Cuts:
-    """The best split found: the fastest that fits, or the one nearest to fitting.
-
-    From the split to begin with on, single layers move from stage to stage as long as first the
-    memory that is missing and then the simulated step gets smaller.
-    """
-    cuts = splits.first()
-    if cuts is None:
-        cuts = replace(splits, capacity_bytes=float("inf")).first()
-        assert cuts is not None
-    best = splits.score(cuts)
-    every, seen, idle = _moves(splits.shape.stages), {cuts}, 0
-    for turn in range(MOVES):
-        if idle == len(every):
-            break
-        idle += 1
-        moved = _shifted(cuts, splits.chain.total, *every[turn % len(every)])
-        if moved is None or moved in seen:
-            continue
-        missing = splits.missing_bytes(moved)
-        if missing > best[0] or (missing == best[0] and splits.least_s(moved) >= best[1]):
-            continue
-        seen.add(moved)
-        score = missing, splits.simulate(moved).step_s
-        if score < (best[0], best[1] * (1 - _SMALL)):
-            best, cuts, idle = score, moved, 0
-    return cuts
 
 
 @lru_cache(maxsize=64)

@@ -195,7 +195,7 @@ def _common_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             "the checkpoint was not written by this package",
             got=str(folder),
-            allowed="a checkpoint of examples/pretrain_qwen35.py or of `qwen35-ckpt import`",
+            allowed="a checkpoint of qwen35_mcore.training or of `qwen35-ckpt import`",
             fix="export it to a Hugging Face folder and import that",
         )
     return common

@@ -100,20 +100,18 @@ def count_parameters(config: Qwen35Config) -> ParameterCounts:
 
 
 def gdn_parameters(config: Qwen35Config) -> int:
-    """One GDN mixer: in_proj for q, k, v, z (heads * width) and b, a (one each per value head)."""
-    heads, value_dim = config.linear_num_value_heads, config.gdn_value_dim
-    in_proj = config.hidden_size * (2 * config.gdn_key_dim + 2 * value_dim + 2 * heads)
-    conv = config.gdn_conv_dim * config.linear_conv_kernel_dim
-    a_log_and_dt_bias = 2 * heads
-    norm = config.linear_value_head_dim
-    return in_proj + conv + a_log_and_dt_bias + norm + value_dim * config.hidden_size
+    """One GDN mixer: both projections, convolution, A_log and dt_bias, gated norm."""
+    gdn = config.gdn_shape
+    projections = config.hidden_size * (gdn.in_proj_width + gdn.value_width)
+    convolution = config.linear_conv_kernel_dim * gdn.conv_width
+    return projections + convolution + 2 * gdn.value_heads + gdn.value_head_dim
 
 
 def attention_parameters(config: Qwen35Config) -> int:
     """One full attention mixer: query and output gate, key, value, output, q and k norms."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    projections = 2 * heads + 2 * kv_heads + heads
-    return config.hidden_size * projections * config.head_dim + 2 * config.head_dim
+    attention = config.attention_shape
+    projections = config.hidden_size * (attention.qkv_width + attention.query_width)
+    return projections + 2 * attention.head_dim
 
 
 def mlp_parameters(config: Qwen35Config) -> int:

@@ -32,19 +32,18 @@ class ForwardFlops:
 
 def gdn_layer_flops(config: Qwen35Config, tokens: int) -> int:
     """Projections, convolution and delta rule of one GatedDeltaNet."""
-    key, value, heads = config.gdn_key_dim, config.gdn_value_dim, config.linear_num_value_heads
-    projections = config.hidden_size * (2 * key + 2 * value + 2 * heads + value)
-    convolution = config.linear_conv_kernel_dim * config.gdn_conv_dim
-    delta_rule = 4 * heads * config.linear_key_head_dim * config.linear_value_head_dim
+    gdn = config.gdn_shape
+    projections = config.hidden_size * (gdn.in_proj_width + gdn.value_width)
+    convolution = config.linear_conv_kernel_dim * gdn.conv_width
+    delta_rule = 4 * gdn.value_heads * gdn.key_head_dim * gdn.value_head_dim
     return 2 * tokens * (projections + convolution + delta_rule)
 
 
 def attention_layer_flops(config: Qwen35Config, tokens: int, squared_lengths: int) -> int:
     """Projections (query, gate, key, value, output) and causal attention of one layer."""
-    query = config.num_attention_heads * config.head_dim
-    key_value = 2 * config.num_key_value_heads * config.head_dim
-    projections = config.hidden_size * (3 * query + key_value)
-    return 2 * tokens * projections + 2 * squared_lengths * query
+    attention = config.attention_shape
+    projections = config.hidden_size * (attention.qkv_width + attention.query_width)
+    return 2 * tokens * projections + 2 * squared_lengths * attention.query_width
 
 
 def feed_forward_flops(config: Qwen35Config, tokens: int) -> int:

@@ -363,12 +363,12 @@ def _matrix_widths(case: Case) -> Iterator[tuple[str, int, int]]:
     config, tp, etp = case.config, case.layout.tp, case.layout.expert_tp
     yield "hidden_size", config.hidden_size, 1
     if config.num_gdn_layers:
-        in_proj = 2 * config.gdn_key_dim + 2 * config.gdn_value_dim  # without the logits b and a
-        yield "the GDN input projection", in_proj, tp
-        yield "the GDN output projection", config.gdn_value_dim, tp
-    heads, kv = config.num_attention_heads, config.num_key_value_heads
-    yield "the attention qkv projection", (2 * heads + 2 * kv) * config.head_dim, tp
-    yield "the attention output projection", heads * config.head_dim, tp
+        gdn = config.gdn_shape  # the logits b and a have a projection of their own in FP8 runs
+        yield "the GDN input projection", gdn.qkvz_width, tp
+        yield "the GDN output projection", gdn.value_width, tp
+    attention = config.attention_shape
+    yield "the attention qkv projection", attention.qkv_width, tp
+    yield "the attention output projection", attention.query_width, tp
     if config.is_moe:
         yield "the experts", config.moe_intermediate_size, etp
         yield "the shared expert", config.shared_expert_intermediate_size, tp

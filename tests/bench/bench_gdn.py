@@ -81,7 +81,7 @@ def make_step(module: Any, x: torch.Tensor, grad: torch.Tensor) -> Any:
 
 def floor_ms(hf: Any, tokens: int) -> float:
     operations = 3 * gdn_layer_flops(hf, tokens) / (RATE_TFLOPS * 1e9)
-    channels = 2 * hf.hidden_size + 2 * hf.gdn_conv_dim + 3 * hf.gdn_value_dim
+    channels = 2 * hf.hidden_size + 2 * hf.gdn_shape.conv_width + 3 * hf.gdn_shape.value_width
     return max(operations, 3 * 2 * tokens * channels / BANDWIDTH * 1e3)
 
 

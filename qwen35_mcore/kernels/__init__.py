@@ -1,5 +1,8 @@
 """Who computes a GatedDeltaNet: reference mathematics, FLA, fused Triton kernels, and the choice.
 
-`reference` is the specification, `base` the interface; a new choice is one file that registers
-itself. Imports torch and `errors`; FLA and Triton only when kernels are built.
+To add kernels, write one module here named ``*_kernels`` with a subclass of `base.Kernels` under
+`base.register`: it says where it can run (`support`) and computes the convolution, the delta rule
+and the gated norm. `registry` finds it, and ``--gdn-kernel`` takes its name.
+`reference` is the specification. Imports `config.shapes`, `errors`, `versions` and torch; FLA and
+Triton only when kernels are built.
 """

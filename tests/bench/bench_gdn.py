@@ -103,9 +103,9 @@ def bench(flavor: str, length: int, batch: int, args: Any) -> None:
         if name.startswith("ours"):
             module = build_ours(config)
             copy_weights(native, module)
-            kernels[name] = module.kernel.reason
-            if name.endswith(FLASH_QLA) and module.kernel.gates_in_kernel:
-                sys.exit(f"FlashQLA cannot run here: {module.kernel.reason}")
+            kernels[name] = module.kernels.reason
+            if name.endswith(FLASH_QLA) and module.kernels.gates_in_kernel:
+                sys.exit(f"FlashQLA cannot run here: {module.kernels.reason}")
         step = make_step(module, x, grad)
         results[name] = [t.detach().clone() for t in step()]
         timing = median_ms(step)

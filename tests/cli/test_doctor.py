@@ -22,6 +22,7 @@ from qwen35_mcore.doctor.report import print_report, to_json
 from qwen35_mcore.doctor.rules import judge
 from qwen35_mcore.doctor.snapshot import Level
 from qwen35_mcore.kernels import reference
+from qwen35_mcore.kernels.base import DeltaRuleInputs
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
 from qwen35_mcore.versions import MEGATRON_CORE, PYTHON, TRANSFORMER_ENGINE
 from tests.helpers.machines import kernels
@@ -40,9 +41,8 @@ def test_the_cpu_kernels_pass_the_gradient_check() -> None:
 class WithoutDecayGradient(TorchKernels):
     """A delta rule whose output is right and whose decay learns nothing."""
 
-    def gated_delta_rule(self, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        q, k, v, a, *rest = tensors
-        return super().gated_delta_rule(q, k, v, a.detach(), *rest, **options)
+    def gated_delta_rule(self, inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor | None]:
+        return super().gated_delta_rule(dataclasses.replace(inputs, a_bsh=inputs.a_bsh.detach()))
 
 
 class NotCausal(TorchKernels):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.kernels.base import DeltaRuleInputs
 from qwen35_mcore.kernels.state_passing import Zigzag
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
 from qwen35_mcore.model.transformer_config import transformer_config
@@ -43,14 +44,16 @@ def outputs_and_gradients(case: dict[str, Tensor], context: Zigzag | None) -> di
     mixed = kernels.causal_conv1d(leaves["x"], leaves["conv"], cp_context=context)
     q, k, v = mixed.split([KEY_HEADS * KEY, KEY_HEADS * KEY, HEADS * VALUE], dim=-1)
     out, _ = kernels.gated_delta_rule(
-        q.unflatten(-1, (KEY_HEADS, KEY)),
-        k.unflatten(-1, (KEY_HEADS, KEY)),
-        v.unflatten(-1, (HEADS, VALUE)),
-        leaves["a"],
-        leaves["b"],
-        leaves["A_log"],
-        leaves["dt_bias"],
-        cp_context=context,
+        DeltaRuleInputs(
+            q_bshk=q.unflatten(-1, (KEY_HEADS, KEY)),
+            k_bshk=k.unflatten(-1, (KEY_HEADS, KEY)),
+            v_bshv=v.unflatten(-1, (HEADS, VALUE)),
+            a_bsh=leaves["a"],
+            b_bsh=leaves["b"],
+            A_log=leaves["A_log"],
+            dt_bias=leaves["dt_bias"],
+            cp_context=context,
+        )
     )
     (out * case["weight"]).sum().backward()
     return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}

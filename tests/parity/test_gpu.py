@@ -116,7 +116,7 @@ def test_flas_gate_at_its_extremes(gates_in_kernel: bool, monkeypatch: pytest.Mo
     decay's gradient by the decay itself, up to 3,600 here, and where a head forgets at once nothing
     else is left (d_A_log at rate 60: 1.1e-2, beside 5.4 at rate 0.02; error 5e-3 in both)."""
     monkeypatch.setenv("FLA_FLASH_QLA", "0")  # it would compile for minutes
-    from qwen35_mcore.kernels.fla import FlaKernels
+    from qwen35_mcore.kernels.fla_kernels import FlaKernels
     from qwen35_mcore.kernels.torch_kernels import TorchKernels
     from tests.parity.test_gated_delta_rule import (
         exact_rule,

@@ -107,8 +107,8 @@ def packed_sequences() -> str:
 
     layout = Layout(cp=2, run={"gdn_context_parallel": "state_passing"})
     initialize(layout)
-    hf = toy_config(moe=False)
-    [model] = build_chunks(hf, config_for(hf, layout), layout)
+    model_config = toy_config(moe=False)
+    [model] = build_chunks(model_config, config_for(model_config, layout), layout)
     bounds = torch.tensor([0, 32, 64], dtype=torch.int32)
     packed = PackedSeqParams(
         qkv_format="thd",
@@ -119,7 +119,7 @@ def packed_sequences() -> str:
     )
     gdn = model.decoder.layers[0].self_attention
     with pytest.raises(ConfigError) as error:
-        gdn(torch.randn(32, 1, hf.hidden_size), packed_seq_params=packed)
+        gdn(torch.randn(32, 1, model_config.hidden_size), packed_seq_params=packed)
     return str(error.value)
 
 
@@ -130,16 +130,16 @@ def test_packed_sequences_are_refused(pool: WorkerPool) -> None:
 
 
 def test_only_the_all_to_all_needs_a_key_head_for_every_rank() -> None:
-    hf = toy_config(linear_num_key_heads=2, linear_num_value_heads=4)
+    model_config = toy_config(linear_num_key_heads=2, linear_num_value_heads=4)
     run = LOCAL | {"params_dtype": torch.float32}
     passing = run | {"gdn_context_parallel": "state_passing"}
-    config = transformer_config(hf, **passing, context_parallel_size=4)
+    config = transformer_config(model_config, **passing, context_parallel_size=4)
     assert config.experimental_attention_variant == "gated_delta_net"
     assert (config.linear_num_key_heads, config.linear_num_value_heads) == (2, 4)
     with pytest.raises(AssertionError, match="linear_num_key_heads"):
-        transformer_config(hf, **run, context_parallel_size=4)
+        transformer_config(model_config, **run, context_parallel_size=4)
     tp4 = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
     with pytest.raises(AssertionError, match="linear_num_key_heads"):
-        transformer_config(hf, **passing, **tp4, context_parallel_size=2)
+        transformer_config(model_config, **passing, **tp4, context_parallel_size=2)
     with pytest.raises(ConfigError, match="all_to_all or state_passing"):
-        transformer_config(hf, **run, gdn_context_parallel="state-passing")
+        transformer_config(model_config, **run, gdn_context_parallel="state-passing")

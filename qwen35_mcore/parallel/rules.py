@@ -10,7 +10,7 @@ from math import gcd
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.layout import ParallelLayout
-from qwen35_mcore.parallel.stages import stage_problems, parse_pipeline_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout, stage_problems
 
 FP8_MULTIPLE = 16
 """Transformer Engine's FP8 products need every width to be a multiple of this."""

@@ -18,7 +18,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.check import check_layout, require_layout
 from qwen35_mcore.parallel.layout import ParallelLayout
-from qwen35_mcore.parallel.stages import stage_problems, parse_pipeline_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout, stage_problems
 
 MOE, DENSE = get_flavor("35b-a3b"), get_flavor("27b")
 THREE_KV = replace(get_flavor("tiny-dense"), num_attention_heads=12, num_key_value_heads=3)

@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.parallel.stages import stage_problems, parse_pipeline_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout, stage_problems
 from qwen35_mcore.planner import split_search
 from qwen35_mcore.planner.layout_text import write_pipeline_layout
 from qwen35_mcore.planner.pipeline import simulate

@@ -1,8 +1,9 @@
 """Who computes a GatedDeltaNet: reference mathematics, FLA, fused Triton kernels, and the choice.
 
 To add kernels, write one module here named ``*_kernels`` with a subclass of `base.Kernels` under
-`base.register`: it says where it can run (`support`) and computes the convolution, the delta rule
-and the gated norm. `registry` finds it, and ``--gdn-kernel`` takes its name.
-`reference` is the specification. Imports `config.shapes`, `errors`, `versions` and torch; FLA and
+`base.register`. It says where the kernels can run (`support`) and computes the convolution, the
+delta rule and the gated norm; `registry` finds it, and ``--gdn-kernel`` takes its name.
+
+`reference` is the specification. Imports torch, `config.shapes`, `errors` and `versions`; FLA and
 Triton only when kernels are built.
 """

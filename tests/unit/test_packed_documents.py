@@ -59,9 +59,8 @@ def test_ranks_share_every_document(lengths: list[int], cp: int, tp: int, fp8: b
     grown = bounds.diff() - torch.tensor(lengths)
     assert (grown >= 0).all()
     assert (grown[:-1] < 2 * cp).all()
-    position, document = positions_and_sequences(
-        bounds.tolist(), cp
-    )  # where attention takes tokens to be
+    # where attention takes tokens to be
+    position, document = positions_and_sequences(bounds.tolist(), cp)
     starts = torch.tensor([0, *lengths]).cumsum(0)
     for rank, part in enumerate(parts):
         assert part["labels"] is None

@@ -29,7 +29,7 @@ class Level(StrEnum):
     """How bad a finding is."""
 
     ERROR = "error"
-    """Training would not start, be wrong, or be slow without a word."""
+    """Training would not start, or would be wrong or slow without a message."""
     WARNING = "warning"
     """May go wrong; nobody has tested it."""
     NOTE = "note"

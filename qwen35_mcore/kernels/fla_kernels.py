@@ -129,7 +129,7 @@ class FlaKernels(Kernels):
             return torch.cat([self.gated_delta_rule(row)[0] for row in _rows(inputs)]), None
         A_log, dt_bias = inputs.A_log.float(), inputs.dt_bias.float()
         gates: dict[str, Any]
-        # FlashQLA does not pass states between ranks, so that FLA's own kernel takes the call.
+        # FlashQLA does not pass states between ranks: FLA's own kernel takes that call
         if self.gates_in_kernel or passes_states:
             gates = {
                 "g": inputs.a_bsh,

@@ -26,7 +26,7 @@ class Qwen35TransformerConfig(TransformerConfig):
     """TransformerConfig with what Qwen3.5 needs on top.
 
     Raises:
-        ConfigError: for a combination that megatron would run wrongly without a word.
+        ConfigError: for a combination that megatron accepts and computes wrongly.
     """
 
     gdn_kernel: str = "auto"
@@ -196,7 +196,7 @@ def apply_yarn(config: TransformerConfig, yarn: YarnScaling | None) -> None:
 
     Megatron knows the attention factor only as ``mscale``: with ``mscale_all_dim`` 0 it computes
     ``0.1 * mscale * ln(factor) + 1``, which is solved here for the factor that is wanted. The fused
-    RoPE kernels know no attention factor (for packed sequences they drop it without a word), so
+    RoPE kernels know no attention factor (for packed sequences they ignore it), so
     they are switched off.
     """
     if yarn is None:

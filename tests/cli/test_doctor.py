@@ -165,7 +165,7 @@ def test_the_report_for_people_has_every_finding_and_its_fix(
         "not installed: apex",
     ):
         assert expected in text
-    assert "nothing stands in the way" not in text
+    assert "ready to train" not in text
 
 
 def test_a_gradient_that_is_not_finite_is_wrong_and_null_in_json() -> None:

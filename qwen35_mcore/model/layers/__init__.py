@@ -1,4 +1,4 @@
 """The modules of a layer that replace or extend megatron-core's own.
 
-Imports `kernels`, `mcore.imports` and, of `model`, only `transformer_config`.
+Imports `config.shapes`, `kernels`, `mcore.imports` and, of `model`, only `transformer_config`.
 """

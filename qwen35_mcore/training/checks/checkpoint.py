@@ -192,7 +192,7 @@ def check_same_model(saved: Qwen35Config, folder: Path, model_config: Qwen35Conf
     different = [name for name in names if getattr(saved, name) != getattr(model_config, name)]
     if different:
         raise CheckpointError(
-            f"the checkpoint in {folder} is of another model",
+            f"the checkpoint in {folder} is of a different model",
             got=_values(saved, different),
             allowed=_values(model_config, different),
             fix="choose the --flavor, --hf-config and --override it was trained with, or another "

@@ -198,9 +198,9 @@ class _Import:
         problem = damage(there)
         if problem is not None:
             raise CheckpointError(
-                f"the import of {self.source} is not complete any more",
+                f"the import of {self.source} is incomplete",
                 got=problem,
-                fix=f"delete {self.target} and start again: it is imported anew",
+                fix=f"delete {self.target} and start again: the run imports it again",
             )
 
     def _take_turns(self) -> None:

@@ -2,7 +2,8 @@
 
 To add kernels, write one module here named ``*_kernels`` with a subclass of `base.Kernels` under
 `base.register`. It says where the kernels can run (`support`) and computes the convolution, the
-delta rule and the gated norm; `registry` finds it, and ``--gdn-kernel`` takes its name.
+delta rule and the gated norm; `registry` finds it, and ``--gdn-kernel`` takes its name. To replace
+one operation alone, subclass `FlaKernels` or `TorchKernels` there.
 
 `reference` is the specification. Imports torch, `config.shapes`, `errors` and `versions`; FLA and
 Triton only when kernels are built.

@@ -15,7 +15,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import cpu_mode
 from qwen35_mcore.model.spec_providers import choose_experts
-from qwen35_mcore.parallel.check import check_layout
+from qwen35_mcore.parallel.check import check_layout, refuse_violations
 from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.training.checks.checkpoint import Start, check_start
@@ -205,9 +205,7 @@ def _check_layout(args: Namespace, model_config: Qwen35Config) -> None:
     )
     if uneven:  # megatron checks its own ways of splitting unevenly
         violations = [v for v in violations if v.rule != "pp * vpp divides num_hidden_layers"]
-    if violations:
-        listing = "\n  - ".join(str(violation) for violation in violations)
-        raise ConfigError(f"the parallel layout cannot run this model:\n  - {listing}")
+    refuse_violations(violations)
 
 
 def _layout(args: Namespace, model_config: Qwen35Config) -> ParallelLayout:

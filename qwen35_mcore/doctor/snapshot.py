@@ -37,7 +37,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a rule says: its name, what is the matter, and what to do."""
+    """What a rule found: the problem, and how to fix it."""
 
     rule: str
     level: Level

@@ -100,7 +100,7 @@ def test_data_that_can_train(more: dict[str, Any]) -> None:
     check(**more)
 
 
-NO_DATA = "there are no validation data"
+NO_DATA = "the run evaluates but has no validation data"
 WEIGHT = "has a weight that is not a positive number"
 TURN = "does not name weights and datasets in turn"
 SPLIT = "--split is not the shares"

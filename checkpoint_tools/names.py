@@ -141,8 +141,8 @@ def rows(config: Qwen35Config, naming: Naming, layout: Layout = "qwen35") -> lis
 
 def _gdn_rows(c: Qwen35Config, hf: str, mcore: str, layout: Layout) -> list[Row]:
     key, value, heads, h = (
-        c.gdn_key_dim,
-        c.gdn_value_dim,
+        c.gdn_shape.key_width,
+        c.gdn_shape.value_width,
         c.linear_num_value_heads,
         c.hidden_size,
     )

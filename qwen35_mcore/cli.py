@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from qwen35_mcore import __version__
 from qwen35_mcore.errors import Qwen35Error
@@ -62,14 +62,13 @@ def flavors(
     ] = False,
 ) -> None:
     """List the model sizes with their shapes and parameter counts."""
-    from qwen35_mcore.config.flavors import FLAVORS, flavor_name
+    from qwen35_mcore.config.flavor_table import flavor_rows, print_flavors
 
-    names = [flavor_name(name)] if name else list(FLAVORS)
-    rows = [_flavor_row(one) for one in names]
+    rows = flavor_rows(name)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        _print_flavors(rows)
+        print_flavors(rows)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -340,63 +339,6 @@ def _print_patches(as_json: bool) -> None:
         typer.echo(json.dumps(rows, indent=2))
     else:
         print_patches(rows)
-
-
-def _flavor_row(name: str) -> dict[str, Any]:
-    from qwen35_mcore.config.counts import count_parameters
-    from qwen35_mcore.config.flavors import FLAVORS
-
-    config = FLAVORS[name]
-    counts = count_parameters(config)
-    return {
-        "name": name,
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "experts": config.num_experts,
-        "top_k": config.num_experts_per_tok,
-        "max_positions": config.max_position_embeddings,
-        "yarn_factor": config.yarn.factor if config.yarn else None,
-        "total": counts.total,
-        "active": counts.active,
-        "components": {
-            part: {"total": count.total, "active": count.active}
-            for part, count in counts.by_component().items()
-        },
-    }
-
-
-def _print_flavors(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    notes = ["total: with MTP; active: per token, without MTP; text model only"]
-    notes += [
-        f"{row['name']}: YaRN factor {row['yarn_factor']:g}, {row['max_positions']:,} positions"
-        for row in rows
-        if row["yarn_factor"]
-    ]
-    table = Table(caption="\n".join(notes), caption_justify="left")
-    table.add_column("flavor", no_wrap=True, min_width=10)
-    for header in ("layers", "hidden", "heads/kv", "experts/top-k", "total", "active"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["name"],
-            str(row["layers"]),
-            str(row["hidden"]),
-            f"{row['heads']}/{row['kv_heads']}",
-            f"{row['experts']}/{row['top_k']}" if row["experts"] else "-",
-            _short(row["total"]),
-            _short(row["active"]),
-        )
-    Console().print(table)
-
-
-def _short(parameters: int) -> str:
-    unit, letter = (10**9, "B") if parameters >= 10**8 else (10**6, "M")
-    return f"{parameters / unit:.2f} {letter}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from qwen35_mcore.data.sidecar import is_sidecar
 from qwen35_mcore.errors import DataError
 from qwen35_mcore.process.interrupts import quiet_imports
+from qwen35_mcore.process.sync import sync
 
 _PARTIAL = ".partial"
 _LONGEST_NAME = 255 - len(".json" + _PARTIAL)
@@ -135,7 +136,7 @@ class DatasetWriter:
             self._builder.finalize(str(self._idx))
             self._json.write_text(sidecar)
             for path in (self._bin, self._idx, self._json):
-                _sync(path)
+                sync(path)
             if self._overwrite:
                 # From here until the last rename there is no dataset, rather than a mixed one.
                 Path(f"{self._prefix}.idx").unlink(missing_ok=True)
@@ -145,7 +146,7 @@ class DatasetWriter:
                 self._cleanup.append(target)
                 partial.replace(target)
             self._cleanup.clear()
-            _sync(self._prefix.parent)
+            sync(self._prefix.parent)
 
     def __exit__(
         self,
@@ -185,14 +186,6 @@ def _unfinished(partial: Path | str) -> DataError:
         f"{partial} belongs to a run that is still writing or was killed",
         fix="if none is running, remove it or pass --overwrite",
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _indexed_dataset() -> Any:

@@ -62,7 +62,7 @@ def torch_works(machine: Snapshot) -> Iterator[Finding]:
 
 
 def gpus_are_reached(machine: Snapshot) -> Iterator[Finding]:
-    """A GPU that torch cannot reach: training would run on the CPU without a word."""
+    """A GPU that torch cannot reach: training would run on the CPU without a message."""
     if machine.driver is None or machine.gpus or not machine.works("torch"):
         return
     slow = "training would run on the CPU"
@@ -104,9 +104,7 @@ def megatron(machine: Snapshot) -> Iterator[Finding]:
     elif package.error:
         what, fix = f"megatron-core does not import: {package.error}", f"{fix} --force-reinstall"
     elif not machine.data_helpers:
-        what = (
-            "megatron-core's compiled dataset helpers are missing, and its wheel cannot make them"
-        )
+        what = "megatron-core's compiled dataset helpers are missing; its wheel cannot compile them"
         fix = f"{fix} --force-reinstall, from the wheel"
     else:
         return
@@ -173,8 +171,8 @@ def lazy_binding(machine: Snapshot) -> Iterator[Finding]:
         yield Finding(
             rule="ld-bind-now",
             level=Level.ERROR,
-            what="LD_BIND_NOW is set: Transformer Engine then fails to load over a cuBLAS symbol "
-            "that it would never have called",
+            what="LD_BIND_NOW is set: Transformer Engine then fails to load, because older cuBLAS "
+            "releases lack a symbol that it refers to",
             fix="unset LD_BIND_NOW",
         )
 
@@ -264,7 +262,7 @@ def devices(machine: Snapshot) -> Iterator[Finding]:
             rule="mixed-gpus",
             level=Level.WARNING,
             what=f"different GPUs in one machine ({', '.join(kinds)}): all wait for the slowest",
-            fix="CUDA_VISIBLE_DEVICES chooses those of one kind",
+            fix="set CUDA_VISIBLE_DEVICES to GPUs of one kind",
         )
     untested = sorted({gpu.name for gpu in machine.gpus if gpu.capability[0] != 9})
     if untested:

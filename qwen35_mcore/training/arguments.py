@@ -63,12 +63,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     early, _ = _model_parser().parse_known_args(argv)
     if early.flavor is None and early.hf_config is None:
         early.hf_config = model_of_start(argv)
-    hf = choose_model(early.flavor, early.hf_config, early.override)
-    args = read_flags(argv, hf)
+    model_config = choose_model(early.flavor, early.hf_config, early.override)
+    args = read_flags(argv, model_config)
     check_flags(args)
-    _complete(args, hf)
-    start = check_run(args, hf)
-    _take_over_origin(args, start)
+    _complete(args, model_config)
+    start = check_run(args, model_config)
+    _take_over_carried(args, start)
     with as_config_errors(args):
         validated_config(args)
     if not args.skip_train:
@@ -79,12 +79,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
             set_global_variables(args)
     except ConfigError as error:
         raise tokenizer_error(args, error) from error
-    check_tokenizer(args, hf, get_tokenizer())
-    carry_tokenizer(args, hf, start, get_tokenizer())
-    return args, hf
+    check_tokenizer(args, model_config, get_tokenizer())
+    carry_tokenizer(args, model_config, start, get_tokenizer())
+    return args, model_config
 
 
-def read_flags(argv: list[str], hf: Qwen35Config, on_cpu: bool | None = None) -> argparse.Namespace:
+def read_flags(
+    argv: list[str], model_config: Qwen35Config, on_cpu: bool | None = None
+) -> argparse.Namespace:
     """megatron's namespace: its defaults, `run_defaults` for the model, and the flags.
 
     Raises:
@@ -98,7 +100,9 @@ def read_flags(argv: list[str], hf: Qwen35Config, on_cpu: bool | None = None) ->
         raise_instead_of_usage(parser)
         megatrons = [action.dest for action in parser._actions]
         _add_model_arguments(parser)
-        parser.set_defaults(**run_defaults(hf, on_cpu), **architecture_arguments(hf))
+        parser.set_defaults(
+            **run_defaults(model_config, on_cpu), **architecture_arguments(model_config)
+        )
         check_classes_while_parsing(parser, megatrons, on_cpu=on_cpu)
         return parser
 
@@ -131,13 +135,13 @@ def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]
             "--pretrained-checkpoint",
             fix="see `qwen35 flavors` for the names",
         )
-    hf = get_flavor(flavor) if flavor else Qwen35Config.from_hf(str(hf_config))
+    model_config = get_flavor(flavor) if flavor else Qwen35Config.from_hf(str(hf_config))
     changes = dict(_parse_override(item) for item in overrides)
     layers = changes.get("num_hidden_layers")
     if isinstance(layers, int) and "layer_types" not in changes:
-        whole = layers // len(hf.layer_types) + 1
-        changes["layer_types"] = (hf.layer_types * whole)[:layers]
-    return replace(hf, **changes) if changes else hf
+        whole = layers // len(model_config.layer_types) + 1
+        changes["layer_types"] = (model_config.layer_types * whole)[:layers]
+    return replace(model_config, **changes) if changes else model_config
 
 
 def _parse_override(item: str) -> tuple[str, Any]:
@@ -156,7 +160,7 @@ def _parse_override(item: str) -> tuple[str, Any]:
     return key, tuple(value) if isinstance(value, list) else value
 
 
-def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]:
+def run_defaults(model_config: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]:
     """Defaults for what the architecture leaves open, on this machine (or on the one named)."""
     defaults: dict[str, Any] = {
         "dist_ckpt_optim_fully_reshardable": True,  # the usual format cannot change TP or PP
@@ -168,10 +172,10 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
         # without experts, too: megatron lets no sequences of several lengths beside allgather
         "moe_token_dispatcher_type": "alltoall",
     }
-    if hf.is_moe:
+    if model_config.is_moe:
         defaults |= {
             "moe_router_load_balancing_type": "global_aux_loss",
-            "moe_aux_loss_coeff": hf.router_aux_loss_coef,
+            "moe_aux_loss_coeff": model_config.router_aux_loss_coef,
             "moe_grouped_gemm": True,
         }
     if cpu_mode.is_needed() if on_cpu is None else on_cpu:
@@ -186,8 +190,8 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
             "no_persist_layer_norm": True,
         }
     return defaults | {
-        "moe_permute_fusion": hf.is_moe,
-        "moe_router_fusion": hf.is_moe,
+        "moe_permute_fusion": model_config.is_moe,
+        "moe_router_fusion": model_config.is_moe,
         # the float32 copies of 248k logits per token cost more than several layers
         "cross_entropy_loss_fusion": True,
         "cross_entropy_fusion_impl": "native",
@@ -277,10 +281,10 @@ def _run_alone_without_a_launcher() -> None:
         os.environ.setdefault("MASTER_PORT", "0")  # any free one: nobody else has to find it
 
 
-def _complete(args: argparse.Namespace, hf: Qwen35Config) -> None:
+def _complete(args: argparse.Namespace, model_config: Qwen35Config) -> None:
     """What no default can say, because it depends on other flags."""
-    args.qwen35_hf_config = json.dumps(hf.to_hf(), sort_keys=True)
-    if args.tensor_model_parallel_size > 1 and hf.is_moe:
+    args.qwen35_hf_config = json.dumps(model_config.to_hf(), sort_keys=True)
+    if args.tensor_model_parallel_size > 1 and model_config.is_moe:
         args.sequence_parallel = True  # megatron refuses to train MoE under TP without it
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # megatron insists: it orders communication before the computation that overlaps it
@@ -288,10 +292,10 @@ def _complete(args: argparse.Namespace, hf: Qwen35Config) -> None:
     _tokenizer_from_sidecar(args)
 
 
-def _take_over_origin(args: argparse.Namespace, start: Start | None) -> None:
-    args.qwen35_origin = start.origin if start is not None else ""
-    if start is not None and start.origin and args.save and args.rank == 0:
-        take_over(start.origin, start.folder.parent, Path(args.save))
+def _take_over_carried(args: argparse.Namespace, start: Start | None) -> None:
+    args.qwen35_origin = start.carried if start is not None else ""
+    if start is not None and start.carried and args.save and args.rank == 0:
+        take_over(start.carried, start.folder.parent, Path(args.save))
 
 
 def _tokenizer_from_sidecar(args: argparse.Namespace) -> None:

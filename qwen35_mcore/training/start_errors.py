@@ -1,8 +1,8 @@
-"""What megatron, Transformer Engine or torch raise before training is under way, as one error.
+"""What megatron, Transformer Engine or torch raise before the first step is done, as one error.
 
-Where a run fails says what the user can do. While the model, the datasets and the first step are
-built it is a flag or the machine, and an error names both; afterwards it is a bug or a fault of the
-hardware, whose traceback stays as it is. Memory that runs out gets advice at any time.
+While the model, the datasets and the first step are set up, the cause is a flag or the machine, and
+the error names both. After that it is a bug or a fault of the hardware, and its traceback is
+printed as it is. An error for exhausted memory gives advice at any time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PHASES = {
     "build_train_valid_test_data_iterators": "building the datasets",
     "train_step": "the first step",
 }
-"""By the function of megatron's that is on the stack; the innermost one counts."""
+"""What the run was doing, by megatron's innermost function of these on the stack."""
 
 
 def traceback_wanted() -> bool:
@@ -40,9 +40,9 @@ def traceback_wanted() -> bool:
 
 
 class StartError(Qwen35Error):
-    """A run that cannot begin, in megatron's words. The whole traceback is in a file."""
+    """A run that cannot start, with megatron's own message. The whole traceback is in a file."""
 
-    exit_status = 1  # not always the user's: a job may be queued again
+    exit_status = 1  # not always the user's mistake: a job may be queued again
 
 
 class OutOfMemoryError(StartError):
@@ -50,7 +50,7 @@ class OutOfMemoryError(StartError):
 
 
 def explained(error: Exception) -> Qwen35Error | None:
-    """One error for what ended a run, or None where its traceback says more.
+    """One error for the exception that ended a run, or None where its traceback says more.
 
     Writes the traceback to a file that the error names.
     """
@@ -69,8 +69,8 @@ def explained(error: Exception) -> Qwen35Error | None:
         f"{phase} failed: {type(first).__name__}: {text}\n  at: {_place(first)}",
         got=named_values(args, f"{condition} {text}") or _command_line(),
         allowed=condition if condition != text else None,
-        fix="correct or drop the flag that it is about; if it is about none, the whole traceback "
-        f"is in {_write_traceback(error, args)}",
+        fix="correct or drop the flag that the message names; if it names none, the whole "
+        f"traceback is in {_write_traceback(error, args)}",
     )
 
 

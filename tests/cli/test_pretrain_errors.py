@@ -259,7 +259,7 @@ DENSE = ["--flavor", "tiny-dense", "--use-distributed-optimizer"]
 
 def test_a_checkpoint_of_another_model(checkpoint: Path) -> None:
     message = error_of(flags("--use-distributed-optimizer", "--load", str(checkpoint)))
-    assert f"the checkpoint in {checkpoint / 'iter_0000001'} is of another model" in message
+    assert f"the checkpoint in {checkpoint / 'iter_0000001'} is of a different model" in message
     assert re.search(r"got: .*num_experts 0", message)
     assert re.search(r"allowed: .*num_experts 8", message)
     message = error_of(

@@ -68,7 +68,7 @@ def test_logits_of_an_import(tmp_path: Path, pool: WorkerPool, source: str) -> N
         answers = pool.run(
             cases.imported_logits,
             world,
-            hf=config,
+            model_config=config,
             checkpoint=str(tmp_path / "m" / "release"),
             tokens=tokens,
             layout=layout,
@@ -85,7 +85,12 @@ def test_packed_experts_give_the_same_logits(tmp_path: Path, pool: WorkerPool) -
     world, layout = LAYOUTS["tp2 pp2 ep2"]
     checkpoint = str(tmp_path / "m" / "release")
     answers = pool.run(
-        cases.imported_logits, world, hf=config, checkpoint=checkpoint, tokens=tokens, layout=layout
+        cases.imported_logits,
+        world,
+        model_config=config,
+        checkpoint=checkpoint,
+        tokens=tokens,
+        layout=layout,
     )
     assert_same(answers, reference)
 
@@ -102,7 +107,7 @@ def test_the_stock_layout_loads_into_megatrons_own_model(
         answers = pool.run(
             cases.native_logits,
             tp,
-            hf=config,
+            model_config=config,
             checkpoint=str(tmp_path / "m" / "release"),
             tokens=tokens,
             layout=Layout(tp=tp, run={"deterministic_mode": True}),
@@ -119,7 +124,7 @@ def test_a_native_checkpoint_is_not_taken_for_ours(tmp_path: Path, pool: WorkerP
         pool.run(
             cases.imported_logits,
             1,
-            hf=config,
+            model_config=config,
             checkpoint=checkpoint,
             tokens=tokens,
             layout=Layout(),

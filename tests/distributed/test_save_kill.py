@@ -204,7 +204,7 @@ def test_replacing_the_tracked_checkpoint(
 
 def dies(die_at: Callable[[int], None], changes: int, partial: Path, target: Path) -> bool:
     with pytest.MonkeyPatch.context() as undone:
-        undone.setattr(checkpoint_files, "_sync", lambda path: None)
+        undone.setattr(checkpoint_files, "sync", lambda path: None)
         die_at(changes)
         try:
             publish(partial, target)

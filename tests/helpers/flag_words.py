@@ -31,14 +31,16 @@ def megatron_parser() -> ArgumentParser:
     return add_megatron_arguments(ArgumentParser(allow_abbrev=False))
 
 
-def checking_parser(hf: Qwen35Config, *, on_cpu: bool) -> ArgumentParser:
+def checking_parser(model_config: Qwen35Config, *, on_cpu: bool) -> ArgumentParser:
     """megatron's parser with a run's defaults, refusing what the table refuses."""
     parser = megatron_parser()
     raise_instead_of_usage(parser)
     flags = [action.dest for action in parser._actions]
     parser.add_argument("--gdn-kernel", default="auto")
     parser.add_argument("--moe-experts", default="auto")
-    parser.set_defaults(**run_defaults(hf, on_cpu), **architecture_arguments(hf))
+    parser.set_defaults(
+        **run_defaults(model_config, on_cpu), **architecture_arguments(model_config)
+    )
     check_classes_while_parsing(parser, flags, on_cpu=on_cpu)
     return parser
 

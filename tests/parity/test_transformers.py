@@ -140,7 +140,7 @@ def comparison(request: pytest.FixtureRequest, pool: WorkerPool) -> Comparison:
     [result] = pool.run(
         train,
         1,
-        hf=config,
+        model_config=config,
         layout=Layout(run={"moe_router_load_balancing_type": "none"}),  # the reference has none
         weights=weights,
         batches=[Batch(tokens)],

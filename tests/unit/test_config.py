@@ -285,9 +285,14 @@ class TestObject:
     def test_derived_sizes(self) -> None:
         config = Qwen35Config.from_hf(text_only())
         assert config.rotary_dim == 16
-        assert config.gdn_key_dim == 2 * 24
-        assert config.gdn_value_dim == 6 * 40
-        assert config.gdn_conv_dim == 2 * 48 + 240
+        gdn, attention = config.gdn_shape, config.attention_shape
+        assert (gdn.key_width, gdn.value_width) == (2 * 24, 6 * 40)
+        assert (gdn.conv_width, gdn.qkvz_width) == (2 * 48 + 240, 2 * 48 + 2 * 240)
+        assert gdn.in_proj_width == gdn.qkvz_width + 2 * 6
+        assert replace(gdn, gates_apart=True).in_proj_width == gdn.qkvz_width
+        assert gdn.split(2) == replace(gdn, key_heads=1, value_heads=3)
+        assert (attention.query_width, attention.kv_width) == (6 * 32, 3 * 32)
+        assert attention.qkv_width == (2 * 6 + 2 * 3) * 32
         assert config.rope_theta == 1e7
         assert config.yarn is None
         assert (config.num_gdn_layers, config.num_attention_layers) == (2, 2)

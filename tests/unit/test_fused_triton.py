@@ -14,7 +14,7 @@ import json, sys, torch
 import torch.nn.functional as F
 from qwen35_mcore.kernels import reference
 from qwen35_mcore.kernels.fused_triton import epilogue, prologue
-from qwen35_mcore.kernels.heads import Heads
+from qwen35_mcore.config.shapes import GdnShape
 
 def in_memory(x, order):
     if order == "slice":  # of a wider tensor, whose other columns must not be touched
@@ -27,21 +27,22 @@ def in_memory(x, order):
 
 length, batch, key, value, packed, order = json.loads(sys.argv[1])
 torch.manual_seed(0)
-heads, d, eps = Heads(key, value, 16, 16), 16, 1e-6
-mixed = heads.mixed * d
+d, eps = 16, 1e-6
+shape = GdnShape(key_heads=key, value_heads=value, key_head_dim=d, value_head_dim=d)
+conv = (2 * key + value) * d
 cu = torch.tensor([0, 3, 4, length]) if packed else None
-x = torch.randn(length, batch, mixed + value * d + 2 * value, dtype=torch.float32)
-w, scale = torch.randn(mixed, 4), torch.randn(d)
+x = torch.randn(length, batch, conv + value * d + 2 * value, dtype=torch.float32)
+w, scale = torch.randn(conv, 4), torch.randn(d)
 
 def slow(x, w, scale):
-    qkv, z, b, a = x.transpose(0, 1).split((mixed, value * d, value, value), dim=-1)
+    qkv, z, b, a = x.transpose(0, 1).split((conv, value * d, value, value), dim=-1)
     qkv = reference.causal_conv1d(qkv, w, cu_seqlens=cu)
     q, k, v = (t.unflatten(-1, (-1, d)) for t in qkv.split((key * d, key * d, value * d), dim=-1))
     y = reference.gated_rms_norm(v * 3, z.unflatten(-1, (-1, d)), scale, eps)
     return reference.l2norm(q), reference.l2norm(k), v, b, a, y.flatten(2).transpose(0, 1)
 
 def fast(x, w, scale):
-    q, k, v, z, b, a = prologue(in_memory(x, order), w, heads, cu, eps)
+    q, k, v, z, b, a = prologue(in_memory(x, order), w, shape, cu, eps)
     if order == "strided":
         z = in_memory(z, order)
     return q, k, v, b, a, epilogue(v * 3, z, scale[None].expand(2, -1).t()[:, 0], eps)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.model.layers.core_attention import rank_layout
+from qwen35_mcore.model.layers.core_attention import positions_and_sequences
 from qwen35_mcore.training.checks.packing import check_packing
 from qwen35_mcore.training.packed_documents import FP8_ROWS, batch_on_this_cp_rank, packed_sequences
 
@@ -59,7 +59,8 @@ def test_ranks_share_every_document(lengths: list[int], cp: int, tp: int, fp8: b
     grown = bounds.diff() - torch.tensor(lengths)
     assert (grown >= 0).all()
     assert (grown[:-1] < 2 * cp).all()
-    position, document = rank_layout(bounds.tolist(), cp)  # where attention takes tokens to be
+    # where attention takes tokens to be
+    position, document = positions_and_sequences(bounds.tolist(), cp)
     starts = torch.tensor([0, *lengths]).cumsum(0)
     for rank, part in enumerate(parts):
         assert part["labels"] is None

@@ -21,7 +21,7 @@ def consecutive_ranges(lengths: list[int]) -> list[range]:
 
 
 @dataclass(frozen=True)
-class ChunkLayout:
+class Chunks:
     """The slot of every token once each run of tokens is padded to whole chunks.
 
     Padding is zero, and a token with k = 0, beta = 0 and g = 0 leaves the state as it is.
@@ -37,8 +37,8 @@ class ChunkLayout:
     @classmethod
     def of(
         cls, run_lengths: list[int], chunk_size: int, packed: bool, device: torch.device
-    ) -> ChunkLayout:
-        """The layout of runs that follow one another without gaps.
+    ) -> Chunks:
+        """The chunks of runs that follow one another without gaps.
 
         Raises:
             ValueError: a chunk size below 1.

@@ -7,17 +7,18 @@ inside FLA's kernels. FLA is imported when the kernels are built, not with this 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from qwen35_mcore.config.shapes import GdnShape
 from qwen35_mcore.errors import KernelError
-from qwen35_mcore.kernels.base import Kernels, register
-from qwen35_mcore.kernels.facts import KernelFacts, Support
+from qwen35_mcore.kernels.base import DeltaRuleInputs, Kernels, register
+from qwen35_mcore.kernels.facts import KernelFacts, Support, Workload
 from qwen35_mcore.kernels.fla_rules import fla_support, flash_qla_support
-from qwen35_mcore.kernels.heads import Heads
 
 
 @register
@@ -35,6 +36,7 @@ class FlaKernels(Kernels):
 
     name = "fla"
     made_for = "cuda"
+    automatic = True
 
     def __init__(self, reason: str, *, gates_in_kernel: bool = True) -> None:
         try:
@@ -57,25 +59,24 @@ class FlaKernels(Kernels):
         self._delta_rule, self._gate = chunk_gated_delta_rule, fused_gdn_gate
 
     @classmethod
-    def support(
-        cls, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int = 128, value_dim: int = 128
-    ) -> Support:
-        return fla_support(facts, dtype, key_dim=key_dim, value_dim=value_dim)
+    def support(cls, facts: KernelFacts, workload: Workload) -> Support:
+        return fla_support(facts, workload)
 
     @classmethod
-    def build(
-        cls, reason: str, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int, value_dim: int
-    ) -> FlaKernels:
-        flash_qla = flash_qla_support(facts, dtype, key_dim=key_dim, value_dim=value_dim)
-        return cls(reason, gates_in_kernel=not flash_qla.ok)
+    def build(cls, reason: str, facts: KernelFacts, workload: Workload) -> FlaKernels:
+        return cls(reason, gates_in_kernel=not flash_qla_support(facts, workload).ok)
 
     @classmethod
-    def detail(cls, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int, value_dim: int) -> str:
-        flash_qla = flash_qla_support(facts, dtype, key_dim=key_dim, value_dim=value_dim)
+    def delta_rule_by(cls, facts: KernelFacts, workload: Workload) -> str:
+        return "FlashQLA through FLA" if flash_qla_support(facts, workload).ok else "FLA"
+
+    @classmethod
+    def detail(cls, facts: KernelFacts, workload: Workload) -> str:
+        flash_qla = flash_qla_support(facts, workload)
         return f"FlashQLA: {'yes' if flash_qla.ok else 'no'}, {flash_qla.reason}"
 
-    def normalizes(self, heads: Heads) -> bool:
-        return self._fused.supports(heads)
+    def normalizes(self, shape: GdnShape) -> bool:
+        return self._fused.supports(shape.key_head_dim, shape.value_head_dim)
 
     def cp_context(self, tokens: int, group: ProcessGroup, taps: int, device: torch.device) -> Any:
         return zigzag_cp_context(tokens, group, taps, device)
@@ -84,18 +85,18 @@ class FlaKernels(Kernels):
         self,
         x_sbc: Tensor,
         weight_cw: Tensor,
-        heads: Heads,
+        shape: GdnShape,
         cu_seqlens: Tensor | None = None,
         *,
         cp_context: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        if self._fused.supports(heads) and cp_context is None:
-            return self._fused.prologue(x_sbc, weight_cw, heads, cu_seqlens)
-        return super().prologue(x_sbc, weight_cw, heads, cu_seqlens, cp_context=cp_context)
+        if self.normalizes(shape) and cp_context is None:
+            return self._fused.prologue(x_sbc, weight_cw, shape, cu_seqlens)
+        return super().prologue(x_sbc, weight_cw, shape, cu_seqlens, cp_context=cp_context)
 
     def epilogue(self, o_bshv: Tensor, z_sbc: Tensor, weight_v: Tensor, eps: float) -> Tensor:
-        size = o_bshv.shape[-1]
-        if self._fused.supports(Heads(1, 1, size, size)):
+        head_dim = o_bshv.shape[-1]
+        if self._fused.supports(head_dim, head_dim):
             return self._fused.epilogue(o_bshv, z_sbc, weight_v, eps)
         return super().epilogue(o_bshv, z_sbc, weight_v, eps)
 
@@ -119,67 +120,52 @@ class FlaKernels(Kernels):
         )
         return y_bsc
 
-    def gated_delta_rule(
-        self,
-        q_bshk: Tensor,
-        k_bshk: Tensor,
-        v_bshv: Tensor,
-        a_bsh: Tensor,
-        b_bsh: Tensor,
-        A_log: Tensor,  # noqa: N803 (checkpoint name)
-        dt_bias: Tensor,
-        cu_seqlens: Tensor | None = None,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-        *,
-        qk_normalized: bool = False,
-        cp_context: Any = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def gated_delta_rule(self, inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor | None]:
         """With a ``cp_context`` FLA takes its boundaries from it, refuses states, and wants b = 1:
         sequences go one after another.
         """
-        if cp_context is not None and len(q_bshk) > 1:
-            inputs = (x.split(1) for x in (q_bshk, k_bshk, v_bshv, a_bsh, b_bsh))
-            one = functools.partial(
-                self.gated_delta_rule,
-                A_log=A_log,
-                dt_bias=dt_bias,
-                qk_normalized=qk_normalized,
-                cp_context=cp_context,
-            )
-            return torch.cat([one(*row)[0] for row in zip(*inputs, strict=True)]), None
-        # FlashQLA does not pass states between ranks, so that FLA's own kernel takes the call.
-        in_kernel = self.gates_in_kernel or cp_context is not None
+        passes_states = inputs.cp_context is not None
+        if passes_states and len(inputs.q_bshk) > 1:
+            return torch.cat([self.gated_delta_rule(row)[0] for row in _rows(inputs)]), None
+        A_log, dt_bias = inputs.A_log.float(), inputs.dt_bias.float()
         gates: dict[str, Any]
-        if in_kernel:
+        # FlashQLA does not pass states between ranks: FLA's own kernel takes that call
+        if self.gates_in_kernel or passes_states:
             gates = {
-                "g": a_bsh,
-                "beta": b_bsh,
+                "g": inputs.a_bsh,
+                "beta": inputs.b_bsh,
                 "use_gate_in_kernel": True,
-                "A_log": A_log.float(),
-                "dt_bias": dt_bias.float(),
+                "A_log": A_log,
+                "dt_bias": dt_bias,
                 "use_beta_sigmoid_in_kernel": True,
             }
         else:
             gates = {
-                "g": self._gate(a_bsh, A_log.float(), dt_bias.float()),
-                "beta": torch.sigmoid(b_bsh.float()),
+                "g": self._gate(inputs.a_bsh, A_log, dt_bias),
+                "beta": torch.sigmoid(inputs.b_bsh.float()),
             }
         return self._delta_rule(
-            q_bshk,
-            k_bshk,
-            v_bshv,
+            inputs.q_bshk,
+            inputs.k_bshk,
+            inputs.v_bshv,
             **gates,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            use_qk_l2norm_in_kernel=not qk_normalized,
-            cu_seqlens=cu_seqlens,
-            cp_context=cp_context,
+            initial_state=inputs.initial_state,
+            output_final_state=inputs.output_final_state,
+            use_qk_l2norm_in_kernel=not inputs.qk_normalized,
+            cu_seqlens=inputs.cu_seqlens,
+            cp_context=inputs.cp_context,
         )
 
     def gated_rms_norm(self, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x_hat is not rounded before the weight."""
         return self._norm(x, z, weight, None, activation="silu", eps=eps)
+
+
+def _rows(inputs: DeltaRuleInputs) -> list[DeltaRuleInputs]:
+    """The sequences of a batch, one by one."""
+    names = ("q_bshk", "k_bshk", "v_bshv", "a_bsh", "b_bsh")
+    rows = zip(*(getattr(inputs, name).split(1) for name in names), strict=True)
+    return [replace(inputs, **dict(zip(names, row, strict=True))) for row in rows]
 
 
 @functools.lru_cache(maxsize=8)

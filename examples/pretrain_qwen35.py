@@ -28,7 +28,6 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
@@ -45,6 +44,7 @@ from qwen35_mcore.model.build import make_model_provider
 from qwen35_mcore.training.arguments import parse_arguments
 from qwen35_mcore.training.checks.data import check_batch
 from qwen35_mcore.training.job_errors import reported_once
+from qwen35_mcore.training.loss import loss_function
 from qwen35_mcore.training.packed_documents import batch_on_this_cp_rank, packed_sequences
 
 BATCH_KEYS = (
@@ -98,18 +98,6 @@ def get_batch(data_iterator: Any, model: Any, vp_stage: int | None) -> dict[str,
         args.tensor_model_parallel_size,
         fp8=bool(args.fp8),
     )
-
-
-def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, ...]:
-    """Summed loss, token count, and what megatron's log line reduces; stops the run on NaN."""
-    loss = torch.sum(output.float().view(-1) * loss_mask.view(-1).float())
-    if get_args().check_for_nan_in_loss_and_grad:
-        validate = partial(get_rerun_state_machine().validate_result, result=loss, fatal=True)
-        validate(rejection_func=torch.isnan, message="found NaN in local forward loss")
-        validate(rejection_func=torch.isinf, message="found Inf in local forward loss")
-    tokens = loss_mask.sum().detach().to(torch.int)
-    report = torch.stack([loss.detach(), tokens.to(loss.dtype)])
-    return loss, tokens, {"lm loss": report}
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from qwen35_mcore.data.sidecar import is_sidecar
 from qwen35_mcore.errors import DataError
+from qwen35_mcore.mcore import imports
 from qwen35_mcore.process.interrupts import quiet_imports
 
 _PARTIAL = ".partial"
@@ -199,5 +200,4 @@ def _indexed_dataset() -> Any:
     # megatron.core imports torch and its optimizers, which warn about libraries that have no
     # part in writing a dataset.
     with quiet_imports(leave=False):
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
+        return imports.indexed_dataset

@@ -37,7 +37,7 @@ from qwen35_mcore.mcore.checkpoint_files import (
     replaced_when_closed,
     tracked_folder,
 )
-from qwen35_mcore.mcore.patches import nonfinite
+from qwen35_mcore.mcore.non_finite import refuse_to_save
 from qwen35_mcore.mcore.patches.patch import Patch
 from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
@@ -60,7 +60,7 @@ class _CheckpointBesideItsPlace:
         async_sharded_save: bool = False,
         **kwargs: Any,
     ) -> Any:
-        nonfinite.refuse_to_save(state)
+        refuse_to_save(state)
         kwargs["async_sharded_save"] = async_sharded_save
         if "://" in str(checkpoint_dir):  # an object store has no folders to move
             return self._module.save(state, checkpoint_dir, *args, **kwargs)

@@ -24,21 +24,27 @@ if cpu_mode.is_needed():
     cpu_mode.enable_training()
 
 import torch
-from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.enums import ModelType
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.core.utils import (
-    flatten_batch_for_packed_sequences,
-    get_attr_wrapped_model,
-    get_batch_on_this_tp_rank,
-)
-from megatron.training import get_args, get_timers, get_tokenizer, pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from qwen35_mcore.config.flops import training_flops
+from qwen35_mcore.mcore.imports import (
+    BlendedMegatronDatasetBuilder,
+    GPTDataset,
+    GPTDatasetConfig,
+    MockGPTDataset,
+    ModelType,
+    flatten_batch_for_packed_sequences,
+    get_args,
+    get_attr_wrapped_model,
+    get_batch_on_this_tp_rank,
+    get_blend_and_blend_per_split,
+    get_timers,
+    get_tokenizer,
+    is_first_or_last_pipeline_stage,
+    mpu,
+    mtp_on_this_rank,
+    pretrain,
+    pretrain_cfg_container_from_args,
+)
 from qwen35_mcore.mcore.patches.install import install
 from qwen35_mcore.model.build import make_model_provider
 from qwen35_mcore.training.arguments import parse_arguments

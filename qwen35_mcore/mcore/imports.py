@@ -35,7 +35,7 @@ BASE_CLASSES = {
     "MoEAlltoAllTokenDispatcher": "_maybe_dtoh_and_synchronize _maybe_update_cuda_sync_point "
     "combine_preprocess dispatch_postprocess",
     "MoELayer": "",
-    "MultiTokenPredictionLayer": "",
+    "MultiTokenPredictionLayer": "_get_embeddings",
     "TopKRouter": "_apply_global_aux_loss attach_and_log_load_balancing_loss "
     "reset_global_aux_loss_tracker routing",
     "TransformerConfig": "",

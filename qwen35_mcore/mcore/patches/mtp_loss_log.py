@@ -57,7 +57,7 @@ def _probe() -> Verdict:
 
 PATCHES = tuple(
     Patch(
-        name=f"MTP loss by tokens, {name.partition('_')[0]}",
+        name=f"MTP loss by tokens ({name.partition('_')[0]})",
         target=f"megatron.core.transformer.multi_token_prediction:MTPLossLoggingHelper.{name}",
         why="the logged MTP loss depends on the parallel layout where loss masks differ",
         replace=replace,

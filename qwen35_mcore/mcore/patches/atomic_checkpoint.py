@@ -1,12 +1,12 @@
 """Save so that a killed process never costs a checkpoint.
 
-Depends on megatron-core 0.19, which writes into the checkpoint's own folder and truncates the
-tracker before it writes it: killed while it saves an iteration that exists already, it leaves a
-tracker that points at a mixture of two checkpoints, or at nothing. Here a checkpoint is written
-beside its place and moved there when complete, and the tracker is replaced in one step.
+megatron-core writes into the checkpoint's own folder, and truncates the tracker before it writes
+it. A process that is killed while it saves an existing iteration again leaves a tracker that points
+at a mixture of two checkpoints, or at nothing. Here a checkpoint is written beside its place and
+moved there when it is complete, and the tracker is replaced in one step.
 
-It also announces a save where a run that has nothing left to do would replace the checkpoint that
-it started from by the same one. That save is left out, and the log says so.
+A run with no step left to take saves the checkpoint that it started from once more. Here that save
+is left out, and the log says so.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Optimizer state of float32 parameters beside bfloat16 ones (A_log, dt_bias, the GDN norm).
 
-Depends on megatron-core 0.19: its distributed optimizer puts a group's float32 parameters first,
-but looks their state up by their order in the gradient buffers, where they come last. With both
-kinds in one group it saves and loads one parameter's moments under another one's name.
+megatron-core's distributed optimizer puts a group's float32 parameters first, but looks their state
+up by their order in the gradient buffers, where they come last. With both kinds in one group it
+saves and loads one parameter's moments under another one's name.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def _needed_on_untested(accept: bool) -> set[str]:
         )
     if os.environ.get("RANK", "0") == "0":
         print(_notice(probed), flush=True)
-    return {one.name for one in probed if one.verdict is not Verdict.MENDED}
+    return {one.name for one in probed if one.verdict is not Verdict.NO_FAULT}
 
 
 def _notice(probed: list[Probed]) -> str:
@@ -73,7 +73,7 @@ def _notice(probed: list[Probed]) -> str:
     for verdict, applied in (
         (Verdict.FAULT, "applied, their faults are there"),
         (Verdict.UNKNOWN, f"applied because of {ACCEPT_FLAG}, their probes cannot tell"),
-        (Verdict.MENDED, "not applied, their faults are not there"),
+        (Verdict.NO_FAULT, "not applied, their faults are not there"),
     ):
         names = [one.name for one in probed if one.verdict is verdict]
         if names:

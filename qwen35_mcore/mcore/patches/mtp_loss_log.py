@@ -1,4 +1,4 @@
-"""The logged MTP loss: of all tokens of a step that count, whatever the parallel layout.
+"""Log the MTP loss as the mean over all tokens of a step that count, in any parallel layout.
 
 megatron logs the mean over ranks and microbatches of their mean losses, however many tokens each
 counted.

@@ -1,7 +1,8 @@
 """Text, JSON lines and parquet to Megatron's ``PREFIX.bin`` and ``PREFIX.idx``.
 
-Imports numpy, `process`, `errors` and, when they are used, transformers and pyarrow: worker
-processes and command lines that only check a dataset start in milliseconds.
+Importing this package loads neither torch nor transformers nor pyarrow: worker processes and
+command lines that only check a dataset start in milliseconds. It may import `process`, `errors`
+and, for megatron's writer of datasets, `mcore.imports`.
 """
 
 from __future__ import annotations

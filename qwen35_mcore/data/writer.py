@@ -14,6 +14,7 @@ import numpy as np
 
 from qwen35_mcore.data.sidecar import is_sidecar
 from qwen35_mcore.errors import DataError
+from qwen35_mcore.mcore import imports
 from qwen35_mcore.process.interrupts import quiet_imports
 from qwen35_mcore.process.sync import sync
 
@@ -79,7 +80,7 @@ def check_target(prefix: Path, *, overwrite: bool) -> None:
 
 def index_dtype(vocab_size: int) -> np.dtype:
     """Type in which Megatron stores tokens of such a vocabulary: uint16 or int32."""
-    return np.dtype(_indexed_dataset().DType.optimal_dtype(vocab_size))
+    return np.dtype(_indexed_dataset()[0].optimal_dtype(vocab_size))
 
 
 class DatasetWriter:
@@ -117,9 +118,7 @@ class DatasetWriter:
             except FileExistsError:
                 raise _unfinished(self._bin) from None
             self._cleanup += [self._bin, self._idx, self._json]
-            self._builder = _indexed_dataset().IndexedDatasetBuilder(
-                str(self._bin), dtype=self._dtype.type
-            )
+            self._builder = _indexed_dataset()[1](str(self._bin), dtype=self._dtype.type)
         return self
 
     def add(self, ids: np.ndarray, lengths: Sequence[int]) -> None:
@@ -188,9 +187,9 @@ def _unfinished(partial: Path | str) -> DataError:
     )
 
 
-def _indexed_dataset() -> Any:
+def _indexed_dataset() -> tuple[Any, Any]:
+    """megatron's DType and IndexedDatasetBuilder."""
     # megatron.core imports torch and its optimizers, which warn about libraries that have no
     # part in writing a dataset.
     with quiet_imports(leave=False):
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
+        return imports.DType, imports.IndexedDatasetBuilder

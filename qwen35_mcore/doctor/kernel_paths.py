@@ -19,7 +19,7 @@ from qwen35_mcore.errors import KernelError
 from qwen35_mcore.kernels.facts import KernelFacts, Workload
 from qwen35_mcore.kernels.fla_rules import flash_qla_support
 from qwen35_mcore.kernels.registry import choose_kernels
-from qwen35_mcore.mcore.imports import has_apex_accumulation
+from qwen35_mcore.mcore.accumulation_fusion import has_apex_accumulation
 from qwen35_mcore.model.spec_providers import choose_experts
 from qwen35_mcore.training.arguments import run_defaults
 

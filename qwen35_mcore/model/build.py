@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.mcore.imports import check_version, config_from_arguments
+from qwen35_mcore.mcore import imports
 from qwen35_mcore.mcore.megatron_errors import as_first_raised
 from qwen35_mcore.model.gpt_model import Qwen35Model
 from qwen35_mcore.model.spec_providers import get_spec_provider
@@ -40,11 +40,11 @@ def build_model(
         fp16_lm_cross_entropy: as megatron's flag of this name.
 
     Raises:
-        ConfigError: megatron-core of another version, an unknown ``transformer_impl``, or experts
+        ConfigError: megatron-core of another series, an unknown ``transformer_impl``, or experts
             that were named and cannot run here.
         KernelError: kernels or a spec provider that were named cannot run here.
     """
-    check_version()
+    imports.check_release()
     spec_provider = get_spec_provider(config)
     with as_first_raised():
         return Qwen35Model(
@@ -86,7 +86,7 @@ def make_model_provider(model_config: Qwen35Config, args: Any) -> Callable[..., 
         pg_collection: Any = None,
     ) -> Qwen35Model:
         if config is None:
-            config = config_from_arguments(args, Qwen35TransformerConfig)
+            config = imports.core_transformer_config_from_args(args, Qwen35TransformerConfig)
             apply_yarn(config, model_config.yarn)
         return build_model(
             model_config,

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from qwen35_mcore.mcore.accumulation_fusion import output_layer_without_fusion
 from qwen35_mcore.mcore.imports import (
     GPTModel,
     PackedSeqParams,
     YarnRotaryEmbedding,
-    output_layer_without_fusion,
     roll_tensor,
     scatter_to_sequence_parallel_region,
 )

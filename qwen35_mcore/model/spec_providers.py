@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qwen35_mcore.errors import ConfigError, KernelError
-from qwen35_mcore.mcore.imports import LocalSpecProvider, te_spec_provider
+from qwen35_mcore.mcore.imports import LocalSpecProvider
 from qwen35_mcore.model.layers.core_attention import CoreAttention
 from qwen35_mcore.model.layers.experts import GroupedExperts
 from qwen35_mcore.model.layers.linear import LayerNormColumnParallelLinear
@@ -81,7 +81,9 @@ def _local(config: Qwen35TransformerConfig) -> LocalProvider:
 
 
 def _transformer_engine(config: Qwen35TransformerConfig) -> Any:
-    spec_provider = te_spec_provider()
+    from qwen35_mcore.mcore.imports import TESpecProvider
+
+    spec_provider = TESpecProvider()
     if config.num_moe_experts is None:
         return spec_provider
     experts = choose_experts(config)

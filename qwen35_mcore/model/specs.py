@@ -12,6 +12,7 @@ from qwen35_mcore.mcore.imports import (
     AttnMaskType,
     GatedDeltaNetSubmodules,
     IdentityOp,
+    LayerType,
     ModuleSpec,
     SelfAttention,
     SelfAttentionSubmodules,
@@ -23,7 +24,8 @@ from qwen35_mcore.mcore.imports import (
     get_gpt_mtp_block_spec_for_backend,
     get_mlp_module_spec_for_backend,
     get_moe_module_spec_for_backend,
-    local_layer_ids,
+    get_num_layers_to_build,
+    get_transformer_layer_offset,
 )
 from qwen35_mcore.model.layers.gated_delta_net import GatedDeltaNet
 from qwen35_mcore.model.layers.moe import Qwen35MoELayer
@@ -104,7 +106,7 @@ def decoder_block_spec(
     return TransformerBlockSubmodules(
         layer_specs=[
             specs[model_config.layer_types[layer]]
-            for layer in local_layer_ids(config, vp_stage, pp_rank)
+            for layer in _local_layer_ids(config, vp_stage, pp_rank)
         ],
         layer_norm=spec_provider.layer_norm(rms_norm=True),
     )
@@ -130,3 +132,17 @@ def mtp_block_spec(
         for layer in block.layer_specs:
             layer.module = MTPLayer
     return block
+
+
+def _local_layer_ids(
+    config: TransformerConfig, vp_stage: int | None, pp_rank: int | None
+) -> list[int]:
+    """Global numbers (from 0) of the decoder layers that this pipeline stage builds."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        return layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return list(range(first, first + count))

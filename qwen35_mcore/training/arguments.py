@@ -20,8 +20,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.data import read_sidecar
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.kernels.registry import KERNELS
-from qwen35_mcore.mcore import cpu_mode
-from qwen35_mcore.mcore.imports import config_from_arguments
+from qwen35_mcore.mcore import cpu_mode, imports
 from qwen35_mcore.mcore.megatron_errors import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, architecture_arguments
 from qwen35_mcore.parallel.layout import GDN_CONTEXT_PARALLEL
@@ -51,14 +50,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         DataError: a dataset or tokenizer that cannot train it.
         CheckpointError: no checkpoint where the run must start from one, or one of another model.
     """
-    from megatron.training import get_tokenizer
-    from megatron.training.arguments import parse_args
-    from megatron.training.global_vars import set_global_variables
-
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         with _argv(argv):
-            parse_args(_with_readable_help)  # prints the help and exits
+            imports.parse_args(_with_readable_help)  # prints the help and exits
     _run_alone_without_a_launcher()
     early, _ = _model_parser().parse_known_args(argv)
     if early.flavor is None and early.hf_config is None:
@@ -76,11 +71,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     check_resume(args, start)
     try:
         with as_config_errors(args):
-            set_global_variables(args)
+            imports.set_global_variables(args)
     except ConfigError as error:
         raise tokenizer_error(args, error) from error
-    check_tokenizer(args, model_config, get_tokenizer())
-    carry_tokenizer(args, model_config, start, get_tokenizer())
+    check_tokenizer(args, model_config, imports.get_tokenizer())
+    carry_tokenizer(args, model_config, start, imports.get_tokenizer())
     return args, model_config
 
 
@@ -92,8 +87,6 @@ def read_flags(
     Raises:
         ConfigError: a flag that does not exist, or whose class refuses it.
     """
-    from megatron.training.arguments import parse_args
-
     on_cpu = cpu_mode.is_needed() if on_cpu is None else on_cpu
 
     def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -107,16 +100,14 @@ def read_flags(
         return parser
 
     with _argv(argv):
-        return parse_args(add_ours)
+        return imports.parse_args(add_ours)
 
 
 def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
     """The model's TransformerConfig (without YaRN); completes the namespace as megatron does."""
-    from megatron.training.arguments import validate_args
-
-    validate_args(args)
+    imports.validate_args(args)
     args.variable_seq_lengths = lengths_vary(args)
-    return config_from_arguments(args, Qwen35TransformerConfig)
+    return imports.core_transformer_config_from_args(args, Qwen35TransformerConfig)
 
 
 def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]) -> Qwen35Config:
@@ -168,7 +159,7 @@ def run_defaults(model_config: Qwen35Config, on_cpu: bool | None = None) -> dict
         "create_attention_mask_in_dataloader": False,
         "attention_softmax_in_fp32": True,
         "calculate_per_token_loss": True,  # else unequal masks weigh tokens by their rank
-        "rerun_mode": "disabled",  # see nonfinite
+        "rerun_mode": "disabled",  # its check of losses and gradients then includes the first step
         # without experts, too: megatron lets no sequences of several lengths beside allgather
         "moe_token_dispatcher_type": "alltoall",
     }

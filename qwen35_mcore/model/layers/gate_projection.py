@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from qwen35_mcore.kernels.reference import rms_norm
+from qwen35_mcore.mcore.accumulation_fusion import without_accumulation_fusion
 from qwen35_mcore.mcore.imports import (
     ColumnParallelLinear,
     ShardedTensorFactory,
     TransformerConfig,
     compiled,
     split_tensor_factory,
-    without_accumulation_fusion,
 )
 
 

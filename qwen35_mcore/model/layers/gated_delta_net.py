@@ -26,16 +26,14 @@ from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.kernels.base import DeltaRuleInputs
 from qwen35_mcore.kernels.facts import Workload
 from qwen35_mcore.kernels.registry import select_kernels
+from qwen35_mcore.mcore.gdn_heads import gather_heads, scatter_heads, without_fla_check
 from qwen35_mcore.mcore.imports import (
     CheckpointWithoutOutput,
     GatedDeltaNetSubmodules,
     McoreGatedDeltaNet,
     PackedSeqParams,
-    gather_heads,
     get_cuda_rng_tracker,
     get_parameter_local_cp,
-    scatter_heads,
-    without_fla_check,
 )
 from qwen35_mcore.model.layers.float32_parameters import KeepFloat32
 from qwen35_mcore.model.layers.gate_projection import GateProjection

@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.mcore import imports
 from qwen35_mcore.mcore.checkpoint_files import (
     TRACKER,
     complete_checkpoints,
@@ -201,8 +202,7 @@ def check_same_model(saved: Qwen35Config, folder: Path, model_config: Qwen35Conf
 
 
 def _common_state(folder: Path) -> dict[str, Any]:
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
+    load_common_state_dict = imports.load_common_state_dict
     try:
         with warnings.catch_warnings():  # torch doubts that one process is meant
             warnings.simplefilter("ignore")

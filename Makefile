@@ -26,7 +26,7 @@ test: $(VENV)/.installed-test  ## run the tests; ARGS="-k rope" passes flags to 
 	$(PYTEST) -m "not exhaustive" $(ARGS)
 
 .PHONY: test-all
-test-all: $(VENV)/.installed-test  ## run the exhaustive tests, too: whole walks and a real SLURM, where installed
+test-all: $(VENV)/.installed-test  ## run every test, also the exhaustive ones (minutes each; a real SLURM where installed)
 	$(PYTEST) $(ARGS)
 
 .PHONY: check
@@ -42,7 +42,7 @@ format: $(VENV)/.installed-dev  ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 
 .PHONY: install
-install: $(VENV)/.installed-base  ## only the virtual environment, with the package in it
+install: $(VENV)/.installed-base  ## create the virtual environment with the package in it
 
 .PHONY: clean
 clean:  ## remove the virtual environment and every cache; keeps runs/

@@ -1,4 +1,4 @@
-"""Every command, Python block, path and link of every markdown file works in a fresh clone.
+"""Every command and Python block of every markdown file works in a fresh clone.
 
 What needs a cluster or minutes is parsed by the parser that would run it; `make demo` and the
 walk-through of examples/ have tests of their own, which run them.
@@ -16,16 +16,15 @@ import tomllib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
 from qwen35_mcore import data
 from qwen35_mcore.config.flavors import FLAVORS
 from tests.helpers import documents
-from tests.helpers.documents import ROOT, Link, commands, fragments
-from tests.helpers.flag_words import GPU_FLAGS, megatron_parser, without_gpu_flags
+from tests.helpers.click_words import click_command, parse_click
+from tests.helpers.documents import ROOT, commands, fragments
+from tests.helpers.flag_words import GPU_FLAGS, without_gpu_flags
 
 LANGUAGES = (*documents.SHELL, "python", "json", "")
 TRAINS = ("examples/pretrain_qwen35.py", "qwen35_mcore.training.pretrain")
@@ -108,46 +107,11 @@ def workspace(tmp_path: Path) -> Path:
 # commands of this package, parsed by click
 
 
-def click_command(program: str) -> Any:
-    from checkpoint_tools.cli import app as checkpoint_app
-    from qwen35_mcore.cli import app
-
-    return typer.main.get_command({"qwen35": app, "qwen35-ckpt": checkpoint_app}[program])
-
-
-def parse_click(command: Any, words: list[str]) -> None:
-    """Parse without running; raises a usage error where the command would not run."""
-    context = command.make_context(words[0], words[1:])
-    while hasattr(command, "resolve_command"):
-        rest = [*context._protected_args, *context.args]
-        name, command, rest = command.resolve_command(context, rest)
-        context = command.make_context(name, rest, parent=context)
-
-
-def click_options(command: Any) -> set[str]:
-    """The options of a command and of all commands in it."""
-    own = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
-    return own.union(*(click_options(one) for one in getattr(command, "commands", {}).values()))
-
-
 def test_command_lines_parse() -> None:
     ours = commands("qwen35", "qwen35-ckpt")
     assert {command.program for command in ours} == {"qwen35", "qwen35-ckpt"}
     for command in ours:
         parse_click(click_command(command.program), command.words)
-
-
-def test_named_options_exist() -> None:
-    """Of commands that are named in a sentence or outlined in a block without a language."""
-    for where, words in fragments("qwen35", "qwen35-ckpt"):
-        command, rest = click_command(words[0]), words[1:]
-        while rest and not rest[0].startswith("-") and hasattr(command, "commands"):
-            assert rest[0] in command.commands, (where, words)
-            command, rest = command.commands[rest[0]], rest[1:]
-        if command.context_settings.get("ignore_unknown_options"):  # `qwen35 flags --any-flag`
-            continue
-        asked = {word.partition("=")[0] for word in rest if word.startswith("--")}
-        assert asked <= click_options(command), (where, words)
 
 
 def test_a_flag_that_does_not_exist_is_found() -> None:
@@ -399,54 +363,9 @@ def test_every_block_says_what_it_is() -> None:
         assert block.language in LANGUAGES, block.where
 
 
-@pytest.mark.slow
-def test_named_flags_exist() -> None:
-    """Flags that stand alone in a sentence are of Megatron, of this package or of its scripts."""
-    known = {option for action in megatron_parser()._actions for option in action.option_strings}
-    known |= click_options(click_command("qwen35")) | click_options(click_command("qwen35-ckpt"))
-    for name in documents.tracked():
-        if re.search(r"^(launch|examples|tests/bench)/.*\.(py|sh|sbatch)$|/arguments\.py$", name):
-            known |= set(re.findall(r"--[a-z][a-z0-9-]+", (ROOT / name).read_text()))
-    for document in documents.documents():
-        for code in documents.inline_code(document):
-            if code.startswith("--"):
-                assert set(re.findall(r"(?<!\S)--[a-z][\w-]+", code)) <= known, (document, code)
-
-
-def test_named_files_exist() -> None:
-    """A path of the repository, or the name of a script, that stands in a sentence."""
-    tops = {name.partition("/")[0] for name in documents.tracked() if "/" in name}
-    names = {Path(name).name for name in documents.tracked()}
-    for document in documents.documents():
-        for code in documents.inline_code(document):
-            if re.fullmatch(r"[\w./-]+", code) and code.partition("/")[0] in tops:
-                assert code.rstrip("/") in documents.tracked(), (document, code)
-            elif re.fullmatch(r"\w+\.(py|sh|sbatch)", code):
-                assert code in names, (document, code)
-
-
-@pytest.mark.parametrize("link", documents.links(), ids=lambda link: f"{link.where}->{link.target}")
-def test_links_lead_somewhere(link: Link) -> None:
-    path, _, anchor = link.target.partition("#")
-    folder = Path(link.document).parent
-    target = os.path.normpath(folder / path) if path else link.document
-    assert target in documents.tracked()
-    if anchor:
-        assert anchor in documents.headings(target)
-
-
 def test_the_demo_prints_a_documented_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     import demo
 
     printed = demo.GPU_COMMANDS[demo.GPU_COMMANDS.index("torchrun") :]
     assert printed in (ROOT / "examples/README.md").read_text()
-
-
-def test_the_table_of_parallel_modes_has_every_mode() -> None:
-    from tests.distributed.cases import CASES
-
-    text = (ROOT / "tests/distributed/README.md").read_text()
-    table = text[text.index("| mode |") :]
-    rows = re.findall(r"^\| (.+?) \| \d ", table, flags=re.M)
-    assert rows == [case.name for case in CASES]

@@ -166,7 +166,6 @@ def parse_training(runs: list[tuple[int, list[str]]], workspace: Path) -> None:
     run_python(PARSE_RUNS, workspace, given)
 
 
-@pytest.mark.slow
 def test_training_commands_parse(workspace: Path) -> None:
     runs = training_runs()
     assert len(runs) >= 6
@@ -190,7 +189,6 @@ def test_the_tokenizing_script_parses() -> None:
 # plans: made, and started with stand-ins for torchrun and sbatch
 
 
-@pytest.mark.slow
 def test_plans_are_made_and_started_as_written(workspace: Path) -> None:
     """In order, in a folder that holds nothing of this repository; then every command that starts
     a plan finds one for its number of GPUs, and Megatron takes the flags."""
@@ -277,7 +275,6 @@ def submitted(words: list[str], folder: Path) -> tuple[int, list[str]]:
 # other programs
 
 
-@pytest.mark.slow
 def test_scripts_parse(tmp_path: Path) -> None:
     """Scripts and modules of the repository take their arguments, by their own parser."""
     given = []
@@ -324,7 +321,6 @@ def test_the_environment_is_the_one_that_make_makes() -> None:
     assert re.search(r"^VENV \?= \.venv$", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.mark.slow
 def test_python_runs(tmp_path: Path) -> None:
     """What README.md computes is looked at in tests/unit/test_public_interface.py."""
     for block in documents.blocks():

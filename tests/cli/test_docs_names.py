@@ -27,7 +27,6 @@ def test_named_options_exist() -> None:
         assert asked <= click_options(command), (where, words)
 
 
-@pytest.mark.slow
 def test_named_flags_exist() -> None:
     """Flags that stand alone in a sentence are of Megatron, of this package or of its scripts."""
     known = {option for action in megatron_parser()._actions for option in action.option_strings}
@@ -48,10 +47,14 @@ def test_named_files_exist() -> None:
     names = {Path(name).name for name in documents.tracked()}
     for document in documents.documents():
         for code in documents.inline_code(document):
-            if re.fullmatch(r"[\w./-]+", code) and code.partition("/")[0] in tops:
-                assert code.rstrip("/") in documents.tracked(), (document, code)
-            elif re.fullmatch(r"\w+\.(py|sh|sbatch)", code):
-                assert code in names, (document, code)
+            if not re.fullmatch(r"[\w./-]+", code):
+                continue
+            is_script = code.endswith((".py", ".sh", ".sbatch"))
+            if "/" not in code:
+                assert not is_script or code in names, (document, code)
+            elif is_script or code.partition("/")[0] in tops:
+                beside = os.path.normpath(Path(document).parent / code)
+                assert {code.rstrip("/"), beside} & documents.tracked(), (document, code)
 
 
 @pytest.mark.parametrize("link", documents.links(), ids=lambda link: f"{link.where}->{link.target}")

@@ -26,7 +26,7 @@ test: $(VENV)/.installed-test  ## run the tests; ARGS="-k rope" passes flags to 
 	$(PYTEST) -m "not exhaustive" $(ARGS)
 
 .PHONY: test-all
-test-all: $(VENV)/.installed-test  ## run every test, also the exhaustive ones (minutes each; a real SLURM where installed)
+test-all: $(VENV)/.installed-test  ## run the exhaustive tests, too: whole walks and a real SLURM, where installed
 	$(PYTEST) $(ARGS)
 
 .PHONY: check

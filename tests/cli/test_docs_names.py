@@ -47,7 +47,7 @@ def test_named_files_exist() -> None:
     names = {Path(name).name for name in documents.tracked()}
     for document in documents.documents():
         for code in documents.inline_code(document):
-            if not re.fullmatch(r"[\w./-]+", code):
+            if not re.fullmatch(r"\w[\w./-]*", code):
                 continue
             is_script = code.endswith((".py", ".sh", ".sbatch"))
             if "/" not in code:

@@ -42,7 +42,7 @@ format: $(VENV)/.installed-dev  ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 
 .PHONY: install
-install: $(VENV)/.installed-base  ## only the virtual environment, with the package in it
+install: $(VENV)/.installed-base  ## create the virtual environment with the package in it
 
 .PHONY: clean
 clean:  ## remove the virtual environment and every cache; keeps runs/

@@ -210,21 +210,23 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--gdn-kernel",
         choices=KERNELS,
         default="auto",
-        help="Kernels of the GatedDeltaNet. auto says what it chose and why.",
+        help="Kernels of the GatedDeltaNet. auto prints what it chose and why.",
     )
     group.add_argument(
         "--gdn-context-parallel",
         choices=GDN_CONTEXT_PARALLEL,
         default=GDN_CONTEXT_PARALLEL[0],
-        help="How context-parallel ranks share a GatedDeltaNet: by heads of the whole sequence, or "
-        "by tokens, passing states, which the number of heads does not bound.",
+        help="How context-parallel ranks share a GatedDeltaNet. all_to_all: each rank takes some "
+        "heads of the whole sequence. state_passing: each rank keeps its tokens and passes states "
+        "on; the number of heads sets no limit.",
     )
     group.add_argument(
         "--moe-experts",
         choices=("auto", "grouped_mm", "te"),
         default="auto",
-        help="Routed experts on a GPU: one grouped_mm kernel, bf16 also in an FP8 run, or "
-        "Transformer Engine's, in FP8 where the run is. auto: grouped_mm wherever it can run.",
+        help="Routed experts on a GPU. grouped_mm: one kernel for all experts, bf16 also in an FP8 "
+        "run. te: Transformer Engine's, in FP8 where the run is. auto: grouped_mm wherever it can "
+        "run.",
     )
     group.add_argument(
         "--loss-per-microbatch",
@@ -239,8 +241,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument(
         "--accept-untested-megatron",
         action="store_true",
-        help="On a release of megatron-core that this package was not tested with, replace also "
-        "the parts that no probe can judge; see `qwen35 doctor --patches`.",
+        help="On a release of megatron-core that this package was not tested with, also apply the "
+        "patches that no probe can judge; see `qwen35 doctor --patches`.",
     )
     group.add_argument(
         "--float32-main-params",

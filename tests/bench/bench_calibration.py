@@ -251,7 +251,7 @@ def main() -> None:
         "--append", action="store_true", help="Keep the rows of an existing file of the same card."
     )
     parser.add_argument(
-        "--match", default="", help="Only cases in whose description this regular expression is."
+        "--match", default="", help="Only cases whose description matches this regular expression."
     )
     args = parser.parse_args()
     start()

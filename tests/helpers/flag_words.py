@@ -93,8 +93,15 @@ def following_the_advice(parser: ArgumentParser, given: list[str]) -> tuple[list
     raise AssertionError(f"the advice leads on and on: {given}")
 
 
+GPU_FLAGS = ("--attention-backend", "--cuda-graph-impl", "--cuda-graph-modules")
+"""Flags of plans and documents that are refused where there is no GPU."""
+
+
 def without_gpu_flags(words: list[str]) -> None:
     """Take out of a plan's command line what is refused where there is no GPU."""
-    if "--attention-backend" in words:
-        at = words.index("--attention-backend")
-        del words[at : at + 2]
+    for flag in GPU_FLAGS:
+        if flag in words:
+            at = words.index(flag)
+            del words[at]
+            while at < len(words) and not words[at].startswith("-"):
+                del words[at]

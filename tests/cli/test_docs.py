@@ -112,7 +112,6 @@ def test_a_flag_that_does_not_exist_is_found() -> None:
         parse_click(typer.main.get_command(app), ["qwen35", "flavors", "--no-such-flag"])
 
 
-@pytest.mark.slow
 def test_training_commands_parse(workspace: Path) -> None:
     runs = [run for words in commands() if (run := training_run(words))]
     assert len(runs) >= 6
@@ -141,7 +140,6 @@ def parse_training(runs: list[tuple[int, list[str]]], workspace: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_plans_are_made_and_started_as_written(workspace: Path) -> None:
     """In order, in a folder that holds nothing of this repository; then every command that starts
     a plan finds one for its number of GPUs, and Megatron takes the flags."""

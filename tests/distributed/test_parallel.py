@@ -12,13 +12,27 @@ import pytest
 from tests.distributed.cases import CASES
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.equivalence import Case, compare
+from tests.helpers.kinds import kinds
 
 TOKEN_LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 2e-5
 LATER_LOSS_TOLERANCE = 1e-4
+KINDS = (
+    "TP2 MoE with SP",
+    "PP2 x VPP2, uneven layout, 5 layers",
+    "EP2",
+    "CP2 (all-to-all GDN)",
+    "CP2 (states passed)",
+    "DP2, unequal masks",
+    "TP2 x PP2 x EP2",
+    "PP2, selective recompute",
+    "TP2 x EP2, global_aux_loss",
+    "CP2, loss per microbatch",
+    "CP2 x TP2, documents",
+)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", kinds(CASES, KINDS, lambda case: case.name))
 def test_equals_serial(case: Case, pool: WorkerPool) -> None:
     difference = compare(pool, case)
     assert difference.token_loss <= TOKEN_LOSS_TOLERANCE

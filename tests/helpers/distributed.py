@@ -1,9 +1,9 @@
 """One persistent pool of processes that rebuilds its parallel state per case.
 
-Starting a process with torch and megatron imported takes longer than most cases, so the workers
-stay. A case is a module-level function; it runs in the first ``world_size`` workers, each inside a
-fresh process group (gloo, or NCCL with a GPU for each worker), and what it returns comes back in
-rank order, on the CPU.
+Importing torch and megatron takes longer than most cases, so the workers stay; on a CPU they are
+forks of one process that has imported both (`tests.helpers.imported`). A case is a module-level
+function; it runs in the first ``world_size`` workers, each inside a fresh process group (gloo, or
+NCCL with a GPU for each worker), and what it returns comes back in rank order, on the CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import psutil
 import torch
 
 MAX_WORLD_SIZE = 4
-CASE_TIMEOUT_S = 240
+CASE_TIMEOUT_S = 600
 PRINT_STACKS = signal.SIGRTMIN  # LLVM, which Triton compiles with, takes SIGUSR1 for itself
 MOST_THREADS = 300  # gloo's stay after their group is destroyed, and poll: 60 more with each case
 
@@ -161,7 +161,10 @@ def _unpack(data: bytes) -> Any:
 
 
 def _start_worker(gpu: int | None, log: Path | None) -> tuple[Any, Connection]:
-    context = multiprocessing.get_context("spawn")
+    # a fork cannot use a GPU that the process it comes from has touched
+    context: Any = multiprocessing.get_context("forkserver" if gpu is None else "spawn")
+    if gpu is None:
+        context.set_forkserver_preload(["tests.helpers.imported"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, gpu, log))  # no daemon: saving forks
     process.start()

@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 export PYTHON
+unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of processes; each would compile the package
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

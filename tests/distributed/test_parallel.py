@@ -2,10 +2,12 @@
 
 Step 0 is exact up to float32 rounding. Later steps may drift further than the 1e-4 asserted here in
 real runs: a router logit that differs in the last bit can choose another expert at a near tie. The
-inputs here have no ties within five steps; a drift by a flipped tie is not an error.
+inputs here have no ties within these steps; a drift by a flipped tie is not an error.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +19,7 @@ from tests.helpers.kinds import kinds
 TOKEN_LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 2e-5
 LATER_LOSS_TOLERANCE = 1e-4
+STEPS = 3
 KINDS = (
     "TP2 MoE with SP",
     "PP2 x VPP2, uneven layout, 5 layers",
@@ -34,7 +37,7 @@ KINDS = (
 
 @pytest.mark.parametrize("case", kinds(CASES, KINDS, lambda case: case.name))
 def test_equals_serial(case: Case, pool: WorkerPool) -> None:
-    difference = compare(pool, case)
+    difference = compare(pool, replace(case, steps=STEPS))
     assert difference.token_loss <= TOKEN_LOSS_TOLERANCE
     assert difference.gradient <= GRADIENT_TOLERANCE, difference.worst_gradient
     assert difference.logged <= TOKEN_LOSS_TOLERANCE

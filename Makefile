@@ -6,7 +6,7 @@ PYTHON ?=
 ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 export PYTHON
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of processes; each would compile the package

@@ -1,4 +1,4 @@
-"""Shared fixtures, the rule for tests that need a GPU, and who runs beside whom."""
+"""Shared fixtures, the rule for tests that need a GPU, and the order of files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,9 @@ FIRST = ("distributed", "conversion", "cli", "parity", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`: file by file, and what needs a GPU on one worker."""
+    """The order in which files are handed out."""
     here = Path(__file__).parent
     items.sort(key=lambda item: FIRST.index(item.path.relative_to(here).parts[0]))
-    for item in items:
-        gpu = item.get_closest_marker("gpu")
-        item.add_marker(pytest.mark.xdist_group("gpu" if gpu else str(item.path)))
     if any(item.get_closest_marker("gpu") for item in items):
         _skip_what_needs_a_gpu(items)
 

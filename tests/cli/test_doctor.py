@@ -98,7 +98,6 @@ def run_doctor(*flags: str, path: Path | None = None) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.slow
 def test_the_command_on_this_machine() -> None:
     done = run_doctor("--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -112,7 +111,6 @@ def test_the_command_on_this_machine() -> None:
     assert all(q["error"] <= q["allowed"] for q in report["gradient_check"]["quantities"])
 
 
-@pytest.mark.slow
 def test_packages_that_are_broken_in_every_way_are_findings(tmp_path: Path) -> None:
     (tmp_path / "psutil.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     (tmp_path / "torch").mkdir()
@@ -134,7 +132,7 @@ def test_unknown_flags_are_a_usage_error() -> None:
 
 
 def test_a_worker_that_never_ends_is_a_finding() -> None:
-    found = supervise.examine(timeout=0.2)
+    found = supervise.examine(timeout=0.0)
     assert not found.ok
     assert "did not end within" in found.findings[0].what
     assert to_json(found)["gradient_check_skipped"]

@@ -81,7 +81,7 @@ def ranks_of(job: str) -> dict[str, psutil.Process]:
     return found
 
 
-def wait_until_dead(process: psutil.Process, timeout: float = 120) -> None:
+def wait_until_dead(process: psutil.Process, timeout: float = 600) -> None:
     """Gone, or a zombie of its node."""
     deadline = time.monotonic() + timeout
     with contextlib.suppress(psutil.NoSuchProcess):

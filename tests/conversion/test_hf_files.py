@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -18,10 +18,9 @@ from checkpoint_tools.hf_write import Output, plan_shards, write_shard
 from checkpoint_tools.storage import ChecksumWriter, MappedFile, checksum, split_rows
 from checkpoint_tools.transforms import Box
 from qwen35_mcore.errors import CheckpointError
+from tests.helpers.kinds import examples
 
-FUZZ = settings(
-    max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 junk_json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (

@@ -184,8 +184,10 @@ def test_a_bf16_run_rounds_a_float32_source_but_for_gdns_three(
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(2, ""), (4, PARALLEL)],
-    ids=["DP2", "TP2 PP2 EP2"],
+    [
+        pytest.param(2, "", id="DP2"),
+        pytest.param(4, PARALLEL, id="TP2 PP2 EP2", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_float32_main_params_keep_a_float32_source_exact(
     world: World, tmp_path: Path, world_size: int, layout: str

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,8 +24,9 @@ from qwen35_mcore.kernels.fla_rules import fla_support
 from qwen35_mcore.kernels.registry import select_kernels
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
 from tests.helpers import hf_reference
+from tests.helpers.kinds import examples
 
-PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
+PROPERTY = examples(30, derandomize=True)
 GRADIENTS = ("q", "k", "v", "g", "beta", "state")
 
 

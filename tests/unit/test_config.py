@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     Qwen3_5Config,
@@ -26,6 +26,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from qwen35_mcore.errors import ConfigError
 from tests.helpers.hf_configs import of_type, text_level, text_only, vision_language, without
+from tests.helpers.kinds import examples
 
 HF_CLASSES = {
     "qwen3_5": Qwen3_5Config,
@@ -245,7 +246,7 @@ def configs(draw: st.DrawFn) -> Qwen35Config:
 
 
 class TestObject:
-    @settings(max_examples=200, deadline=None)
+    @examples(200)
     @given(configs())
     def test_from_hf_inverts_to_hf_also_through_a_file(self, config: Qwen35Config) -> None:
         assert Qwen35Config.from_hf(config.to_hf()) == config
@@ -253,7 +254,7 @@ class TestObject:
         assert Qwen35Config.from_hf(through_json) == config
         assert hash(Qwen35Config.from_hf(through_json)) == hash(config)
 
-    @settings(max_examples=50, deadline=None)
+    @examples(50)
     @given(configs())
     def test_dropping_the_wrapper_keeps_the_text_model(self, config: Qwen35Config) -> None:
         text = config.to_text_only()

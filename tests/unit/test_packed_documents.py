@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen35_mcore.errors import ConfigError
@@ -44,7 +44,6 @@ def batch(lengths: list[int]) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     cp=st.sampled_from([2, 4, 8]),

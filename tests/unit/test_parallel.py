@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
@@ -19,6 +19,7 @@ from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.check import check_layout, refuse_violations
 from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import parse_pipeline_layout, stage_problems
+from tests.helpers.kinds import examples
 
 MOE, DENSE = get_flavor("35b-a3b"), get_flavor("27b")
 THREE_KV = replace(get_flavor("tiny-dense"), num_attention_heads=12, num_key_value_heads=3)
@@ -249,7 +250,7 @@ class TestLayoutString:
         read = tuple("".join(letters[layer.name] for layer in stage) for stage in theirs)
         assert parse_pipeline_layout(text) == read
 
-    @settings(max_examples=300)
+    @examples(300)
     @given(data=st.data())
     def test_megatron_judges_the_same(self, data: st.DataObject) -> None:
         pp, vpp = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))

@@ -104,7 +104,7 @@ def with_tensor(name: str, tensor: torch.Tensor) -> Change:
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "missing shard": (missing_shard, ("a shard is missing", SHARD)),
-    "truncated shard": (truncated_shard, ("truncated shard", SHARD)),
+    "truncated shard": (truncated_shard, ("truncated", SHARD)),
     "truncated header": (truncated_header, (SHARD,)),
     "an error page instead of a shard": (no_safetensors, ("not a safetensors file", SHARD)),
     "index of another checkpoint": (index_of_another, ("the index says",)),
@@ -178,7 +178,7 @@ def test_a_damaged_hugging_face_folder(
 def test_a_real_process_says_the_same(copy_of: Callable[[str], Path], tmp_path: Path) -> None:
     source = copy_of("qwen3_5_moe_text")
     truncated_shard(source)
-    refused(ckpt_process("import", source, tmp_path / "m"), "truncated shard")
+    refused(ckpt_process("import", source, tmp_path / "m"), "truncated", SHARD)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -298,10 +298,10 @@ def test_a_pickle_that_would_run_a_program(imported: Path, tmp_path: Path) -> No
     assert not (tmp_path / "ran").exists()
 
 
-def test_lost_origin(imported: Path, toys: dict[str, Path], tmp_path: Path) -> None:
-    (origin,) = imported.glob("qwen35-origin-*")
-    shutil.rmtree(origin)
-    refused(ckpt("export", imported, tmp_path / "hf"), "--reference", origin.name)
+def test_what_was_carried_is_lost(imported: Path, toys: dict[str, Path], tmp_path: Path) -> None:
+    (carried,) = imported.glob("qwen35-origin-*")
+    shutil.rmtree(carried)
+    refused(ckpt("export", imported, tmp_path / "hf"), "--reference", carried.name)
     reference = toys["qwen3_5_moe_text"]
     ok(ckpt("export", imported, tmp_path / "hf", "--reference", reference))
     ok(ckpt("verify", reference, tmp_path / "hf"))

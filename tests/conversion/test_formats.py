@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import checkpoint as dcp
 
-from checkpoint_tools.crc import combine, crc32
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.storage import MappedFile, as_bytes
-from checkpoint_tools.torch_blob import archive_for, map_tensor
-from checkpoint_tools.transforms import Box
+from checkpoint_tools.files.checksums import ChecksumWriter
+from checkpoint_tools.mcore.archive import MappedFile, archive_for, map_tensor
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from checkpoint_tools.table.transforms import Box, as_bytes
 from tests.helpers.ckpt_cli import ckpt, ok
 
 TENSORS = [
@@ -29,20 +28,21 @@ TENSORS = [
 ]
 
 
-@given(first=st.binary(max_size=300), second=st.binary(max_size=300))
-def test_checksums_of_parts_make_the_checksum_of_the_whole(first: bytes, second: bytes) -> None:
-    whole = combine(zlib.crc32(first), zlib.crc32(second), len(second))
-    assert whole == zlib.crc32(first + second)
-
-
-@given(data=st.binary(max_size=10_000), start=st.integers(0, 2**32 - 1))
-def test_checksums_are_those_of_zip_archives(data: bytes, start: int) -> None:
-    assert crc32(data, start) == zlib.crc32(data, start)
+@given(parts=st.lists(st.binary(max_size=300)))
+def test_checksums_of_parts_and_of_the_whole_are_those_of_zip_archives(parts: list[bytes]) -> None:
+    file = io.BytesIO()
+    stream = ChecksumWriter(file)
+    assert [stream.write_checked(part) for part in parts] == [zlib.crc32(part) for part in parts]
+    assert (file.getvalue(), stream.count) == (b"".join(parts), sum(map(len, parts)))
+    assert stream.crc == zlib.crc32(file.getvalue())
 
 
 def test_checksum_of_a_long_part() -> None:
-    first, second = b"head", bytes(2**22)
-    assert combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+    data = bytes(range(256)) * 2**13
+    stream = ChecksumWriter(io.BytesIO())
+    stream.write(b"head")
+    assert stream.write_checked(data) == zlib.crc32(data)
+    assert stream.crc == zlib.crc32(b"head" + data)
 
 
 @pytest.mark.parametrize("tensor", TENSORS, ids=lambda tensor: str(tensor.dtype))
@@ -83,7 +83,7 @@ def test_torchs_own_reader_and_writer(toys: dict[str, Path], tmp_path: Path) -> 
     }
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "m" / "release"), no_dist=True)
     for key, tensor in state.items():
-        whole = Box((0,) * tensor.dim(), tuple(tensor.shape))
+        whole = Box.whole(tuple(tensor.shape))
         assert torch.equal(ours.read(key, whole), tensor), key
     theirs = tmp_path / "iter_0000001"
     dcp.save(state, storage_writer=dcp.FileSystemWriter(theirs), no_dist=True)
@@ -91,5 +91,5 @@ def test_torchs_own_reader_and_writer(toys: dict[str, Path], tmp_path: Path) -> 
     read = MegatronCheckpoint(theirs)
     assert read.tensors.keys() == state.keys()
     for key, tensor in state.items():
-        whole = Box((0,) * tensor.dim(), tuple(tensor.shape))
+        whole = Box.whole(tuple(tensor.shape))
         assert torch.equal(read.read(key, whole), tensor), key

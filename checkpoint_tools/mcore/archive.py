@@ -8,14 +8,17 @@ same in reverse: all archives of one shape and dtype differ only in the numbers 
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
+import warnings
 import zipfile
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint_tools.storage import MappedFile
 from qwen35_mcore.errors import CheckpointError
 
 _LOCAL_HEADER, _DIRECTORY_HEADER = 30, 46
@@ -32,6 +35,46 @@ _STORAGES = {
     "LongStorage": torch.int64,
     "ShortStorage": torch.int16,
 }
+
+# mapped tensors are read only, and torch cannot know that nobody writes to them
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+class MappedFile:
+    """A file whose content is tensors without being read: pages come in as they are touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+
+    @cached_property
+    def _map(self) -> mmap.mmap | bytes:
+        """Mapped at first use: a run's checkpoint has files that nobody here reads."""
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+
+    def bytes(self, start: int, length: int) -> memoryview:
+        """The content from `start`, without a copy.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        if start < 0 or length < 0 or start + length > self.size:
+            raise CheckpointError(
+                "a file is shorter than the checkpoint says",
+                got=f"{self.path}: {self.size} bytes",
+                allowed=f"at least {start + length}",
+                fix="it was truncated: fetch or write it again",
+            )
+        return memoryview(self._map)[start : start + length]
+
+    def tensor(self, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A contiguous tensor whose storage is exactly these bytes of the file."""
+        count = prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        self.bytes(start, count * dtype.itemsize)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).reshape(shape)
 
 
 class _Storage(NamedTuple):

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.manifest import write_file
-from checkpoint_tools.mcore_keys import TRACKER, Stored
-from checkpoint_tools.storage import ChecksumWriter, as_bytes
-from checkpoint_tools.torch_blob import archive_for
-from checkpoint_tools.transforms import Box, Shape
+from checkpoint_tools.files.checksums import ChecksumWriter
+from checkpoint_tools.files.paths import write_file
+from checkpoint_tools.mcore.archive import archive_for
+from checkpoint_tools.mcore.keys import RELEASE, TRACKER, Stored
+from checkpoint_tools.table.transforms import Box, Shape, as_bytes
 
 _ALIGNMENT = 64
-RELEASE = "release"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +62,7 @@ def plan_parts(items: Iterable[Item], max_bytes: int) -> Iterator[list[Item]]:
         yield part
 
 
-def write_tensors(
-    stream: ChecksumWriter,
-    items: Sequence[Item],
-    progress: Callable[[int], None] = lambda count: None,
-) -> list[list[int]]:
+def write_tensors(stream: ChecksumWriter, items: Sequence[Item]) -> list[list[int]]:
     """Write the items; returns the position and length of each."""
     places = []
     for item in items:
@@ -78,7 +73,6 @@ def write_tensors(
         stream.write(archive.head)
         stream.write(archive.tail(stream.write_checked(data)))
         places.append([start, stream.tell() - start])
-        progress(item.nbytes)
     return places
 
 

@@ -67,6 +67,10 @@ class Copy:
     mcore: int
     mcore_box: Box
 
+    def inverse(self) -> Copy:
+        """The same with the two sides exchanged."""
+        return Copy(self.mcore, self.mcore_box, self.hf, self.hf_box)
+
 
 Copies = Callable[[], Iterator[Copy]]
 """The boxes of a transform, made anew at each call: a model has a hundred thousand of them."""
@@ -169,7 +173,8 @@ def gather(
     copies: Iterable[Copy], sources: Sequence[torch.Tensor], shapes: Sequence[Shape]
 ) -> list[torch.Tensor]:
     """Megatron's tensors from Hugging Face's; `shapes` are the results'."""
-    results = _empty_like(sources, shapes)
+    dtype = common_dtype(tensor.dtype for tensor in sources)
+    results = [torch.empty(shape, dtype=dtype, device=sources[0].device) for shape in shapes]
     for copy in copies:
         copy.mcore_box.of(results[copy.mcore]).copy_(
             copy.hf_box.of(sources[copy.hf]).reshape(copy.mcore_box.shape)
@@ -181,12 +186,7 @@ def scatter(
     copies: Iterable[Copy], sources: Sequence[torch.Tensor], shapes: Sequence[Shape]
 ) -> list[torch.Tensor]:
     """Hugging Face's tensors from Megatron's; the inverse of `gather`."""
-    results = _empty_like(sources, shapes)
-    for copy in copies:
-        copy.hf_box.of(results[copy.hf]).copy_(
-            copy.mcore_box.of(sources[copy.mcore]).reshape(copy.hf_box.shape)
-        )
-    return results
+    return gather((copy.inverse() for copy in copies), sources, shapes)
 
 
 def split_rows(box: Box, itemsize: int, limit: int = CHUNK_BYTES) -> Iterator[Box]:
@@ -252,11 +252,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _empty_like(sources: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> list[torch.Tensor]:
-    dtype = common_dtype(tensor.dtype for tensor in sources)
-    return [torch.empty(shape, dtype=dtype, device=sources[0].device) for shape in shapes]
 
 
 def _starts(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

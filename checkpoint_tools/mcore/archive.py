@@ -1,8 +1,7 @@
 """One tensor of a ``.distcp`` file: what torch.save writes, mapped instead of loaded.
 
 A stored chunk is a zip archive without compression, so the numbers lie in the file as they are and
-the small pickle beside them says how. Only a tensor's own ingredients are unpickled. Writing is the
-same in reverse: all archives of one shape and dtype differ only in the numbers and their checksum.
+the small pickle beside them says how. Only a tensor's own ingredients are unpickled.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import mmap
 import pickle
 import warnings
 import zipfile
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +20,7 @@ import torch
 
 from qwen35_mcore.errors import CheckpointError
 
-_LOCAL_HEADER, _DIRECTORY_HEADER = 30, 46
-_DESCRIPTOR = b"PK\x07\x08"
+_LOCAL_HEADER = 30
 _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -116,38 +114,6 @@ def map_tensor(mapped: MappedFile, start: int, length: int) -> torch.Tensor:
             got=f"{mapped.path} at byte {start}: {error}",
             fix="the checkpoint is damaged: fetch or write it again",
         ) from error
-
-
-class Archive:
-    """What torch.save puts before and behind the numbers of any tensor of one shape and dtype."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        buffer = io.BytesIO()
-        with torch.serialization.skip_data():  # the numbers' place, without making numbers
-            torch.save(torch.empty(shape, dtype=dtype), buffer)
-        content = buffer.getbuffer()
-        start, length = _data_position(zipfile.ZipFile(buffer), content)
-        self.head = bytes(content[:start])
-        self._tail = bytes(content[start + length :])
-        # the checksum stands in the data descriptor behind the numbers and in the directory
-        assert self._tail[:4] == _DESCRIPTOR
-        self._places = (4, self._tail.index(b"archive/data/0") - _DIRECTORY_HEADER + 16)
-
-    def tail(self, crc: int) -> bytes:
-        """What follows numbers with this CRC-32."""
-        tail = bytearray(self._tail)
-        for place in self._places:
-            tail[place : place + 4] = crc.to_bytes(4, "little")
-        return bytes(tail)
-
-
-archive_for = lru_cache(maxsize=None)(Archive)
-"""The archive of a shape and dtype, made once."""
-
-
-def _data_position(archive: zipfile.ZipFile, content: memoryview) -> tuple[int, int]:
-    data = archive.getinfo("archive/data/0")
-    return _behind_header(content, data.header_offset), data.file_size
 
 
 def _behind_header(content: memoryview, header: int) -> int:

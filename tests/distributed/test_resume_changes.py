@@ -182,7 +182,6 @@ def test_the_sharding_of_the_optimizer(half: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [[], [DISTRIBUTED, "--bf16"]], ids=["plain", "distributed-bf16"])
 def test_muon_resumes_exactly(tmp_path: Path, more: list[str]) -> None:
-    pytest.importorskip("emerging_optimizers", reason="--optimizer muon needs emerging-optimizers")
     muon = ["--optimizer", "muon", "--train-iters", "4", *more]
     run(tmp_path, *muon, "--exit-interval", "2")
     run(tmp_path, *muon)

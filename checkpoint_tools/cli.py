@@ -105,19 +105,18 @@ def import_(
 
     Start training from it with --pretrained-checkpoint OUT_DIR --load RUN --save RUN.
     """
-    from checkpoint_tools.accounting import account
     from checkpoint_tools.convert import import_checkpoint
-    from checkpoint_tools.explain import explain as explained
-    from checkpoint_tools.hub import local_folder
+    from checkpoint_tools.hf.hub import local_folder
+    from checkpoint_tools.hf.import_plan import plan_import
 
     source = local_folder(hf_dir)
     if explain is not None:
-        plan = account(source, layout=layout, carry=carry or (), no_mtp=no_mtp)
-        typer.echo(explained(explain, plan.table, plan.carried))
+        plan = plan_import(source, checkpoint_format=layout, carry=carry or (), no_mtp=no_mtp)
+        _print_explanation(explain, plan.table, plan.carried)
         return
     options = _options(workers, max_shard_size, overwrite, dry_run, as_json)
     report = import_checkpoint(
-        source, out_dir, options, layout=layout, carry=carry or (), no_mtp=no_mtp
+        source, out_dir, options, checkpoint_format=layout, carry=carry or (), no_mtp=no_mtp
     )
     _print_report(report, dry_run=dry_run, as_json=as_json)
 
@@ -150,9 +149,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Convert a Megatron checkpoint to a folder that transformers loads."""
-    from checkpoint_tools.explain import explain as explained
     from checkpoint_tools.export import export_checkpoint, plan_export
-    from checkpoint_tools.hub import local_folder
+    from checkpoint_tools.hf.hub import local_folder
 
     plan = plan_export(
         checkpoint,
@@ -161,8 +159,7 @@ def export(
         no_mtp=no_mtp,
     )
     if explain is not None:
-        carried = plan.origin.carried_names if plan.origin else ()
-        typer.echo(explained(explain, plan.view.table, carried))
+        _print_explanation(explain, plan.exported.table, plan.carried)
         return
     options = _options(workers, max_shard_size, overwrite, dry_run, as_json)
     report = export_checkpoint(hf_out, plan, options)
@@ -186,7 +183,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare every tensor bit for bit, with dtype and shape. Exits with 1 on any difference."""
-    from checkpoint_tools.hub import local_folder
+    from checkpoint_tools.hf.hub import local_folder
     from checkpoint_tools.verify import compare
 
     result = compare(
@@ -267,7 +264,7 @@ def main() -> None:
 
 
 def _options(workers: int, max_shard_size: str, overwrite: bool, dry_run: bool, quiet: bool) -> Any:
-    from checkpoint_tools.convert import Options
+    from checkpoint_tools.files.job import Options
 
     return Options(
         workers=workers,
@@ -293,6 +290,12 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise CheckpointError("not a size", got=text, allowed="such as 5GB or 500MiB")
     return size
+
+
+def _print_explanation(name: str, table: Any, carried: Any) -> None:
+    from checkpoint_tools.table.explain import explain
+
+    typer.echo(explain(name, table, [tensor.name for tensor in carried.tensors] if carried else ()))
 
 
 def _print_report(report: Any, *, dry_run: bool, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.inspect_ckpt import inspect_folder
-from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.mcore.read import MegatronCheckpoint
 from qwen35_mcore.errors import CheckpointError
 from tests.helpers.ckpt_cli import ckpt, ok, refused
 from tests.helpers.forked_ckpt import ForkServer
@@ -234,7 +234,7 @@ def test_killed_while_cleaning_up(toys: dict[str, Path], tmp_path: Path) -> None
     source, target = toys["qwen3_5_text"], tmp_path / "target"
     ok(ckpt("import", source, tmp_path / "other"))
     # the moment after the rename: the result in place, the manifest not yet removed
-    from checkpoint_tools import manifest
+    from checkpoint_tools.files import manifest
 
     remove = manifest._remove
     manifest._remove = lambda folder: None

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.mcore.read import MegatronCheckpoint
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 from qwen35_mcore.training.checks.hf_start import import_start, model_of_start

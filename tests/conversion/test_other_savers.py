@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_tools.tensor_names import renamed
+from checkpoint_tools.hf.tensor_names import renamed
 from tests.helpers.ckpt_cli import ckpt, ok, refused
 from tests.helpers.hf_reference import load_pretrained, logits_of
 from tests.helpers.hf_toy import KINDS, edit_config, pack_experts, read_all, rewrite, write_toy

@@ -13,9 +13,9 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.names import Naming, rows
-from checkpoint_tools.storage import CHUNK_BYTES
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from checkpoint_tools.table.names import Naming, rows
+from checkpoint_tools.table.transforms import CHUNK_BYTES
 from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ckpt_process, ok
 from tests.helpers.hf_toy import (

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_tools.extra_state import extra_state_keys
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.names import Naming, rows
+from checkpoint_tools.mcore.extra_state import extra_state_keys
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from checkpoint_tools.table.names import Naming, rows
 from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.hf_reference import load_pretrained, modeling
@@ -130,7 +130,7 @@ def test_training_writes_the_states_that_import_writes(trained: tuple[Path, floa
     checkpoint = MegatronCheckpoint(trained[0])
     config = Qwen35Config.from_hf(json.loads(checkpoint.argument("qwen35_hf_config")))
     stored = {key for key in checkpoint.objects if "_extra_state/" in key}
-    assert stored <= set(extra_state_keys(config, mtp=True, layout="qwen35"))
+    assert stored <= set(extra_state_keys(config, "qwen35"))
 
 
 def test_the_table_knows_which_axes_training_splits(trained: tuple[Path, float]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.mcore.read import MegatronCheckpoint
 from tests.helpers.kinds import kinds
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
 from tests.helpers.run_results import (

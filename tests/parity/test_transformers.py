@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_tools.names import hf_to_mcore
+from checkpoint_tools.table.names import hf_to_mcore
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from tests.helpers.distributed import WorkerPool

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.origin import Origin
+from checkpoint_tools.hf.carried import Carried
 from qwen35_mcore.data.tokenizer_files import (
     GENERATION_CONFIG,
     SPECIAL_IDS,
@@ -30,20 +29,20 @@ class OtherFiles:
 
 
 def other_files_of(
-    checkpoint: MegatronCheckpoint, origin: Origin | None, *, by_reference: bool
+    carried: Carried | None, folder: Path | None, tokenizer_type: str | None, *, by_reference: bool
 ) -> OtherFiles:
     """Find the files of an export.
 
     Args:
-        by_reference: whether the origin is a folder that the user named to supply the tokenizer.
+        folder: where the run keeps the tokenizer of its data, None where it kept none.
+        tokenizer_type: Megatron's name for what the run's data were read with.
+        by_reference: whether `carried` is of a folder that the user named to supply the tokenizer.
     """
-    paths = dict(origin.files) if origin is not None else {}
+    paths = dict(carried.files) if carried is not None else {}
     paths.pop("config.json", None)
-    name = checkpoint.argument("qwen35_tokenizer")
     given = any(map(is_tokenizer_file, paths))
-    if not name or (by_reference and given):
-        return OtherFiles(paths=paths, note=None if given else _no_tokenizer(checkpoint))
-    folder = checkpoint.root / name
+    if folder is None or (by_reference and given):
+        return OtherFiles(paths=paths, note=None if given else _no_tokenizer(tokenizer_type))
     found = tokenizer_files(folder)
     paths = {other: path for other, path in paths.items() if not _replaced(other)}
     if not found:
@@ -73,8 +72,7 @@ def _replaced(name: str) -> bool:
     return is_tokenizer_file(name) or name == GENERATION_CONFIG
 
 
-def _no_tokenizer(checkpoint: MegatronCheckpoint) -> str:
-    kind = checkpoint.argument("tokenizer_type")
+def _no_tokenizer(kind: str | None) -> str:
     had = f"the run had {kind}, which has no files of Hugging Face's" if kind else "none was kept"
     return (
         f"no tokenizer: {had}; AutoTokenizer does not work on this folder until you add a "

@@ -6,7 +6,6 @@ The files are those of torch.distributed.checkpoint: torch.save archives one aft
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,14 +15,12 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.manifest import write_file
-from checkpoint_tools.mcore_keys import TRACKER, Stored
-from checkpoint_tools.storage import ChecksumWriter, as_bytes
-from checkpoint_tools.torch_blob import archive_for
-from checkpoint_tools.transforms import Box, Shape
+from checkpoint_tools.files.checksums import ChecksumWriter
+from checkpoint_tools.files.paths import write_file
+from checkpoint_tools.mcore.keys import RELEASE, TRACKER, Stored
+from checkpoint_tools.table.transforms import Box, Shape, as_bytes
 
 _ALIGNMENT = 64
-RELEASE = "release"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,35 +60,27 @@ def plan_parts(items: Iterable[Item], max_bytes: int) -> Iterator[list[Item]]:
         yield part
 
 
-def write_tensors(
-    stream: ChecksumWriter,
-    items: Sequence[Item],
-    progress: Callable[[int], None] = lambda count: None,
-) -> list[list[int]]:
+def write_tensors(stream: ChecksumWriter, items: Sequence[Item]) -> list[list[int]]:
     """Write the items; returns the position and length of each."""
     places = []
     for item in items:
         stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
-        start = stream.tell()
-        data = as_bytes(item.content().to(item.target.dtype))
-        archive = archive_for(item.box.shape, item.target.dtype)
-        stream.write(archive.head)
-        stream.write(archive.tail(stream.write_checked(data)))
-        places.append([start, stream.tell() - start])
-        progress(item.nbytes)
+        content = as_bytes(item.content().to(item.target.dtype))
+        # of a view torch.save writes the whole storage: this one holds the box and nothing else
+        tensor = torch.frombuffer(content, dtype=item.target.dtype).reshape(item.box.shape)
+        places.append(_save(stream, tensor))
     return places
 
 
 def write_objects(stream: Any, objects: dict[str, Any]) -> list[list[int]]:
     """Write objects as Megatron's ShardedObjects (each in a list); returns their places."""
-    places = []
-    for value in objects.values():
-        buffer = io.BytesIO()
-        torch.save([value], buffer)
-        start = stream.tell()
-        stream.write(buffer.getbuffer())
-        places.append([start, stream.tell() - start])
-    return places
+    return [_save(stream, [value]) for value in objects.values()]
+
+
+def _save(stream: Any, value: Any) -> list[int]:
+    start = stream.tell()
+    torch.save(value, stream)
+    return [start, stream.tell() - start]
 
 
 class MetadataBuilder:

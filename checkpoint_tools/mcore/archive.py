@@ -1,25 +1,26 @@
 """One tensor of a ``.distcp`` file: what torch.save writes, mapped instead of loaded.
 
 A stored chunk is a zip archive without compression, so the numbers lie in the file as they are and
-the small pickle beside them says how. Only a tensor's own ingredients are unpickled. Writing is the
-same in reverse: all archives of one shape and dtype differ only in the numbers and their checksum.
+the small pickle beside them says how. Only a tensor's own ingredients are unpickled.
 """
 
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
+import warnings
 import zipfile
-from functools import lru_cache
+from functools import cached_property
+from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint_tools.storage import MappedFile
 from qwen35_mcore.errors import CheckpointError
 
-_LOCAL_HEADER, _DIRECTORY_HEADER = 30, 46
-_DESCRIPTOR = b"PK\x07\x08"
+_LOCAL_HEADER = 30
 _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -32,6 +33,46 @@ _STORAGES = {
     "LongStorage": torch.int64,
     "ShortStorage": torch.int16,
 }
+
+# mapped tensors are read only, and torch cannot know that nobody writes to them
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+class MappedFile:
+    """A file whose content is tensors without being read: pages come in as they are touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+
+    @cached_property
+    def _map(self) -> mmap.mmap | bytes:
+        """Mapped at first use: a run's checkpoint has files that nobody here reads."""
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+
+    def bytes(self, start: int, length: int) -> memoryview:
+        """The content from `start`, without a copy.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        if start < 0 or length < 0 or start + length > self.size:
+            raise CheckpointError(
+                "a file is shorter than the checkpoint says",
+                got=f"{self.path}: {self.size} bytes",
+                allowed=f"at least {start + length}",
+                fix="it was truncated: fetch or write it again",
+            )
+        return memoryview(self._map)[start : start + length]
+
+    def tensor(self, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A contiguous tensor whose storage is exactly these bytes of the file."""
+        count = prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        self.bytes(start, count * dtype.itemsize)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).reshape(shape)
 
 
 class _Storage(NamedTuple):
@@ -73,38 +114,6 @@ def map_tensor(mapped: MappedFile, start: int, length: int) -> torch.Tensor:
             got=f"{mapped.path} at byte {start}: {error}",
             fix="the checkpoint is damaged: fetch or write it again",
         ) from error
-
-
-class Archive:
-    """What torch.save puts before and behind the numbers of any tensor of one shape and dtype."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        buffer = io.BytesIO()
-        with torch.serialization.skip_data():  # the numbers' place, without making numbers
-            torch.save(torch.empty(shape, dtype=dtype), buffer)
-        content = buffer.getbuffer()
-        start, length = _data_position(zipfile.ZipFile(buffer), content)
-        self.head = bytes(content[:start])
-        self._tail = bytes(content[start + length :])
-        # the checksum stands in the data descriptor behind the numbers and in the directory
-        assert self._tail[:4] == _DESCRIPTOR
-        self._places = (4, self._tail.index(b"archive/data/0") - _DIRECTORY_HEADER + 16)
-
-    def tail(self, crc: int) -> bytes:
-        """What follows numbers with this CRC-32."""
-        tail = bytearray(self._tail)
-        for place in self._places:
-            tail[place : place + 4] = crc.to_bytes(4, "little")
-        return bytes(tail)
-
-
-archive_for = lru_cache(maxsize=None)(Archive)
-"""The archive of a shape and dtype, made once."""
-
-
-def _data_position(archive: zipfile.ZipFile, content: memoryview) -> tuple[int, int]:
-    data = archive.getinfo("archive/data/0")
-    return _behind_header(content, data.header_offset), data.file_size
 
 
 def _behind_header(content: memoryview, header: int) -> int:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
-from checkpoint_tools.foreign_tensors import refuse_foreign
-from checkpoint_tools.hf_io import HFCheckpoint, HFTensor
-from checkpoint_tools.names import Layout, Naming, Row, rows
-from checkpoint_tools.origin import Origin, other_files
-from checkpoint_tools.tensor_names import HEAD, MTP_PREFIX, VISION_PREFIX
+from checkpoint_tools.hf.carried import Carried, other_files
+from checkpoint_tools.hf.foreign_tensors import refuse_foreign
+from checkpoint_tools.hf.read import HFCheckpoint, HFTensor
+from checkpoint_tools.table.names import (
+    HEAD,
+    MTP_PREFIX,
+    VISION_PREFIX,
+    Format,
+    Naming,
+    Row,
+    rows,
+)
+from checkpoint_tools.table.transforms import same_bits
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
@@ -25,53 +33,25 @@ _EXPERTS = re.compile(r"\.mlp\.experts\.((gate_up|down)_proj|\d+\.(gate|up|down)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account:
-    """A Hugging Face checkpoint with each tensor's fate decided."""
+class ImportPlan:
+    """A Hugging Face folder and what becomes of each of its tensors."""
 
     hf: HFCheckpoint
     config: Qwen35Config
     """Of the model that is trained: without MTP when that was asked for."""
-    naming: Naming
     table: list[Row]
-    carried: list[str]
-    left_out: list[str] = field(default_factory=list)
-    """Tensors that were asked to be left out."""
-    promises_mtp: bool = False
-    """Whether the folder's config.json has an MTP layer that the model that is trained lacks."""
-
-    @property
-    def origin(self) -> Origin:
-        """What export needs, read from the Hugging Face folder itself."""
-        files, _ = other_files(self.hf)
-        return Origin(
-            naming=self.naming,
-            dtypes={
-                name: entry.dtype
-                for name, entry in self.hf.tensors.items()
-                if name not in self.left_out
-            },
-            carried=self.hf if self.carried else None,
-            carried_names=tuple(self.carried),
-            files=files,
-        )
-
-    @property
-    def notes(self) -> list[str]:
-        """What whoever converts should know, one line each."""
-        notes = list(self.hf.notes)
-        if self.left_out:
-            notes.append(f"left out, the MTP layer: {len(self.left_out)} tensors")
-        if self.promises_mtp:
-            notes.append(
-                "without the MTP layer of its config.json: to train it with --hf-config "
-                f"{self.hf.folder}, add --override mtp_num_hidden_layers=0"
-            )
-        return notes
+    carried: Carried
+    notes: list[str]
+    """What whoever converts should know, one line each."""
 
 
-def account(
-    folder: Path, *, layout: Layout = "qwen35", carry: Sequence[str] = (), no_mtp: bool = False
-) -> Account:
+def plan_import(
+    folder: Path,
+    *,
+    checkpoint_format: Format = "qwen35",
+    carry: Sequence[str] = (),
+    no_mtp: bool = False,
+) -> ImportPlan:
     """Read a Hugging Face folder and decide what happens to each tensor.
 
     Args:
@@ -92,14 +72,15 @@ def account(
         carried |= {name for name in hf.tensors if name.startswith(VISION_PREFIX)}
     given = {name: entry for name, entry in hf.tensors.items() if name not in carried}
     naming = Naming.detect(config, given)
-    left_out: list[str] = []
-    promises_mtp = no_mtp and config.mtp_num_hidden_layers > 0
+    notes = list(hf.notes)
+    left_out: set[str] = set()
     if no_mtp:
-        left_out = [name for name in given if name.startswith(MTP_PREFIX)]
+        left_out = {name for name in given if name.startswith(MTP_PREFIX)}
         given = {name: entry for name, entry in given.items() if name not in left_out}
+        notes += _without_mtp(hf.folder, config, left_out)
         naming = replace(naming, mtp=False)
         config = replace(config, mtp_num_hidden_layers=0)
-    table = rows(config, naming, layout)
+    table = rows(config, naming, checkpoint_format)
     _check_carry(hf.tensors, carry, table)
     _check_names(config, naming, given, table)
     _check_tensors(given, table)
@@ -107,15 +88,32 @@ def account(
         _check_tied(hf, f"{naming.prefix}embed_tokens.weight")
     if config.is_vision_language and not any(n.startswith(VISION_PREFIX) for n in carried):
         raise _no_vision(naming)
-    return Account(
+    files, other_weights = other_files(hf)
+    return ImportPlan(
         hf=hf,
         config=config,
-        naming=naming,
         table=table,
-        carried=sorted(carried),
-        left_out=left_out,
-        promises_mtp=promises_mtp,
+        carried=Carried(
+            naming=naming,
+            dtypes={n: entry.dtype for n, entry in hf.tensors.items() if n not in left_out},
+            tensors=hf.lazy(sorted(carried)),
+            weights=hf.paths if carried else [],
+            files=files,
+        ),
+        notes=[*notes, *(f"left out, other weights: {file}" for file in other_weights)],
     )
+
+
+def _without_mtp(folder: Path, config: Qwen35Config, left_out: Collection[str]) -> list[str]:
+    notes = []
+    if left_out:
+        notes.append(f"left out, the MTP layer: {len(left_out)} tensors")
+    if config.mtp_num_hidden_layers:
+        notes.append(
+            "without the MTP layer of its config.json: to train it with --hf-config "
+            f"{folder}, add --override mtp_num_hidden_layers=0"
+        )
+    return notes
 
 
 def _check_names(
@@ -234,11 +232,7 @@ def _no_vision(naming: Naming) -> CheckpointError:
 def _check_tied(hf: HFCheckpoint, embedding: str) -> None:
     """A tied model may have a copy of its embedding, not another output layer."""
     a, b = hf.tensors[HEAD], hf.tensors[embedding]
-    same = (a.dtype, a.shape) == (b.dtype, b.shape) and all(
-        torch.equal(x.view(torch.uint8), y.view(torch.uint8))
-        for x, y in zip(hf.pieces(HEAD), hf.pieces(embedding), strict=True)
-    )
-    if not same:
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or not same_bits(a.read(), b.read()):
         raise CheckpointError(
             f"config.json ties the output layer to the embedding and {HEAD} is another one",
             fix="set tie_word_embeddings to false (at the top level of config.json): transformers "

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from checkpoint_tools.storage import no_folder
+from checkpoint_tools.files.paths import no_folder
 from qwen35_mcore.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -8,23 +8,23 @@ that has no use for one ignores it.
 
 from __future__ import annotations
 
-from checkpoint_tools.names import Layout
+from checkpoint_tools.table.names import Format
 from qwen35_mcore.config.model_config import Qwen35Config
 
 
-def extra_state_keys(config: Qwen35Config, *, mtp: bool, layout: Layout) -> list[str]:
+def extra_state_keys(config: Qwen35Config, checkpoint_format: Format) -> list[str]:
     """Unique keys (``<name>/shard_<index>_<count>``) of all objects, one per expert for experts."""
     keys: list[str] = []
     for layer in range(config.num_hidden_layers):
         prefix = f"decoder.layers.{layer}."
         if config.is_gdn(layer):
-            names = ["in_proj", "out_proj"] + (["out_norm"] if layout == "mcore" else [])
+            names = ["in_proj", "out_proj"] + (["out_norm"] if checkpoint_format == "mcore" else [])
             keys += [_single(f"{prefix}self_attention.{name}") for name in names]
         else:
             keys += _attention(prefix)
         keys += _feed_forward(config, prefix)
     keys.append(_single("decoder.final_layernorm"))
-    if mtp:
+    if config.mtp_num_hidden_layers:
         prefix = "mtp.layers.0."
         keys += [
             _single(f"{prefix}{name}") for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")

@@ -13,8 +13,7 @@ from typing import Literal
 
 import torch
 
-from checkpoint_tools.tensor_names import FLAT_PREFIX, MTP_PREFIX, NESTED_PREFIX, VISION_PREFIX
-from checkpoint_tools.transforms import (
+from checkpoint_tools.table.transforms import (
     Copies,
     Shape,
     cut,
@@ -29,8 +28,14 @@ from checkpoint_tools.transforms import (
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
+VISION_PREFIX = "model.visual."
+NESTED_PREFIX = "model.language_model."
+FLAT_PREFIX = "model."
+MTP_PREFIX = "mtp."
+HEAD = "lm_head.weight"
+
 Experts = Literal["packed", "per_expert"]
-Layout = Literal["qwen35", "mcore"]
+Format = Literal["qwen35", "mcore"]
 """qwen35: the GDN output norm as in Hugging Face. mcore: megatron-core's own, zero-centred."""
 
 
@@ -117,7 +122,7 @@ def _experts_of(names: Mapping[str, object], prefix: str) -> Experts:
     return "per_expert" if separate else "packed"
 
 
-def rows(config: Qwen35Config, naming: Naming, layout: Layout = "qwen35") -> list[Row]:
+def rows(config: Qwen35Config, naming: Naming, checkpoint_format: Format = "qwen35") -> list[Row]:
     """All rows of a model, in the order in which the model computes."""
     hidden = (config.vocab_size, config.hidden_size)
     top = naming.prefix
@@ -127,7 +132,7 @@ def rows(config: Qwen35Config, naming: Naming, layout: Layout = "qwen35") -> lis
     for layer in range(config.num_hidden_layers):
         hf, mcore = f"{top}layers.{layer}.", f"decoder.layers.{layer}."
         if config.is_gdn(layer):
-            table += _gdn_rows(config, hf, f"{mcore}self_attention.", layout)
+            table += _gdn_rows(config, hf, f"{mcore}self_attention.", checkpoint_format)
         else:
             table += _attention_rows(config, hf, f"{mcore}self_attention.")
         table += _mlp_rows(config, hf, mcore, naming.experts)
@@ -135,11 +140,11 @@ def rows(config: Qwen35Config, naming: Naming, layout: Layout = "qwen35") -> lis
     if naming.mtp:
         table += _mtp_rows(config, naming.mtp_experts)
     if not config.tie_word_embeddings:
-        table += [_same("lm_head.weight", "output_layer.weight", hidden, tp_axis=0)]
+        table += [_same(HEAD, "output_layer.weight", hidden, tp_axis=0)]
     return table
 
 
-def _gdn_rows(c: Qwen35Config, hf: str, mcore: str, layout: Layout) -> list[Row]:
+def _gdn_rows(c: Qwen35Config, hf: str, mcore: str, checkpoint_format: Format) -> list[Row]:
     key, value, heads, h = (
         c.gdn_shape.key_width,
         c.gdn_shape.value_width,
@@ -148,7 +153,7 @@ def _gdn_rows(c: Qwen35Config, hf: str, mcore: str, layout: Layout) -> list[Row]
     )
     mixed = {"query": key, "key": key, "value": value}
     taps = c.linear_conv_kernel_dim
-    native = layout == "mcore"
+    native = checkpoint_format == "mcore"
     norm_key = "out_norm.weight" if native else "gated_norm.weight"
     att, proj = f"{hf}linear_attn.", f"{mcore}in_proj.weight."
     return [
@@ -304,19 +309,19 @@ def _cut(hf: str, mcore: str, parts: Mapping[str, int], tail: Shape) -> Row:
 
 
 def hf_to_mcore(
-    config: Qwen35Config, tensors: Mapping[str, torch.Tensor], layout: Layout = "qwen35"
+    config: Qwen35Config, tensors: Mapping[str, torch.Tensor], checkpoint_format: Format = "qwen35"
 ) -> dict[str, torch.Tensor]:
     """Megatron's global tensors by checkpoint key, from a Hugging Face state dict.
 
-    Works for parameters and, in the qwen35 layout, for their gradients: values are only moved. A
+    Works for parameters and, in the qwen35 format, for their gradients: values are only moved. A
     state dict without MTP gives a result without it; vision tensors are left out.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape than the config says.
     """
-    table = rows(config, Naming.detect(config, tensors), layout)
+    table = rows(config, Naming.detect(config, tensors), checkpoint_format)
     expected = [spec for row in table for spec in row.hf]
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    ignored = {HEAD} if config.tie_word_embeddings else set()
     given = {
         name: tensor
         for name, tensor in tensors.items()
@@ -330,7 +335,7 @@ def mcore_to_hf(
     config: Qwen35Config,
     tensors: Mapping[str, torch.Tensor],
     experts: Experts = "packed",
-    layout: Layout = "qwen35",
+    checkpoint_format: Format = "qwen35",
 ) -> dict[str, torch.Tensor]:
     """The inverse of `hf_to_mcore`, under the names of the config's own model class.
 
@@ -340,7 +345,7 @@ def mcore_to_hf(
     mtp = any(name.startswith(MTP_PREFIX) for name in tensors)
     base = Naming.default(config, experts)
     naming = Naming(prefix=base.prefix, experts=experts, mtp_experts=experts, mtp=mtp)
-    table = rows(config, naming, layout)
+    table = rows(config, naming, checkpoint_format)
     _check(tensors, [spec for row in table for spec in row.mcore])
     return {name: tensor for row in table for name, tensor in row.to_hf(tensors).items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RELEASE = "release"
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
 LEGACY_COMMON = "common.pt"

@@ -11,23 +11,24 @@ import bisect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoint_tools.dcp_pickle import (
+from checkpoint_tools.files.manifest import PARTIAL
+from checkpoint_tools.files.paths import no_folder
+from checkpoint_tools.mcore.archive import MappedFile, map_tensor
+from checkpoint_tools.mcore.keys import COMMON_STATE, LEGACY_COMMON, RELEASE, TRACKER, Stored
+from checkpoint_tools.mcore.safe_pickle import (
     BytesEntry,
     SafeUnpickler,
     TensorEntry,
     load_torch_object,
 )
-from checkpoint_tools.manifest import PARTIAL
-from checkpoint_tools.mcore_keys import COMMON_STATE, LEGACY_COMMON, TRACKER, Stored
-from checkpoint_tools.storage import MappedFile, no_folder
-from checkpoint_tools.torch_blob import map_tensor
-from checkpoint_tools.transforms import Box, Shape
+from checkpoint_tools.table.transforms import Box, LazyTensor, Shape, split_rows
 from qwen35_mcore.errors import CheckpointError
 
 
@@ -109,6 +110,14 @@ class MegatronCheckpoint:
             Box(relative, part.shape).of(result).copy_(self._part(chunk, part))
         return result
 
+    def lazy(self, key: str) -> LazyTensor:
+        """A global tensor, to be read in parts of bounded size."""
+        tensor = self.tensors[key]
+        boxes = partial(split_rows, Box.whole(tensor.shape), tensor.dtype.itemsize)
+        return LazyTensor(
+            key, tensor.dtype, tensor.shape, lambda: (self.read(key, box) for box in boxes())
+        )
+
     def object(self, key: str) -> Any:
         """A stored object, read without running any of it.
 
@@ -172,8 +181,8 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
             fix=_what_is_here(path),
         )
     name = tracker.read_text(errors="replace").strip()
-    folder = path / (f"iter_{int(name):07d}" if name.isdecimal() else "release")
-    if name != "release" and not name.isdecimal():
+    folder = path / (f"iter_{int(name):07d}" if name.isdecimal() else RELEASE)
+    if name != RELEASE and not name.isdecimal():
         raise CheckpointError(
             "the tracker file is malformed",
             got=f"{tracker}: {name[:80]}",

@@ -14,6 +14,8 @@ from math import prod
 import torch
 
 Shape = tuple[int, ...]
+CHUNK_BYTES = 64 * 2**20
+"""The largest piece handled at once: what a reader of the result must hold in memory, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,11 @@ class Box:
 
     offsets: Shape
     shape: Shape
+
+    @classmethod
+    def whole(cls, shape: Shape) -> Box:
+        """All of a tensor."""
+        return cls((0,) * len(shape), shape)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The view of `tensor` that this box covers."""
@@ -36,6 +43,22 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor whose content is made, or read, when it is asked for."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Shape
+    pieces: Callable[[], Iterator[torch.Tensor]]
+    """The content in order, in parts of bounded size; of any dtype: it is cast."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
     """One box of one Hugging Face tensor and the box of a Megatron tensor with the same content."""
 
@@ -43,6 +66,10 @@ class Copy:
     hf_box: Box
     mcore: int
     mcore_box: Box
+
+    def inverse(self) -> Copy:
+        """The same with the two sides exchanged."""
+        return Copy(self.mcore, self.mcore_box, self.hf, self.hf_box)
 
 
 Copies = Callable[[], Iterator[Copy]]
@@ -53,7 +80,7 @@ def whole(shape: Shape) -> Copies:
     """One tensor, unchanged."""
 
     def copies() -> Iterator[Copy]:
-        box = Box((0,) * len(shape), shape)
+        box = Box.whole(shape)
         yield Copy(0, box, 0, box)
 
     return copies
@@ -146,7 +173,8 @@ def gather(
     copies: Iterable[Copy], sources: Sequence[torch.Tensor], shapes: Sequence[Shape]
 ) -> list[torch.Tensor]:
     """Megatron's tensors from Hugging Face's; `shapes` are the results'."""
-    results = _empty_like(sources, shapes)
+    dtype = common_dtype(tensor.dtype for tensor in sources)
+    results = [torch.empty(shape, dtype=dtype, device=sources[0].device) for shape in shapes]
     for copy in copies:
         copy.mcore_box.of(results[copy.mcore]).copy_(
             copy.hf_box.of(sources[copy.hf]).reshape(copy.mcore_box.shape)
@@ -158,12 +186,49 @@ def scatter(
     copies: Iterable[Copy], sources: Sequence[torch.Tensor], shapes: Sequence[Shape]
 ) -> list[torch.Tensor]:
     """Hugging Face's tensors from Megatron's; the inverse of `gather`."""
-    results = _empty_like(sources, shapes)
-    for copy in copies:
-        copy.hf_box.of(results[copy.hf]).copy_(
-            copy.mcore_box.of(sources[copy.mcore]).reshape(copy.hf_box.shape)
-        )
-    return results
+    return gather((copy.inverse() for copy in copies), sources, shapes)
+
+
+def split_rows(box: Box, itemsize: int, limit: int = CHUNK_BYTES) -> Iterator[Box]:
+    """The box in parts of at most `limit` bytes (one row at least), cut along its first long axis.
+
+    Parts come in the order of their elements.
+    """
+    axis = _first_axis(box)
+    if axis is None:
+        yield box
+        return
+    row = box.size // box.shape[axis] * itemsize
+    step = max(1, limit // max(1, row))
+    for start in range(0, box.shape[axis], step):
+        yield _cut_box(box, axis, start, min(step, box.shape[axis] - start))
+
+
+def split_copy(copy: Copy, itemsize: int) -> Iterator[Copy]:
+    """A copy in parts of bounded size."""
+    axis = _first_axis(copy.hf_box)
+    if axis is None or copy.hf_box.size * itemsize <= CHUNK_BYTES:
+        yield copy
+        return
+    other = _first_axis(copy.mcore_box)
+    assert other is not None
+    for box in split_rows(copy.hf_box, itemsize):
+        start = box.offsets[axis] - copy.hf_box.offsets[axis]
+        part = _cut_box(copy.mcore_box, other, start, box.shape[axis])
+        yield Copy(copy.hf, box, copy.mcore, part)
+
+
+def _first_axis(box: Box) -> int | None:
+    """The first axis along which the box has more than one element."""
+    return next((axis for axis, length in enumerate(box.shape) if length > 1), None)
+
+
+def _cut_box(box: Box, axis: int, start: int, length: int) -> Box:
+    """`length` entries of the box along one axis, `start` counted from the box's own offset."""
+    offsets, shape = list(box.offsets), list(box.shape)
+    offsets[axis] += start
+    shape[axis] = length
+    return Box(tuple(offsets), tuple(shape))
 
 
 def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -174,9 +239,19 @@ def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return first
 
 
-def _empty_like(sources: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> list[torch.Tensor]:
-    dtype = common_dtype(tensor.dtype for tensor in sources)
-    return [torch.empty(shape, dtype=dtype, device=sources[0].device) for shape in shapes]
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    flat = _bits(tensor)
+    return memoryview(flat.numpy()).cast("B") if flat.numel() else memoryview(b"")
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype are equal as bytes: NaNs too, and zeros only of one sign."""
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _starts(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-VISION_PREFIX = "model.visual."
-NESTED_PREFIX = "model.language_model."
-FLAT_PREFIX = "model."
-MTP_PREFIX = "mtp."
-HEAD = "lm_head.weight"
+from checkpoint_tools.table.names import FLAT_PREFIX, HEAD, NESTED_PREFIX
 
 _WRAPPERS = {
     "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module",

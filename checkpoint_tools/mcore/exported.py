@@ -1,21 +1,20 @@
-"""A Megatron checkpoint seen as the Hugging Face tensors it would export to.
+"""The Hugging Face tensors that a Megatron checkpoint exports to.
 
-Export writes this view and verify compares it, so what is verified is what is written.
+Export writes them and verify compares them, so what is verified is what is written.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Literal
 
 import torch
 
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.names import Layout, Naming, Row, TensorSpec, rows
-from checkpoint_tools.storage import split_rows
-from checkpoint_tools.tensor_names import MTP_PREFIX
-from checkpoint_tools.transforms import Copy, Shape, common_dtype
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from checkpoint_tools.table.names import MTP_PREFIX, Format, Naming, Row, TensorSpec, rows
+from checkpoint_tools.table.transforms import Copy, LazyTensor, common_dtype, split_rows
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
@@ -29,8 +28,8 @@ _MAIN_PARAMETERS = (
 _NOT_MODEL = ("optimizer.", "chained_", "optimizer_state", "rng_state", "rerun_state")
 
 
-class ModelView:
-    """The Hugging Face tensors of a Megatron checkpoint.
+class ExportedTensors:
+    """The Hugging Face tensors of a Megatron checkpoint, made as they are read.
 
     Args:
         naming: how the Hugging Face side is named and grouped.
@@ -49,59 +48,61 @@ class ModelView:
         dtypes: Mapping[str, torch.dtype],
         choice: DtypeChoice = "original",
     ) -> None:
-        self.checkpoint = checkpoint
-        self.choice, self._dtypes = choice, dtypes
-        self.layout = stored_layout(checkpoint)
-        self.table = rows(config, naming, self.layout)
+        self._checkpoint, self._dtypes, self._choice = checkpoint, dtypes, choice
+        self.table = rows(config, naming, stored_format(checkpoint))
         _check(checkpoint, self.table, without_mtp=not naming.mtp)
-        self._where = {
-            spec.name: (row, index) for row in self.table for index, spec in enumerate(row.hf)
-        }
         self._copies = lru_cache(maxsize=8)(_grouped)
 
-    def names(self) -> list[str]:
-        """Hugging Face names, in the order in which the model computes."""
-        return list(self._where)
+    def lazy(self) -> list[LazyTensor]:
+        """All of them, in the order in which the model computes."""
+        return [
+            LazyTensor(spec.name, dtype, spec.shape, partial(self._pieces, row, index, dtype))
+            for row in self.table
+            for index, spec in enumerate(row.hf)
+            for dtype in [self._dtype(row, index)]
+        ]
 
-    def shape(self, name: str) -> Shape:
-        """Global shape of a tensor."""
-        row, index = self._where[name]
-        return row.hf[index].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype that the tensor is given on the Hugging Face side."""
-        if self.choice == "float32":
+    def _dtype(self, row: Row, index: int) -> torch.dtype:
+        """The dtype that a tensor is given on the Hugging Face side."""
+        if self._choice == "float32":
             return torch.float32
-        if self.choice == "original" and name in self._dtypes:
+        name = row.hf[index].name
+        if self._choice == "original" and name in self._dtypes:
             return self._dtypes[name]
-        row, index = self._where[name]
         if row.float32:
             return torch.float32
         keys = {row.mcore[copy.mcore].name for copy in self._copies(row)[index]}
-        return common_dtype(self.checkpoint.tensors[key].dtype for key in sorted(keys))
+        return common_dtype(self._checkpoint.tensors[key].dtype for key in sorted(keys))
 
-    def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor in order, in parts of bounded size, in the dtype of the view."""
-        row, index = self._where[name]
-        dtype = self.dtype(name)
+    def _pieces(self, row: Row, index: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         for copy in self._copies(row)[index]:
             key = self._source(row.mcore[copy.mcore], dtype)
-            stored = self.checkpoint.tensors[key].dtype
+            stored = self._checkpoint.tensors[key].dtype
             for box in split_rows(copy.mcore_box, max(stored.itemsize, dtype.itemsize)):
-                piece = self.checkpoint.read(key, box)
+                piece = self._checkpoint.read(key, box)
                 if row.zero_centred:
                     piece = piece.double() + 1
                 yield piece.to(dtype)
 
     def _source(self, spec: TensorSpec, wanted: torch.dtype) -> str:
         """The key to read: the optimizer's main parameter where it is more precise."""
-        stored = self.checkpoint.tensors[spec.name].dtype
+        stored = self._checkpoint.tensors[spec.name].dtype
         if stored.itemsize >= wanted.itemsize:
             return spec.name
-        return main_parameter(self.checkpoint, spec.name) or spec.name
+        return main_parameter(self._checkpoint, spec.name) or spec.name
 
 
-def stored_layout(checkpoint: MegatronCheckpoint) -> Layout:
+def recorded_config(checkpoint: MegatronCheckpoint) -> Qwen35Config | None:
+    """The config of the model that was trained, None where the run recorded none.
+
+    Raises:
+        ConfigError, ValueError: it is malformed.
+    """
+    recorded = checkpoint.argument("qwen35_hf_config")
+    return Qwen35Config.from_hf(json.loads(recorded)) if recorded else None
+
+
+def stored_format(checkpoint: MegatronCheckpoint) -> Format:
     """Whose GatedDeltaNet wrote the checkpoint."""
     native = any(key.endswith(".self_attention.out_norm.weight") for key in checkpoint.tensors)
     return "mcore" if native else "qwen35"
@@ -123,23 +124,6 @@ def main_parameter(checkpoint: MegatronCheckpoint, key: str) -> str | None:
 def model_keys(checkpoint: MegatronCheckpoint) -> list[str]:
     """The keys of the model's own tensors."""
     return [key for key in checkpoint.tensors if not key.startswith(_NOT_MODEL)]
-
-
-def aligned(
-    first: Iterator[torch.Tensor], second: Iterator[torch.Tensor]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Two sequences of pieces of equal total size, cut at the same places and flattened."""
-    a = b = torch.empty(0)
-    while True:
-        if not a.numel():
-            a = next(first, torch.empty(0)).reshape(-1)
-        if not b.numel():
-            b = next(second, torch.empty(0)).reshape(-1)
-        count = min(a.numel(), b.numel())
-        if not count:
-            return
-        yield a[:count], b[:count]
-        a, b = a[count:], b[count:]
 
 
 def _grouped(row: Row) -> list[list[Copy]]:

@@ -19,15 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.direct_file import DirectFile
-from checkpoint_tools.mcore_keys import TRACKER
-from checkpoint_tools.storage import ChecksumWriter, checksum
-from checkpoint_tools.workers import run_parallel
+from checkpoint_tools.files.checksums import ChecksumWriter, checksum
+from checkpoint_tools.files.direct_file import DirectFile
+from checkpoint_tools.files.job import Options
+from checkpoint_tools.files.paths import UNFINISHED, sync
+from checkpoint_tools.files.progress import Progress
+from checkpoint_tools.files.workers import run_parallel
 from qwen35_mcore.errors import CheckpointError
 
-_UNFINISHED = ".tmp"
 PARTIAL = ".partial"
-_OF_AN_IMPORT = ("release", TRACKER, "qwen35-origin-")
 
 
 class Work:
@@ -36,22 +36,34 @@ class Work:
     Args:
         target: where the result goes.
         job: what is converted and how, as plain JSON values. Work is resumed only when equal.
-        overwrite: replace an existing target (after success).
+        options: among them whether to replace an existing target (after success).
+        size: bytes of the whole result, for the progress bar.
+        foreign: of the names in an existing target, those that no such conversion writes. It is
+            not replaced while there are any.
 
     Raises:
         CheckpointError: the target exists, another process works on it, or the work in progress is
             of another job.
     """
 
-    def __init__(self, target: Path, job: dict[str, Any], *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        target: Path,
+        job: dict[str, Any],
+        options: Options,
+        *,
+        size: int,
+        foreign: Callable[[list[str]], list[str]],
+    ) -> None:
         # a link leads to where the result goes: a rename would put the result in the link's place
         self.target = Path(os.path.realpath(target)) if target.is_symlink() else target.absolute()
-        self.job, self.overwrite = job, overwrite
+        self.job, self._overwrite, self._foreign = job, options.overwrite, foreign
         self.folder = self.target.with_name(self.target.name + PARTIAL)
         self.tree, self.manifest = self.folder / "tree", self.folder / "manifest.jsonl"
         self._done: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._manifest: Any = None
+        self._progress = Progress(size, job["command"], quiet=options.quiet)
 
     def __enter__(self) -> Work:
         self._refuse_existing()
@@ -67,9 +79,11 @@ class Work:
         except BaseException:
             self._manifest.close()
             raise
+        self._progress.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._progress.__exit__(*error)
         self._manifest.close()
 
     def finished_before(self) -> bool:
@@ -83,10 +97,6 @@ class Work:
         _remove(self.folder)
         return True
 
-    def finished(self, name: str) -> bool:
-        """Whether the manifest knows a file as done."""
-        return name in self._done
-
     def part(self, name: str, write: Callable[[Any], Any]) -> Any:
         """Write one file of the result unless it is there; returns what `write` returned.
 
@@ -95,8 +105,9 @@ class Work:
         path = self.tree / name
         done = self._done.get(name)
         if done and _matches(path, done):
+            self._progress.advance(done["bytes"])
             return done["value"]
-        stream, value = _write(path, write)
+        stream, value = _write(path, write, self._progress.advance)
         entry = {"part": name, "bytes": stream.count, "crc32": stream.crc, "value": value}
         self._append(entry)
         return json.loads(json.dumps(value))
@@ -122,28 +133,19 @@ class Work:
             )
         if not _occupied(self.target):
             return
-        kept = self._not_replaced()
+        kept = self._foreign(sorted(path.name for path in self.target.iterdir()))
         if kept:
             raise CheckpointError(
                 "the target holds what no conversion may replace",
                 got=f"{', '.join(kept[:4])} in {self.target}",
                 fix="choose another folder",
             )
-        if not self.overwrite:
+        if not self._overwrite:
             raise CheckpointError(
                 "the target exists",
                 got=str(self.target),
                 fix="choose another, or --overwrite to replace it after success",
             )
-
-    def _not_replaced(self) -> list[str]:
-        """What of the target a conversion of this kind does not write: a run, or something else."""
-        names = sorted(path.name for path in self.target.iterdir())
-        if self.job["command"] == "import":
-            return [name for name in names if not name.startswith(_OF_AN_IMPORT)]
-        if "config.json" not in names:
-            return names
-        return [name for name in names if name.startswith(("iter_", *_OF_AN_IMPORT))]
 
     def _take(self) -> None:
         try:
@@ -182,11 +184,13 @@ class Work:
             self._manifest.flush()
 
 
-def _write(path: Path, write: Callable[[Any], Any]) -> tuple[ChecksumWriter, Any]:
+def _write(
+    path: Path, write: Callable[[Any], Any], advance: Callable[[int], None]
+) -> tuple[ChecksumWriter, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + _UNFINISHED)
+    unfinished = path.with_name(path.name + UNFINISHED)
     with DirectFile(unfinished) as file:
-        stream = ChecksumWriter(file)
+        stream = ChecksumWriter(file, advance)
         try:
             value = write(stream)
             file.finish()
@@ -201,38 +205,6 @@ def _write(path: Path, write: Callable[[Any], Any]) -> tuple[ChecksumWriter, Any
             ) from error
     os.rename(unfinished, path)
     return stream, value
-
-
-def refuse_overlap(source: Path, target: Path) -> None:
-    """Refuse a target that is the source, holds it, or lies in it.
-
-    Raises:
-        CheckpointError: it does: replacing it would take the source away.
-    """
-    a, b = Path(os.path.realpath(source)), Path(os.path.realpath(target))
-    if a == b or a in b.parents or b in a.parents:
-        raise CheckpointError(
-            "source and target are in each other",
-            got=f"{source} and {target}",
-            fix="choose a target outside the source",
-        )
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    unfinished.write_bytes(content)
-    os.rename(unfinished, path)
-
-
-def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _matches(path: Path, done: dict[str, Any]) -> bool:

@@ -71,7 +71,7 @@ def _write_stage(stage: str) -> str:
     return "".join(layer * times if times < 3 else f"{layer}*{times}" for layer, times in runs)
 
 
-def layout_problems(
+def stage_problems(
     stages: tuple[str, ...], *, num_layers: int, num_mtp_layers: int, standalone_mtp: bool, pp: int
 ) -> Iterator[str]:
     """What is wrong with the content of a layout, one sentence each.

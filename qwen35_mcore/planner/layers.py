@@ -145,7 +145,7 @@ class Model:
 
     def _gdn_exchange(self) -> Term:
         config, tokens = self.job.model_config, self.batch.tokens / self.candidate.tp
-        widths = 2 * (config.gdn_key_dim + config.gdn_value_dim), config.gdn_value_dim
+        widths = config.gdn_shape.qkvz_width, config.gdn_shape.value_width
         exchanges = (all_to_all(2 * tokens * n, self.groups["cp"], self.job.gpu) for n in widths)
         return Term("cp", *2 * [sum(exchanges)])
 

@@ -1,7 +1,7 @@
-"""Run examples/pretrain_qwen35.py many times without importing torch and megatron every time.
+"""Run qwen35_mcore.training.pretrain many times without importing torch and megatron every time.
 
 One process imports everything and then forks: each rank of a run is a fork that gets its own
-environment, arguments and output file, and calls the script's main as ``__main__`` would.
+environment, arguments and output file, and calls the module's main as ``__main__`` would.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
+import math
 import multiprocessing
 import os
 import shutil
@@ -23,7 +25,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-RUN_TIMEOUT_S = 120.0
+RUN_TIMEOUT_S = 600.0
+"""No measure of speed: what has not ended by then hangs."""
+OTHERS_END_S = 60.0
+"""How long other ranks may take to notice a failure, before they are killed."""
 
 
 @dataclass
@@ -36,12 +41,14 @@ class Run:
     statuses: dict[int, int] = field(default_factory=dict)
 
     def wait(self, timeout: float = RUN_TIMEOUT_S) -> list[int]:
-        """Exit status of every rank; negative for a signal. The first failure ends the others."""
-        deadline = time.monotonic() + timeout
+        """Exit status of every rank; negative for a signal. Ranks that wait for one that failed are
+        killed."""
+        deadline, failed = time.monotonic() + timeout, math.inf
         while len(self.statuses) < len(self.pids):
             self.poll()
             if any(self.statuses.values()):
-                time.sleep(0.5)
+                failed = min(failed, time.monotonic())
+            if time.monotonic() > failed + OTHERS_END_S:
                 self.kill()
             if time.monotonic() > deadline:
                 self.kill()
@@ -85,10 +92,10 @@ class ScriptServer:
         before: Callable[[Any], None] | None = None,
         **env: str,
     ) -> Run:
-        """Start the script on ``ranks`` (all by default) of a job of ``world_size``.
+        """Start the module on ``ranks`` (all by default) of a job of ``world_size``.
 
         Args:
-            before: called with the script's module in each rank: plants a fault.
+            before: called with the module in each rank: plants a fault, or a script of one's own.
         """
         self._runs += 1
         ranks = list(range(world_size)) if ranks is None else ranks
@@ -152,6 +159,9 @@ def _free_port() -> int:
 def _serve(connection: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     script = _import_script()
+    import megatron.core.tokenizers.text  # noqa: F401 (megatron imports it in every run)
+
+    gc.freeze()  # what is imported is not looked through again in every run
     while True:
         try:
             request, argument = connection.recv()
@@ -164,18 +174,12 @@ def _serve(connection: Connection) -> None:
 
 
 def _import_script() -> Any:
-    import importlib.util
-
     import torch
 
     torch.set_num_threads(1)
-    path = Path(__file__).parents[2] / "examples" / "pretrain_qwen35.py"
-    spec = importlib.util.spec_from_file_location("pretrain_qwen35", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from qwen35_mcore.training import pretrain
+
+    return pretrain
 
 
 def _ended(pids: list[int]) -> dict[int, int]:
@@ -213,7 +217,7 @@ def _main(script: Any, flags: list[str], env: dict[str, str]) -> int:
     import sys
 
     os.environ.update(env)
-    sys.argv = ["pretrain_qwen35.py", *flags]
+    sys.argv = ["pretrain.py", *flags]
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     try:

@@ -22,8 +22,9 @@ from qwen35_mcore.mcore.imports import (
     ShardedTensor,
     ShardedTensorFactory,
     TransformerConfig,
-    expert_rng,
-    weighted_swiglu,
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+    weighted_bias_swiglu_impl,
 )
 
 
@@ -76,7 +77,7 @@ class GroupedExperts(MegatronModule):
             )
         )
         if config.perform_initialization:
-            with expert_rng():
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                 init_method(weight)
         weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = (
             True,
@@ -96,10 +97,10 @@ class GroupedExperts(MegatronModule):
         """``[t, h]`` to ``[t, h]``, each row weighed by its probability; and no bias."""
         gate_up = grouped_linear(x_th, self.weight1, tokens_per_expert)
         if not self.recompute_activation:
-            activated = weighted_swiglu(gate_up, probs_t)
+            activated = _weighted_swiglu(gate_up, probs_t)
             return grouped_linear(activated, self.weight2, tokens_per_expert), None
         checkpoint = CheckpointWithoutOutput(fp8=None)
-        activated = checkpoint.checkpoint(weighted_swiglu, gate_up, probs_t)
+        activated = checkpoint.checkpoint(_weighted_swiglu, gate_up, probs_t)
         output = grouped_linear(activated, self.weight2, tokens_per_expert)
         checkpoint.discard_output_and_register_recompute(output)
         return output, None
@@ -185,3 +186,8 @@ class GroupedExperts(MegatronModule):
         for name in [n for n in state_dict if n.startswith(prefix) and "._extra_state" in n]:
             del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up * weight`` of ``[t, 2 f]`` and ``[t]``, in gate_up's dtype."""
+    return weighted_bias_swiglu_impl(gate_up, None, weights.unsqueeze(-1))

@@ -212,7 +212,7 @@ def _nothing_allowed(job: Job, space: Space) -> PlanError:
 
 
 def _near(job: Job, space: Space, name: str, value: int) -> str:
-    """The next smaller and larger values of a job's field with which some layout obeys the rules."""
+    """The next smaller and larger values of a field with which some layout obeys the rules."""
 
     def first(sizes: Iterable[int]) -> list[int]:
         for size in sizes:

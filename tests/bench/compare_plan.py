@@ -13,10 +13,12 @@ itself). Ends with status 1 if a peak is off by more than 10 %.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.layer_pattern import LayerKind
@@ -24,11 +26,12 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.planner import activations, cost
 from qwen35_mcore.planner.activations import Kept
-from qwen35_mcore.planner.calibration import (
+from qwen35_mcore.planner.calibration.rows import (
+    MEASURED,
     Calibration,
     LayerRow,
-    RunRow,
     default_calibration,
+    model_of,
     read_calibration,
 )
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
@@ -39,11 +42,46 @@ from qwen35_mcore.planner.search import Space, search
 TOLERANCE = 0.10
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    """A training run on one GPU: what predictions are compared with."""
+
+    name: str
+    model_config: Qwen35Config
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    recompute: str
+    precision: str
+    peak_bytes: int
+    model_bytes: int | None
+    step_s: float | None
+
+
+def read_runs(file: Path) -> list[RunRow]:
+    """The rows of "runs" in a calibration file."""
+    return [run_row(row) for row in json.loads(file.read_text()).get("runs", [])]
+
+
+def run_row(row: Mapping[str, Any]) -> RunRow:
+    """A row of "runs"."""
+    overrides = row.get("overrides") or {}
+    same = ("seq_length", "micro_batch_size", "global_batch_size", "recompute", "precision")
+    return RunRow(
+        name=", ".join([row["flavor"], *(f"{key} {value}" for key, value in overrides.items())]),
+        model_config=model_of(row["flavor"], overrides),
+        **{name: row[name] for name in same},
+        peak_bytes=row["peak_bytes"],
+        model_bytes=row.get("model_bytes"),
+        step_s=row["step_ms"] / 1e3 if row.get("step_ms") else None,
+    )
+
+
 def predict_run(row: RunRow, gpu: Gpu, calibration: Calibration) -> Prediction:
     """A measured run, predicted by what the search uses."""
-    model = row.model
+    model = row.model_config
     job = Job(
-        config=model,
+        model_config=model,
         gpu=gpu,
         gpus=1,
         seq_length=row.seq_length,
@@ -73,10 +111,7 @@ def model_bytes(prediction: Prediction) -> float:
 def kept(row: LayerRow) -> Kept:
     """What autograd keeps of a measured part."""
     alone = Candidate(micro_batch_size=row.micro_batch_size, precision=row.precision)
-    batch = Microbatch(row.model, alone, row.seq_length)
-    if row.part == "mtp":
-        layer = activations.attention(batch) + activations.feed_forward(batch)
-        return layer + activations.mtp_joining(batch)
+    batch = Microbatch(row.model_config, alone, row.seq_length)
     return getattr(activations, row.part)(batch)
 
 
@@ -132,7 +167,7 @@ def published_table(gpu: Gpu, calibration: Calibration) -> Iterator[tuple[str, .
     """Rows of predicted / published (error) throughput, and the memory of the fullest rank."""
     for one in PUBLISHED:
         job = Job(
-            config=one.model,
+            model_config=one.model,
             gpu=gpu,
             gpus=16,
             seq_length=4096,
@@ -145,16 +180,19 @@ def published_table(gpu: Gpu, calibration: Calibration) -> Iterator[tuple[str, .
             prediction = predict_split(job, prediction.candidate, stages)
         yield (
             f"{one.name} (mbs {prediction.candidate.micro_batch_size}, "
-            f"recompute {prediction.candidate.recompute}, `{_escaped(prediction.stages.layout)}`)",
+            f"recompute {prediction.candidate.recompute}, "
+            f"`{_escaped(prediction.pipeline_layout)}`)",
             _compared(prediction.model_flops_per_gpu_s / 1e12, one.tflops),
             f"{prediction.tokens_per_gpu_s:,.0f}",
             f"{max(memory.total for memory in prediction.memory()) / GIB:.1f}",
         )
 
 
-def run_table(calibration: Calibration, gpu: Gpu) -> Iterator[tuple[str, ...]]:
+def run_table(
+    runs: Sequence[RunRow], calibration: Calibration, gpu: Gpu
+) -> Iterator[tuple[str, ...]]:
     """Rows of predicted / measured (error) for every run."""
-    for row in calibration.runs:
+    for row in runs:
         prediction = predict_run(row, gpu, calibration)
         yield (
             f"{row.name}; {row.micro_batch_size} x {row.seq_length}, {row.recompute}, "
@@ -170,11 +208,11 @@ def layer_table(calibration: Calibration, gpu: Gpu) -> Iterator[tuple[str, ...]]
     for row in calibration.layers:
         others = replace(calibration, layers=tuple(r for r in calibration.layers if r is not row))
         alone = Candidate(micro_batch_size=row.micro_batch_size, precision=row.precision)
-        batch = Microbatch(row.model, alone, row.seq_length)
+        batch = Microbatch(row.model_config, alone, row.seq_length)
         forward, backward = cost.seconds(row.part, batch, gpu, others)
-        experts = f", {row.model.num_experts} experts" if row.part == "moe" else ""
+        experts = f", {row.model_config.num_experts} experts" if row.part == "moe" else ""
         yield (
-            f"{row.part}, hidden {row.model.hidden_size}{experts}; {row.micro_batch_size} x "
+            f"{row.part}, hidden {row.model_config.hidden_size}{experts}; {row.micro_batch_size} x "
             f"{row.seq_length}, {row.precision}",
             _compared(kept(row).saved / GIB, _over(row.saved_bytes, GIB)),
             _compared(forward * 1e3, row.forward_s * 1e3),
@@ -182,11 +220,10 @@ def layer_table(calibration: Calibration, gpu: Gpu) -> Iterator[tuple[str, ...]]
         )
 
 
-def worst_peak(calibration: Calibration, gpu: Gpu) -> float:
+def worst_peak(runs: Sequence[RunRow], calibration: Calibration, gpu: Gpu) -> float:
     """Largest relative error of a peak."""
     errors = [
-        abs(peak_bytes(predict_run(row, gpu, calibration)) / row.peak_bytes - 1)
-        for row in calibration.runs
+        abs(peak_bytes(predict_run(row, gpu, calibration)) / row.peak_bytes - 1) for row in runs
     ]
     return max(errors, default=0.0)
 
@@ -226,13 +263,12 @@ def main() -> None:
     print(f"Predicted from {calibration.source}, beside what was published:\n")
     headers = ("recipe", "TFLOP/s per GPU", "tokens/s per GPU", "GiB")
     _print(headers, published_table(get_gpu("h100-80g"), calibration))
-    if not calibration.measured:
-        return
+    runs = read_runs(file or MEASURED / "h100-80g.json")
     print("predicted / measured (error)\n")
-    _print(("run", "peak GiB", "model GiB", "step ms"), run_table(calibration, gpu))
+    _print(("run", "peak GiB", "model GiB", "step ms"), run_table(runs, calibration, gpu))
     _print(("part", "kept GiB", "forward ms", "backward ms"), layer_table(calibration, gpu))
-    worst = worst_peak(calibration, gpu)
-    print(f"{len(calibration.runs)} runs, worst peak off by {worst:.1%}")
+    worst = worst_peak(runs, calibration, gpu)
+    print(f"{len(runs)} runs, worst peak off by {worst:.1%}")
     sys.exit(int(worst > TOLERANCE))
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from qwen35_mcore.cli import app
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.planner.calibration import default_calibration, read_calibration
+from qwen35_mcore.planner.calibration.rows import default_calibration, read_calibration
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -280,7 +280,6 @@ LAYER = {
         {"schema": 1, "layers": []},
         {"schema": 1, "layers": 5},
         {"schema": 1, "layers": None},
-        {"schema": 1, "layers": [LAYER], "runs": {}},
         {"schema": 1, "layers": [LAYER], "gpu": "v100"},
         {"schema": 1, "layers": [LAYER | {"precision": "fp8-tensorwise"}], "gpu": "a100"},
         {"schema": 1, "layers": [{"part": "gdn"}]},

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qwen35_mcore.config.flavors import get_flavor
-from qwen35_mcore.planner.calibration import DEFAULT
+from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.emit import emit
 from qwen35_mcore.planner.hardware import get_gpu
@@ -223,12 +223,12 @@ def plan(tmp_path: Path) -> Path:
 def emitted(folder: Path, *, gpus: int, per_node: int = 8) -> Path:
     gpu = get_gpu("h100-80g").in_nodes_of(per_node)
     job = Job(
-        config=get_flavor("tiny-moe"),
+        model_config=get_flavor("tiny-moe"),
         gpu=gpu,
         gpus=gpus,
         seq_length=64,
         global_batch_size=2 * gpus,
-        calibration=DEFAULT,
+        calibration=default_calibration("h100-80g"),
         model_name="tiny-moe",
         model_flags=("--flavor", "tiny-moe"),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen35_mcore.config.flavors import get_flavor
-from qwen35_mcore.planner.calibration import DEFAULT
+from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.emit import emit
 from qwen35_mcore.planner.hardware import get_gpu
@@ -55,20 +55,20 @@ def test_the_twin_of_a_plan_trains_like_one_process(tmp_path: Path) -> None:
     """Two pipeline ranks of two stages each with MTP, experts over two ranks, two data parallel
     ranks, recomputation: the shape of a large plan with tiny-moe's widths."""
     job = Job(
-        config=get_flavor("tiny-moe"),
+        model_config=get_flavor("tiny-moe"),
         gpu=get_gpu("h100-80g"),
         gpus=4,
         seq_length=64,
         global_batch_size=8,
-        calibration=DEFAULT,
+        calibration=default_calibration("h100-80g"),
         model_name="tiny-moe",
         model_flags=("--flavor", "tiny-moe"),
     )
     twin = predict(job, Candidate(pp=2, vpp=2, ep=2, recompute="full"))
     emit(twin, tmp_path / "plan")
     flags = emitted_flags(tmp_path / "plan")
-    assert len(twin.stages.stages) == 4
-    assert twin.stages.layout.endswith("mL")
+    assert len(twin.stages) == 4
+    assert twin.pipeline_layout.endswith("mL")
 
     planned = {flag: values for flag, values in flags.items() if flag not in ON_A_GPU}
     serial = {flag: values for flag, values in flags.items() if flag in MODEL_AND_BATCH}

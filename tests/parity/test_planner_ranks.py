@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen35_mcore.config.flavors import get_flavor
-from qwen35_mcore.planner.calibration import DEFAULT
+from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.hardware import get_gpu
 from qwen35_mcore.planner.memory import Parameters
@@ -45,25 +45,23 @@ def test_a_rank_holds_what_the_planner_says(case: str, pool: WorkerPool) -> None
     )
     built = pool.run(built_parameters, 4, flavor=flavor, layout=layout)
     job = Job(
-        config=get_flavor(flavor),
+        model_config=get_flavor(flavor),
         gpu=get_gpu("h100-80g"),
         gpus=4,
         seq_length=64,
         global_batch_size=16,
-        calibration=DEFAULT,
+        calibration=default_calibration("h100-80g"),
     )
     prediction = predict_split(job, candidate, tuple(stages.split("|")))
     ranks_of_a_stage = 4 // candidate.pp
     for rank, (dense, expert) in enumerate(built):
-        parts = prediction.rank_parts(rank // ranks_of_a_stage)
-        expected = sum((part.memory.parameters for part in parts), Parameters())
+        expected = prediction.rank_parameters(rank // ranks_of_a_stage)
         assert expected.expert == expert
         # tensor parallel ranks each hold the few norms and gates that are not split
         assert expected.dense == pytest.approx(dense, rel=1e-2)
         if candidate.tp == 1:
             # the final norm is where the last decoder layer is, the planner counts it with the loss
-            assert abs(expected.dense - dense) in (0, job.config.hidden_size)
+            assert abs(expected.dense - dense) in (0, job.model_config.hidden_size)
     if candidate.tp == 1:
-        ranks = [prediction.rank_parts(rank) for rank in range(candidate.pp)]
-        everything = sum((p.memory.parameters for parts in ranks for p in parts), Parameters())
-        assert everything.dense * ranks_of_a_stage == sum(dense for dense, _ in built)
+        ranks = map(prediction.rank_parameters, range(candidate.pp))
+        assert sum(ranks, Parameters()).dense * ranks_of_a_stage == sum(dense for dense, _ in built)

@@ -80,7 +80,7 @@ def a_row(**changes: Any) -> dict[str, Any]:
         "global_batch_size": 32,
         "candidate": str(prediction.candidate),
         "precision": "bf16",
-        "pipeline_layout": prediction.stages.layout,
+        "pipeline_layout": prediction.pipeline_layout,
         "routing": "balanced",
         "graphs": False,
     } | changes

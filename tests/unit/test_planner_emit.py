@@ -15,7 +15,7 @@ import pytest
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
-from qwen35_mcore.planner.calibration import DEFAULT, default_calibration
+from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job, recompute_modules
 from qwen35_mcore.planner.choices import RECOMPUTE
 from qwen35_mcore.planner.command import DEFAULT_HEADROOM_GIB
@@ -31,12 +31,12 @@ PRESETS = sorted((ROOT / "launch" / "presets").iterdir())
 
 def job_of(flavor: str, gpus: int, batch: int) -> Job:
     return Job(
-        config=get_flavor(flavor),
+        model_config=get_flavor(flavor),
         gpu=get_gpu("h100-80g"),
         gpus=gpus,
         seq_length=4096,
         global_batch_size=batch,
-        calibration=DEFAULT,
+        calibration=default_calibration("h100-80g"),
         model_name=flavor,
         model_flags=("--flavor", flavor),
     )
@@ -48,8 +48,6 @@ def preset_prediction(folder: Path) -> Prediction:
     job = job_of(asked["model"], asked["gpus"], asked["global_batch_size"])
     assert asked["headroom_bytes"] == DEFAULT_HEADROOM_GIB * GIB
     job = replace(job, headroom_bytes=asked["headroom_bytes"])
-    if asked["measured"]:
-        job = replace(job, calibration=default_calibration(job.gpu.name))
     assert asked["calibration"] == job.calibration.source
     assert (asked["gpu"], asked["seq_length"]) == (job.gpu.name, job.seq_length)
     candidate, _ = parse_layout(asked["layout"])
@@ -147,8 +145,8 @@ def test_megatron_accepts_every_flag_and_reads_the_same_layout() -> None:
         assert parsed["dp"] == candidate.dp(one.job)
         assert parsed["vpp"] == candidate.vpp
         assert (parsed["ep"], parsed["etp"]) == (candidate.ep, candidate.etp)
-        stages = parse_pipeline_layout(one.stages.layout)
-        assert stages == one.stages.stages
+        stages = parse_pipeline_layout(one.pipeline_layout)
+        assert stages == one.stages
         if pp > 1:
             assert parsed["stages"] == [list(stages[rank::pp]) for rank in range(pp)]
 
@@ -181,12 +179,12 @@ def test_the_command_starts_as_many_ranks_as_there_are_gpus(
 @pytest.mark.parametrize("flavor", ["2b", "35b-a3b"])
 def test_recomputation_flags(flavor: str, recompute: str) -> None:
     job = job_of(flavor, 32, 64)
-    candidate = Candidate(pp=4, ep=8 if job.config.is_moe else 1, recompute=recompute)
+    candidate = Candidate(pp=4, ep=8 if job.model_config.is_moe else 1, recompute=recompute)
     words = flags(predict(job, candidate))
     assert ("--recompute-granularity" in words) == (recompute != "none")
     if recompute == "selective":
         first = words.index("--recompute-modules") + 1
-        modules = recompute_modules(job.config)
+        modules = recompute_modules(job.model_config)
         assert tuple(words[first : first + len(modules)]) == modules
 
 

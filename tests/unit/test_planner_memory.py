@@ -14,17 +14,16 @@ from qwen35_mcore.config.flavors import FLAVORS, get_flavor
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.planner import activations
-from qwen35_mcore.planner.calibration import DEFAULT, model_of
+from qwen35_mcore.planner.calibration.rows import default_calibration, model_of
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import Group, gather
-from qwen35_mcore.planner.elements import Model
 from qwen35_mcore.planner.hardware import GIB, get_gpu
+from qwen35_mcore.planner.layers import Model
 from qwen35_mcore.planner.memory import (
     WEIGHT,
     Parameters,
-    element_parameters,
-    layer_memory,
-    layer_parameters,
+    kept,
+    part_parameters,
     static_bytes,
 )
 from qwen35_mcore.planner.prediction import predict_split
@@ -35,22 +34,20 @@ H100 = get_gpu("h100-80g")
 def job_of(config: Qwen35Config, gpus: int, **changes: object) -> Job:
     return replace(
         Job(
-            config=config,
+            model_config=config,
             gpu=get_gpu("h100-80g"),
             gpus=gpus,
             seq_length=4096,
             global_batch_size=64,
-            calibration=DEFAULT,
+            calibration=default_calibration("h100-80g"),
         ),
         **changes,  # type: ignore[arg-type]
     )
 
 
 def all_parameters(config: Qwen35Config, candidate: Candidate) -> Parameters:
-    kinds = "E" + "m" * config.mtp_num_hidden_layers + "L"
-    layers = [layer_parameters(config, candidate, kind) for kind in config.layer_types]
-    others = [element_parameters(config, candidate, kind) for kind in kinds]
-    return sum([*layers, *others], Parameters())
+    kinds = Model(job_of(config, 64), candidate).kinds
+    return sum((part_parameters(config, candidate, kind) for kind in kinds), Parameters())
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
@@ -122,10 +119,10 @@ def test_static_memory_is_megatrons_where_that_applies(flavor: str, candidate: C
     layers = config.num_hidden_layers
     config = replace(config, layer_types=(LayerKind.ATTENTION,) * layers, mtp_num_hidden_layers=0)
     job = job_of(config, gpus=16)
-    ours = static_bytes(all_parameters(config, candidate), job, candidate).total
+    ours = sum(static_bytes(all_parameters(config, candidate), job, candidate))
     query = config.num_attention_heads * config.head_dim
     missing = layers * (config.hidden_size * query + 2 * config.head_dim) / candidate.tp
-    gap = static_bytes(Parameters(dense=missing), job, candidate).total
+    gap = sum(static_bytes(Parameters(dense=missing), job, candidate))
     megatron = megatron_bytes(config, candidate, job)
     if candidate.tp > 1:
         assert ours - gap == pytest.approx(megatron, rel=1e-5)
@@ -141,9 +138,10 @@ def test_activations_of_the_measured_stack(experts: int, measured_gib: float) ->
         "35b-a3b",
         {"num_hidden_layers": 4, "num_experts": experts, "mtp_num_hidden_layers": 0},
     )
-    job, alone = job_of(model, 1), Candidate(micro_batch_size=4)
-    layers = [layer_memory(job, alone, kind) for kind in model.layer_types]
-    weights = WEIGHT * sum(layer.parameters.count for layer in layers)
+    alone = Candidate(micro_batch_size=4)
+    kinds = Model(job_of(model, 1), alone).kinds.strip("EL")
+    layers = [kept(Microbatch(model, alone, 4096), kind) for kind in kinds]
+    weights = WEIGHT * sum(part_parameters(model, alone, kind).count for kind in kinds)
     saved = sum(layer.saved for layer in layers)
     peak = weights + saved + max(layer.transient for layer in layers)
     assert peak / GIB == pytest.approx(measured_gib, rel=0.05)
@@ -165,14 +163,12 @@ def test_recomputing_more_keeps_less(sizes: dict, flavor: str) -> None:
     config = get_flavor(flavor)
     if not config.is_moe:
         sizes = {**sizes, "ep": 1, "etp": sizes["tp"]}
-    job = job_of(config, gpus=64)
-    for kind in LayerKind:
+    for kind in "gam":
         none, selective, full = (
-            layer_memory(job, Candidate(**sizes, recompute=recompute), kind)
+            kept(Microbatch(config, Candidate(**sizes, recompute=recompute), 4096), kind)
             for recompute in ("none", "selective", "full")
         )
         assert none.saved > selective.saved > full.saved > 0
-        assert none.static == selective.static == full.static
         # what is dropped comes back for the layer whose backward pass runs
         assert none.saved + none.transient <= full.saved + full.transient
 
@@ -212,10 +208,9 @@ def test_memory_of_a_rank_adds_up() -> None:
     first, last = prediction.memory()
     assert first.total == sum(vars(first).values())
     # the first rank has two microbatches in flight, the last one
-    layer = {kind: layer_memory(job, prediction.candidate, kind).saved for kind in LayerKind}
-    twenty = 15 * layer[LayerKind.GDN] + 5 * layer[LayerKind.ATTENTION]
-    ids = 16 * 4096
-    assert first.activations == pytest.approx(2 * (twenty + ids))
+    batch = Microbatch(job.model_config, prediction.candidate, 4096)
+    twenty = 15 * kept(batch, "g").saved + 5 * kept(batch, "a").saved
+    assert first.activations == pytest.approx(2 * twenty)
     assert last.activations > twenty
 
 
@@ -233,6 +228,7 @@ def test_fewer_key_heads_than_ranks_gather_the_projection() -> None:
     assert activations.attention(whole).transient > 4096 * each
     narrow, wide = (Model(job_of(config, 8), Candidate(tp=tp)) for tp in (2, 4))
     for model, gathered in ((narrow, 0.0), (wide, gather(4096 * each, Group(4), H100))):
-        gdn, own = model.layers[LayerKind.GDN], model.layers[LayerKind.ATTENTION]
-        assert own.forward.tp - gdn.forward.tp == pytest.approx(gathered)
-        assert own.backward.tp - gdn.backward.tp == pytest.approx(gathered)
+        gdn, own = ([term for term in model.part[kind].terms if term.name == "tp"] for kind in "ga")
+        for which in (1, 2):  # forward, backward
+            more = sum(term[which] for term in own) - sum(term[which] for term in gdn)
+            assert more == pytest.approx(gathered)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.planner.calibration import default_calibration
+from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.choices import RECOMPUTE
 from qwen35_mcore.planner.explain import explain
@@ -53,7 +53,7 @@ class Model:
 def job_of(model: Model, gpu: Gpu, ranks: int, *, seq_length: int, global_batch_size: int) -> Job:
     """The planner's question about a run."""
     return Job(
-        config=model.config,
+        model_config=model.config,
         gpu=gpu,
         gpus=ranks,
         seq_length=seq_length,

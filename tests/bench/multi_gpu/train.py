@@ -169,7 +169,7 @@ def describe(
         "global_batch_size": plan.job.global_batch_size,
         "candidate": str(plan.candidate),
         "precision": variant.candidate.precision,
-        "pipeline_layout": plan.stages.layout,
+        "pipeline_layout": plan.pipeline_layout,
         "routing": variant.routing,
         "graphs": variant.graphs,
     }

@@ -188,9 +188,9 @@ def exported_after(imported: Start, tokenizer: Path | None, tmp_path: Path) -> d
     """The files of an export after training from the import on data of a tokenizer."""
     config = toy_config(carried={"eos_token_id": 7})
     name = kept(tmp_path / "run", tokenizer, config, imported)
-    more = {"qwen35_origin": imported.origin, "qwen35_tokenizer": name}
+    more = {"qwen35_origin": imported.carried, "qwen35_tokenizer": name}
     run = trained(tmp_path / "run", config, **more)
-    shutil.copytree(tmp_path / "m" / imported.origin, run / imported.origin)
+    shutil.copytree(tmp_path / "m" / imported.carried, run / imported.carried)
     assert "no tokenizer" not in ok(ckpt("export", run, tmp_path / "hf")).out
     return {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
 

@@ -110,8 +110,9 @@ def moe(batch: Microbatch) -> Kept:
 def _routed_experts(batch: Microbatch) -> Kept:
     """Input rows, gate and up, their product; and, in the backward pass, the gradients of rows
     before they are summed up and those of one weight of every expert."""
-    hidden, width = batch.model_config.hidden_size, batch.expert_width
-    rows, experts = batch.expert_rows, batch.local_experts
+    config, candidate = batch.model_config, batch.candidate
+    hidden, width = config.hidden_size, config.moe_intermediate_size // candidate.etp
+    rows, experts = batch.expert_rows, config.num_experts // candidate.ep
     second = rows * (2 * hidden + 2 * width) + 2 * experts * hidden * width
     # gate, up and product are free again by then, or as good as that
     first = rows * (2 * hidden - 2 * width) + 2 * experts * hidden * 2 * width

@@ -124,13 +124,3 @@ class Microbatch:
     def expert_rows(self) -> int:
         """Rows that a rank's experts see when routing is balanced."""
         return self.own_tokens * self.candidate.etp * self.model_config.num_experts_per_tok
-
-    @cached_property
-    def local_experts(self) -> int:
-        """Experts on a rank."""
-        return self.model_config.num_experts // self.candidate.ep
-
-    @cached_property
-    def expert_width(self) -> int:
-        """Width of an expert on a rank."""
-        return self.model_config.moe_intermediate_size // self.candidate.etp

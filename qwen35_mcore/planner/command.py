@@ -44,12 +44,7 @@ class Output:
     picture: Path | None = None
 
     def check(self) -> None:
-        """Refuse now what could not be written after a search.
-
-        Raises:
-            PlanError: a folder that exists, a picture of an unknown format, a place that cannot be
-                written, or --dry-run or --overwrite without anything to write.
-        """
+        """Refuse, as a PlanError, what could not be written after a search."""
         for flag, given in (("--dry-run", self.dry_run), ("--overwrite", self.overwrite)):
             if given and self.emit is None:
                 fix = f"add --emit DIR, or leave out {flag}"
@@ -61,11 +56,7 @@ class Output:
 
 
 def refuse_pins(pins: Mapping[str, object]) -> None:
-    """With --explain the layout has every size itself.
-
-    Raises:
-        PlanError: an option that chooses what a search tries.
-    """
+    """Refuse, as a PlanError, what chooses the sizes that a search tries."""
     given = [f"--{name.replace('_', '-')}" for name, value in pins.items() if value]
     if given:
         raise PlanError(
@@ -135,17 +126,15 @@ def _in_nodes(gpu: Gpu, gpus: int, per_node: int | None) -> Gpu:
     """The GPU in nodes of so many; None: of as many as it comes in, or the next smaller number that
     the job fills."""
     if per_node is None:
-        if gpus <= gpu.gpus_per_node:
-            return gpu
-        fills = range(1, gpu.gpus_per_node + 1)
-        return gpu.in_nodes_of(max(n for n in fills if gpus % n == 0))
+        fills = [n for n in range(1, gpu.gpus_per_node + 1) if gpus % n == 0]
+        return gpu if gpus <= gpu.gpus_per_node else gpu.in_nodes_of(fills[-1])
     if gpus > per_node and gpus % per_node:
         less = gpus // per_node * per_node
-        divisors = [n for n in range(1, per_node) if gpus % n == 0]
+        divisors = [str(n) for n in range(1, per_node) if gpus % n == 0]
         raise PlanError(
             "the GPUs do not fill whole nodes",
             got=f"--gpus {gpus} --gpus-per-node {per_node}",
-            allowed=f"--gpus-per-node {', '.join(map(str, divisors))}",
+            allowed=f"--gpus-per-node {', '.join(divisors)}",
             fix=f"pass --gpus {less} or {less + per_node}, or another --gpus-per-node",
         )
     return gpu.in_nodes_of(per_node)
@@ -158,25 +147,19 @@ def precisions(text: str | None, gpu: Gpu) -> tuple[str, ...]:
         PlanError: another word, or FP8 on a GPU without.
     """
     there = PRECISIONS if gpu.has_fp8 else PRECISIONS[:1]
-    if text == "all":
-        return there
     precision = _one_of("precision", text or PRECISIONS[0], (*PRECISIONS, "all"))
-    if precision not in there:
+    if precision not in (*there, "all"):
         raise PlanError(
             f"{gpu.name} has no FP8 tensor cores",
             got=f"--precision {precision}",
             allowed=", ".join(there),
             fix="leave out --precision, or plan for a GPU that has them: --gpu h100-80g",
         )
-    return (precision,)
+    return there if precision == "all" else (precision,)
 
 
 def recomputations(text: str | None) -> tuple[str, ...]:
-    """One way to recompute, or all for None.
-
-    Raises:
-        PlanError: another word.
-    """
+    """One way to recompute, or all for None. Raises PlanError for another word."""
     return () if text is None else (_one_of("recompute", text, RECOMPUTE),)
 
 

@@ -63,44 +63,43 @@ def work(part: str, batch: Microbatch) -> Work:
     return _WORK[part](batch)
 
 
-def _work(flops: float, saved: float, weights: float) -> Work:
+def _layer(flops: float, saved: float, weights: float) -> Work:
     return Work(flops, 2 * saved + 2 * weights, 4 * saved + 2 * weights, weights)
 
 
 def _gdn(batch: Microbatch) -> Work:
     config, candidate = batch.model_config, batch.candidate
-    weights = mixer_parameters(config, candidate, "g").count
     flops = gdn_layer_flops(config, batch.tokens) / candidate.tp
-    return _work(flops, activations.gdn(batch).saved, weights)
+    weights = mixer_parameters(config, candidate, "g").count
+    return _layer(flops, activations.gdn(batch).saved, weights)
 
 
 def _attention(batch: Microbatch) -> Work:
     config, candidate = batch.model_config, batch.candidate
-    weights = mixer_parameters(config, candidate, "a").count
     pairs = batch.tokens * batch.seq_length  # of queries and keys, the upper triangle included
     flops = attention_layer_flops(config, batch.tokens, pairs) / candidate.tp
-    return _work(flops, activations.attention(batch).saved, weights)
+    weights = mixer_parameters(config, candidate, "a").count
+    return _layer(flops, activations.attention(batch).saved, weights)
 
 
 def _mlp(batch: Microbatch) -> Work:
     config, candidate = batch.model_config, batch.candidate
-    weights = feed_forward_parameters(config, candidate).count
     flops = 6 * batch.tokens * config.hidden_size * config.intermediate_size / candidate.tp
-    return _work(flops, activations.mlp(batch).saved, weights)
+    weights = feed_forward_parameters(config, candidate).count
+    return _layer(flops, activations.mlp(batch).saved, weights)
 
 
 def _moe(batch: Microbatch) -> Work:
-    config, tp, hidden = batch.model_config, batch.candidate.tp, batch.model_config.hidden_size
-    routed = 6 * batch.expert_rows * hidden * batch.expert_width
-    shared = 6 * batch.tokens * hidden * config.shared_expert_intermediate_size / tp
+    config, candidate, hidden = batch.model_config, batch.candidate, batch.model_config.hidden_size
+    width = config.moe_intermediate_size // candidate.etp
+    shared = 6 * batch.tokens * hidden * config.shared_expert_intermediate_size / candidate.tp
     router = 2 * batch.own_tokens * hidden * (config.num_experts + 1)
-    weights = feed_forward_parameters(config, batch.candidate).count
+    in_bf16 = 6 * batch.expert_rows * hidden * width + router
+    weights = feed_forward_parameters(config, candidate).count
     # rows into the experts' order and back, and once more each way behind an all-to-all
     moved = 4 * batch.expert_rows * hidden * (4 if activations.dispatcher_buffer(batch) else 2)
-    one = _work(shared, activations.moe(batch).saved, weights)
-    return Work(
-        shared, one.forward_bytes + moved, one.backward_bytes + moved, weights, routed + router
-    )
+    one = _layer(shared, activations.moe(batch).saved, weights)
+    return Work(shared, one.forward_bytes + moved, one.backward_bytes + moved, weights, in_bf16)
 
 
 def _output(batch: Microbatch) -> Work:
@@ -124,7 +123,7 @@ def _joining(batch: Microbatch) -> Work:
     """MTP's projection of two concatenated rows to one."""
     hidden, tp = batch.model_config.hidden_size, batch.candidate.tp
     saved = batch.own_tokens * 2 * 2 * hidden
-    return _work(4 * batch.tokens * hidden**2 / tp, saved, 2 * hidden**2 / tp)
+    return _layer(4 * batch.tokens * hidden**2 / tp, saved, 2 * hidden**2 / tp)
 
 
 _WORK = {
@@ -212,9 +211,9 @@ class Measured:
 def measured(part: str, batch: Microbatch, calibration: Calibration) -> Measured | None:
     """The measurements at the nearest widths, the package's own where the calibration has none;
     None without any."""
-    experts = batch.local_experts if part == "moe" else 0
-    hidden = batch.model_config.hidden_size
-    return _measured(part, precision_of(part, batch), hidden, experts, calibration)
+    config = batch.model_config
+    experts = config.num_experts // batch.candidate.ep if part == "moe" else 0
+    return _measured(part, precision_of(part, batch), config.hidden_size, experts, calibration)
 
 
 @lru_cache(maxsize=1024)

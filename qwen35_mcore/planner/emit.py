@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.candidate import recompute_modules
-from qwen35_mcore.planner.folders import why_not_writable
+from qwen35_mcore.planner.folders import cannot_write, check_writable
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.report import job_data, prediction_data
@@ -132,21 +132,21 @@ def run_sh(prediction: Prediction, folder: Path) -> str:
     """
     job = prediction.job
     nodes, each = job.nodes, job.gpus_of_a_node
-    here = f'NPROC=${{NPROC:-{each}}} exec bash "$REPO/launch/train.sh" "$preset" "$@"'
-    where = f"{job.gpus} {job.gpu.name}"
-    of_nodes = {
-        "what": f"{job.model_name} on {where}, {nodes} nodes of {each}",
-        "needs": f"this plan runs on {nodes} nodes",
+    values = {
+        "what": f"{job.model_name} on {job.gpus} {job.gpu.name}",
+        "folder": folder.name,
+        "repository": _repository(folder),
+        "nodes": str(nodes),
+        "each": str(each),
     }
-    of_one = {
-        "what": f"{job.model_name} on {where}",
-        "needs": "options before -- are for sbatch",
-        "unset": "submit='' ",
-        "mark": "        submit=yes\n",
-        "local": f"if [[ -z $submit ]]; then\n    {here}\nfi\n",
-    }
-    values = {"folder": folder.name, "repository": _repository(folder)}
-    values |= {"nodes": str(nodes), "each": str(each)} | (of_one if nodes == 1 else of_nodes)
+    if nodes > 1:
+        values["what"] += f", {nodes} nodes of {each}"
+        values["needs"] = f"this plan runs on {nodes} nodes"
+    else:
+        here = f'NPROC=${{NPROC:-{each}}} exec bash "$REPO/launch/train.sh" "$preset" "$@"'
+        values["needs"] = "options before -- are for sbatch"
+        values["unset"], values["mark"] = "submit='' ", "        submit=yes\n"
+        values["local"] = f"if [[ -z $submit ]]; then\n    {here}\nfi\n"
     template = Path(__file__).with_name("run.sh.template").read_text(encoding="utf-8")
     return re.sub("@([a-z]+)@", lambda match: values.get(match[1], ""), template)
 
@@ -165,10 +165,12 @@ def _repository(folder: Path) -> str:
 
 def plan_json(prediction: Prediction) -> str:
     """The text of ``plan.json``: what was asked, and everything predicted of the plan."""
-    candidate = prediction.candidate
-    asked = {**job_data(prediction.job, candidate), "layout": str(candidate)}
-    content = asked | {"plan": prediction_data(prediction)}
-    return json.dumps(_rounded(content), indent=2) + "\n"
+    job, candidate = prediction.job, prediction.candidate
+    asked = {**job_data(job, candidate), "layout": str(candidate)}
+    text = json.dumps(asked | {"plan": prediction_data(prediction)})
+    # six significant digits: the same text on every machine
+    rounded = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
+    return json.dumps(rounded, indent=2) + "\n"
 
 
 def files(prediction: Prediction, folder: Path) -> dict[str, str]:
@@ -186,27 +188,14 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     Raises:
         PlanError: the folder exists and must not be overwritten, is a file, or cannot be written.
     """
-    there = os.path.lexists(folder)
-    refusal = why_not_writable(folder if there else folder.parent)
-    if there and not folder.is_dir():
-        what, got, fix = "the plan needs a folder", f"{folder} is a file", "choose another name"
-        raise PlanError(what, got=got, fix=fix)
-    if there and not overwrite:
-        what, fix = (
-            "the folder for the plan exists already",
-            "choose another one, or pass --overwrite",
-        )
-        raise PlanError(what, got=str(folder), fix=fix)
-    if refusal:
-        raise _cannot_write(folder, refusal)
-
-
-def _cannot_write(folder: Path, reason: object) -> PlanError:
-    return PlanError(
-        "cannot write the plan",
-        got=f"{folder}: {reason}",
-        fix="choose a folder where you may write",
-    )
+    problem = ""
+    if os.path.lexists(folder) and not folder.is_dir():
+        problem = "the folder for the plan is a file"
+    elif os.path.lexists(folder) and not overwrite:
+        problem = "the folder for the plan exists already"
+    if problem:
+        raise PlanError(problem, got=str(folder), fix="choose another one, or pass --overwrite")
+    check_writable("plan", folder / "run.sh")
 
 
 def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> None:
@@ -235,13 +224,4 @@ def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> No
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise _cannot_write(folder, error.strerror) from error
-
-
-def _rounded(value: object) -> object:
-    """Six significant digits: the same text on every machine."""
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_rounded(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        raise cannot_write("plan", folder, error.strerror) from error

@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qwen35_mcore.errors import PlanError
 
-def why_not_writable(folder: Path) -> str | None:
-    """Why a file cannot be written in a folder, which is made where it is missing; None: it can."""
-    nearest = folder
+
+def check_writable(what: str, target: Path) -> None:
+    """Whether a target can be written in its folder, which is made where it is missing.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    nearest = target.parent
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
     if not os.path.isdir(nearest):
-        return f"{nearest} is no folder"
+        raise cannot_write(what, target, f"{nearest} is no folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return f"you may not write in {nearest}"
-    return None
+        raise cannot_write(what, target, f"you may not write in {nearest}")
+
+
+def cannot_write(what: str, target: Path, reason: object) -> PlanError:
+    """The error of that."""
+    fix = "choose a folder where you may write"
+    return PlanError(f"cannot write the {what}", got=f"{target}: {reason}", fix=fix)

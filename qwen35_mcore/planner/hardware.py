@@ -30,13 +30,12 @@ class Gpu:
     card: str
     """What ``torch.cuda.get_device_name`` prints."""
     bf16_flops: float
-    """Dense tensor-core operations a second."""
+    """Dense tensor-core operations a second, as the next."""
     fp8_flops: float
     """0: it has no FP8 tensor cores."""
     memory_bytes: int
     """What the driver reports as total."""
     bytes_per_s: float
-    """Memory bandwidth."""
     nvlink: Link
     """Between the GPUs of a node, or of a rack that NVLink joins."""
     network: Link
@@ -120,13 +119,9 @@ def get_gpu(name: str) -> Gpu:
         PlanError: no such GPU; the message has the nearest names.
     """
     spelling = name.strip().lower().replace("_", "-")
-    matches = [gpu for key, gpu in GPUS.items() if spelling in (key, key.partition("-")[0])]
-    if matches:
-        return matches[0]
+    for key, gpu in GPUS.items():
+        if spelling in (key, key.partition("-")[0]):
+            return gpu
     near = get_close_matches(spelling, GPUS, n=2, cutoff=0.3)
-    raise PlanError(
-        "there is no such GPU",
-        got=name,
-        allowed=", ".join(GPUS),
-        fix=f"did you mean {' or '.join(near)}?" if near else "name the nearest of these",
-    )
+    fix = f"did you mean {' or '.join(near)}?" if near else "name the nearest of these"
+    raise PlanError("there is no such GPU", got=name, allowed=", ".join(GPUS), fix=fix)

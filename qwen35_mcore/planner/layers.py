@@ -5,7 +5,7 @@ README.md says what of it overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from qwen35_mcore.planner import activations, cost, memory
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import all_to_all, gather, groups_of, send
 from qwen35_mcore.planner.memory import Parameters
-from qwen35_mcore.planner.stages import Chain
+from qwen35_mcore.planner.stages import Chain, Unit
 
 
 class Term(NamedTuple):
@@ -87,16 +87,11 @@ class Model:
         whole = len(self.kinds.rstrip("mL"))
         runs = [*self.kinds[:whole], self.kinds[whole:]]
 
-        def of(size: Callable[[Part], float]) -> list[float]:
-            sizes = {kind: size(part) for kind, part in self.part.items()}
-            return [sum(sizes[kind] for kind in run) for run in runs]
-
-        return Chain(
-            of(lambda part: part.forward_s),
-            of(lambda part: part.backward_s),
-            of(lambda part: part.static_bytes),
-            of(lambda part: part.saved_bytes),
-        )
+        sizes = {
+            kind: (one.forward_s, one.backward_s, one.static_bytes, one.saved_bytes)
+            for kind, one in self.part.items()
+        }
+        return Chain([Unit(*map(sum, zip(*(sizes[k] for k in run), strict=True))) for run in runs])
 
     @cached_property
     def p2p_s(self) -> float:

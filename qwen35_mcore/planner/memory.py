@@ -28,13 +28,9 @@ from qwen35_mcore.planner.hardware import GIB, Gpu
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 """Bytes a parameter: bfloat16, float32, and float32 weight with two moments."""
 FP8_COPIES = 2
-"""Transformer Engine keeps an FP8 copy of a weight and of its transpose beside the bfloat16 one.
-Routed experts have none: they stay in bfloat16."""
-
-CONTEXT_BYTES = int(0.75 * GIB)
-"""CUDA context, cuBLAS and cuDNN workspaces."""
-COMMUNICATOR_BYTES = int(1.0 * GIB)
-"""NCCL's buffers of the process groups of a multi-GPU run."""
+"""Bytes of Transformer Engine's FP8 copies of a weight and of its transpose; experts have none."""
+CONTEXT_BYTES, COMMUNICATOR_BYTES = int(0.75 * GIB), int(1.0 * GIB)
+"""CUDA context with the workspaces of cuBLAS and cuDNN; NCCL's buffers of a multi-GPU run."""
 FRAGMENTATION = 0.03
 """Share of a GPU's memory that PyTorch's allocator holds and cannot use (expandable segments)."""
 

@@ -60,16 +60,14 @@ class Prediction:
         """The ways to split the model, which may have been made for another ``vpp``.
 
         Raises:
-            PlanError: it has fewer parts than the candidate has stages, or Megatron cannot run the
-                schedule.
+            PlanError: there are more stages than parts, or Megatron cannot run the schedule.
         """
         shape = Shape(pp=self.candidate.pp, vpp=self.candidate.vpp, microbatches=self.microbatches)
         chain = self.model.chain
         if chain.total < shape.stages:
             raise PlanError(
                 "there are more virtual stages than layers for them",
-                got=f"pp {shape.pp} * vpp {shape.vpp} = {shape.stages} stages, "
-                f"{chain.total - 2} layers",
+                got=f"pp {shape.pp} * vpp {shape.vpp}, {chain.total - 2} layers",
                 allowed=f"up to {chain.total} stages: embedding and loss can stand alone",
                 fix="lower pp or vpp",
             )
@@ -127,15 +125,15 @@ class Prediction:
 
     @property
     def tokens_per_gpu_s(self) -> float:
-        tokens = self.job.global_batch_size * self.job.seq_length
-        return tokens / self.step_s / self.job.gpus
+        return self.job.global_batch_size * self.job.seq_length / self.step_s / self.job.gpus
 
     @property
     def model_flops_per_gpu_s(self) -> float:
         """Megatron's convention (see `config.flops`), recomputation not counted."""
-        tokens, length = self.job.global_batch_size * self.job.seq_length, self.job.seq_length
-        flops = training_flops(self.job.model_config, tokens, seq_length=length)
-        return flops / self.step_s / self.job.gpus
+        length = self.job.seq_length
+        return self.tokens_per_gpu_s * (
+            training_flops(self.job.model_config, length, seq_length=length) / length
+        )
 
     @property
     def mfu(self) -> float:
@@ -199,25 +197,26 @@ class Prediction:
         """Gradients are reduced under the last microbatch's backward pass, weights gathered under
         the first one's forward pass."""
         parameters, parts = self.rank_parameters(rank), self.rank_parts(rank)
-        dp, expert_dp = self.model.groups["dp"], self.model.groups["expert_dp"]
+        groups, gpu = self.model.groups, self.job.gpu
 
-        def moved_s(size: int) -> float:
-            dense = gather(size * parameters.dense, dp, self.job.gpu)
-            return dense + gather(size * parameters.expert, expert_dp, self.job.gpu)
+        def beyond(hidden_s: float, size: int) -> float:
+            dense = gather(size * parameters.dense, groups["dp"], gpu)
+            expert = gather(size * parameters.expert, groups["expert_dp"], gpu)
+            return max(0.0, dense + expert - hidden_s)
 
+        reduced = beyond(sum(part.backward_s for part in parts), GRADIENT)
+        gathered = beyond(sum(part.forward_s for part in parts), WEIGHT)
+        return reduced + gathered + (self._tied_s() if rank in (0, self.candidate.pp - 1) else 0.0)
+
+    def _tied_s(self) -> float:
+        """The first and the last rank add up the gradients of their embeddings: tied ones, and the
+        copy of MTP."""
         config, pp = self.job.model_config, self.candidate.pp
-        tied = 0.0
-        if (
-            pp > 1
-            and rank in (0, pp - 1)
-            and (config.mtp_num_hidden_layers or config.tie_word_embeddings)
-        ):  # the first and the last rank add up the gradients of their embeddings
-            table = GRADIENT * config.vocab_size * config.hidden_size / self.candidate.tp
-            ends = Group(2, self.model.groups["pp"].stride * (pp - 1))
-            tied = 2 * gather(table, ends, self.job.gpu)
-        reduced = moved_s(GRADIENT) - sum(part.backward_s for part in parts)
-        gathered = moved_s(WEIGHT) - sum(part.forward_s for part in parts)
-        return tied + max(0.0, reduced) + max(0.0, gathered)
+        if pp == 1 or not (config.mtp_num_hidden_layers or config.tie_word_embeddings):
+            return 0.0
+        table = GRADIENT * config.vocab_size * config.hidden_size / self.candidate.tp
+        ends = Group(2, self.model.groups["pp"].stride * (pp - 1))
+        return 2 * gather(table, ends, self.job.gpu)
 
     def _optimizer_s(self, rank: int) -> float:
         parameters = self.rank_parameters(rank)

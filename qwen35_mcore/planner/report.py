@@ -155,30 +155,24 @@ def print_explanation(job: Job, explanation: Explanation) -> None:
 
 def print_sources(job: Job, candidate: Candidate) -> None:
     """What the figures of a layout rest on."""
-    gpu, each, usual = job.gpu.name, job.gpus_of_a_node, get_gpu(job.gpu.name).gpus_per_node
+    gpu, measured_on, each = job.gpu, job.calibration.gpu, job.gpus_of_a_node
+    usual = get_gpu(gpu.name).gpus_per_node
     not_measured, extrapolated = not_covered(job, candidate)
-    lines = [f"Times: {job.calibration.source}."]
-    if not_measured:
-        lines.append(
-            f"Not measured in {candidate.precision}, taken at {ASSUMED_EFFICIENCY:.0%} of what the "
-            f"card could do or from this package's figures: {', '.join(not_measured)}."
-        )
-    for case, parts in extrapolated.items():
-        lines.append(f"Extrapolated: {', '.join(parts)} (measured up to {case}).")
-    if job.calibration.gpu != gpu:
-        lines.append(
-            f"Measured on {job.calibration.gpu}, carried over to {gpu}: what is above the "
-            "launches by peak and bandwidth."
-        )
-    if job.nodes > 1:
-        why = f", where a node of {gpu} has {usual}: --gpus-per-node says how many are used"
-        lines.append(f"{job.nodes} nodes of {each} GPUs{'' if each == usual else why}.")
-    lines.append(
-        f"Memory of each GPU includes {overhead_bytes(job.gpu, job.gpus) / GIB:.1f} GiB for "
-        f"CUDA, NCCL and fragmentation; {job.headroom_bytes / GIB:.1f} GiB of "
-        f"{job.gpu.memory_bytes / GIB:.1f} stay free (--headroom)."
-    )
-    _print(*lines)
+    why = f", where a node of {gpu.name} has {usual}: --gpus-per-node says how many are used"
+    cases = (f"{', '.join(parts)} (measured up to {case})" for case, parts in extrapolated.items())
+    lines = {
+        f"Times: {job.calibration.source}.": True,
+        f"Not measured in {candidate.precision}, taken at {ASSUMED_EFFICIENCY:.0%} of what the "
+        f"card could do or from this package's figures: {', '.join(not_measured)}.": not_measured,
+        f"Extrapolated: {'; '.join(cases)}.": extrapolated,
+        f"Measured on {measured_on}, carried over to {gpu.name}: what is above the launches by "
+        "peak and bandwidth.": measured_on != gpu.name,
+        f"{job.nodes} nodes of {each} GPUs{'' if each == usual else why}.": job.nodes > 1,
+        f"Memory of each GPU includes {overhead_bytes(gpu, job.gpus) / GIB:.1f} GiB for CUDA, NCCL "
+        f"and fragmentation; {job.headroom_bytes / GIB:.1f} GiB of "
+        f"{gpu.memory_bytes / GIB:.1f} stay free (--headroom).": True,
+    }
+    _print(*(line for line, holds in lines.items() if holds))
 
 
 def print_prediction(prediction: Prediction) -> None:

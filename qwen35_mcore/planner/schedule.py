@@ -36,11 +36,9 @@ class Shape:
     """
 
     pp: int
-    """Pipeline ranks."""
     vpp: int
-    """Virtual stages per rank; 1 is plain 1F1B."""
     microbatches: int
-    """Microbatches of a step, per data parallel rank."""
+    """Of a step, per data parallel rank."""
 
     def __post_init__(self) -> None:
         if min(self.pp, self.vpp, self.microbatches) < 1:
@@ -79,24 +77,12 @@ def rank_order(shape: Shape, rank: int) -> Iterator[Operation]:
     yield from backward[len(turns) - warmup :]
 
 
-def _neighbour(shape: Shape, operation: Operation, by: int) -> Operation | None:
+def _neighbour(shape: Shape, operation: Operation | None, by: int) -> Operation | None:
     """The same microbatch one stage on (1) or back (-1) in the direction of the pass."""
+    if operation is None:
+        return None
     stage = operation.stage + (by if operation.kind == "F" else -by)
     return operation._replace(stage=stage) if 0 <= stage < shape.stages else None
-
-
-def _taken_after(shape: Shape) -> dict[Operation | None, Operation | None]:
-    """For every pass whose rank waits until its output is taken, the receiver's pass at whose end
-    that is, None for the step's begin."""
-    found: dict[Operation | None, Operation | None] = {}
-    for rank in range(shape.pp):
-        before: Operation | None = None
-        for operation in rank_order(shape, rank):
-            if shape.vpp == 1 or operation.kind == "F":
-                sender = _neighbour(shape, operation, -1)
-                found |= {sender: before} if sender else {}
-                before = operation
-    return found
 
 
 @lru_cache(maxsize=64)
@@ -107,24 +93,30 @@ def _program(shape: Shape) -> tuple[tuple[tuple[int, int, int, int], ...], tuple
     one whose output it needs; and its duration: by stage, a backward pass's by stages + stage.
     Passes are counted from 1 on, 0 is the step's begin and `_NOTHING` nothing.
     """
-    left = [list(rank_order(shape, rank))[::-1] for rank in range(shape.pp)]
-    taken_after = _taken_after(shape)
-    last: list[Operation | None] = [None] * shape.pp
+    orders = [list(rank_order(shape, rank)) for rank in range(shape.pp)]
+    asked_after: dict[Operation | None, Operation | None] = {}
+    for order in orders:
+        # what a rank waits to hand over: interleaved, gradients are not among it
+        asked = [one for one in order if shape.vpp == 1 or one.kind == "F"]
+        asked_after |= zip(asked, (None, *asked), strict=False)
+    done, last = [0] * shape.pp, [0] * shape.pp
     number: dict[Operation | None, int] = {None: 0}
-    steps = []
-    while any(left):
-        for rank, operations in enumerate(left):
-            while operations:
-                before, own = last[rank], operations[-1]
-                needed, taken = _neighbour(shape, own, -1), taken_after.get(before)
+    steps: list[tuple[int, int, int, int]] = []
+    while len(steps) < sum(map(len, orders)):
+        for rank, order in enumerate(orders):
+            while done[rank] < len(order):
+                own = order[done[rank]]
+                before = order[done[rank] - 1] if done[rank] else None
+                needed, receiver = _neighbour(shape, own, -1), _neighbour(shape, before, 1)
+                taken = asked_after.get(receiver)
                 if needed not in number or taken not in number:
                     break
-                handed = number[taken] if before in taken_after else _NOTHING
+                handed = number[taken] if receiver in asked_after else _NOTHING
                 awaited = number[needed] if needed else _NOTHING
                 code = own.stage if own.kind == "F" else shape.stages + own.stage
-                steps.append((number[before], handed, awaited, code))
-                last[rank] = operations.pop()
-                number[own] = len(steps)
+                steps.append((last[rank], handed, awaited, code))
+                done[rank] += 1
+                last[rank] = number[own] = len(steps)
     return tuple(steps), tuple(operation for operation in number if operation)
 
 

@@ -50,15 +50,13 @@ class Space:
 
 @dataclass(frozen=True)
 class Found:
-    """The best layouts, fastest first."""
+    """The best layouts, fastest first; how many obey the rules, how many of these may fit in
+    memory, and how many of these were simulated."""
 
     best: tuple[Prediction, ...]
     allowed: int
-    """Layouts that obey the rules."""
     fitting: int
-    """Of these, layouts whose memory may suffice."""
     simulated: int
-    """Of these, layouts with simulated stages."""
     complete: bool
     """Whether every layout was simulated whose bound allows it to be among `best`."""
     exact: bool
@@ -85,16 +83,10 @@ def search(job: Job, space: Space, *, top: int = 5) -> Found:
     best = tuple(sorted(improved, key=_step_s)[:top])
     if not best:
         raise _nothing_fits(job, space, allowed)
-    others = (_bound_s(one) for one in fitting if one.candidate != best[0].candidate)
-    left = fitting[len(started) :]
-    return Found(
-        best,
-        len(allowed),
-        len(fitting),
-        len(started),
-        complete=not left or _bound_s(left[0]) >= best[-1].step_s,
-        exact=min(others, default=float("inf")) >= best[0].step_s,
-    )
+    others = [_bound_s(one) for one in fitting if one.candidate != best[0].candidate]
+    complete = all(_bound_s(one) >= best[-1].step_s for one in fitting[len(started) :])
+    exact = all(bound >= best[0].step_s for bound in others)
+    return Found(best, len(allowed), len(fitting), len(started), complete, exact)
 
 
 def _step_s(prediction: Prediction) -> float:
@@ -192,37 +184,29 @@ def _virtual_stages(job: Job, plain: Candidate) -> list[int]:
 
 
 def _nothing_allowed(job: Job, space: Space) -> PlanError:
-    batch, gpus = job.global_batch_size, job.gpus
-    near = _near(job, space, "global_batch_size", batch)
+    problem = f"no layout of {job.gpus} GPUs obeys the rules with these sizes"
+    near = _near(job, space, "global_batch_size")
     if near:
-        return PlanError(
-            f"no layout of {gpus} GPUs divides this global batch",
-            got=f"global batch size {batch}",
-            allowed=f"{near}, for example",
-            fix="change --global-batch-size",
-        )
-    problem = f"no layout of {gpus} GPUs obeys the rules with these sizes"
+        got, problem = job.global_batch_size, "no layout of these GPUs divides this global batch"
+        return PlanError(problem, got=got, allowed=near, fix="change --global-batch-size")
     for rule in broken_rules(job, _pinned(job, space)):
         problem += f": {rule.rule}: {rule.reason}"
         return PlanError(problem, got=rule.value, allowed=rule.allowed, fix=rule.fix)
-    got = f"{gpus} GPUs, global batch {batch}, sequence {job.seq_length}"
-    near = _near(job, space, "gpus", gpus)
-    allowed = f"{near} GPUs" if near else None
-    return PlanError(problem, got=got, allowed=allowed, fix="ask with --explain why one is refused")
+    allowed = f"{_near(job, space, 'gpus') or 'no other number of'} GPUs"
+    fix = "change --gpus, or ask with --explain why one layout is refused"
+    return PlanError(problem, got=f"{job.gpus} GPUs", allowed=allowed, fix=fix)
 
 
-def _near(job: Job, space: Space, name: str, value: int) -> str:
+def _near(job: Job, space: Space, name: str) -> str:
     """The next smaller and larger values of a field with which some layout obeys the rules."""
-
-    def first(sizes: Iterable[int]) -> list[int]:
+    value, found = getattr(job, name), []
+    for sizes in (range(value - 1, 0, -1), range(value + 1, value + 2 * job.gpus + 1)):
         for size in sizes:
             changed = replace(job, **{name: size})  # type: ignore[arg-type]
             if any(True for _ in candidates(changed, space)):
-                return [size]
-        return []
-
-    above = range(value + 1, value + 2 * job.gpus + 1)
-    return " or ".join(map(str, first(range(value - 1, 0, -1)) + first(above)))
+                found.append(str(size))
+                break
+    return " or ".join(found)
 
 
 def _pinned(job: Job, space: Space) -> Candidate:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from operator import add
+from typing import NamedTuple
 
 from qwen35_mcore.planner.schedule import Shape, Simulation, alive, peak_saved_bytes
 
@@ -29,25 +30,25 @@ _SMALL = 1e-9
 """Relative difference below which two times are the same."""
 
 
+class Unit(NamedTuple):
+    """What is never cut: a layer, the embedding, or MTP with the loss."""
+
+    forward_s: float
+    """Seconds of a microbatch, as the next."""
+    backward_s: float
+    static_bytes: float
+    """Held all the time: parameters, gradients, optimizer state."""
+    saved_bytes: float
+    """What a microbatch keeps from the forward to the backward pass."""
+
+
 class Chain:
-    """A model's parts in order as running sums, MTP and loss taken together.
+    """A model's units in order as running sums."""
 
-    Args:
-        forward_s, backward_s: seconds of a microbatch in every part, recomputation included.
-        static_bytes: what every part holds all the time: parameters, gradients, optimizer state.
-        saved_bytes: what a microbatch keeps of it from the forward to the backward pass.
-    """
-
-    def __init__(
-        self,
-        forward_s: Sequence[float],
-        backward_s: Sequence[float],
-        static_bytes: Sequence[float],
-        saved_bytes: Sequence[float],
-    ) -> None:
-        self.total = len(forward_s)
-        self.forward_s, self.backward_s = _sums(forward_s), _sums(backward_s)
-        self.static_bytes, self.saved_bytes = _sums(static_bytes), _sums(saved_bytes)
+    def __init__(self, units: Sequence[Unit]) -> None:
+        sums = ([0.0, *accumulate(column)] for column in zip(*units, strict=True))
+        self.total = len(units)
+        self.forward_s, self.backward_s, self.static_bytes, self.saved_bytes = sums
         self.both_s = list(map(add, self.forward_s, self.backward_s))
         self.tail_s = self.both_s[-1] - self.both_s[-2]
 
@@ -132,7 +133,7 @@ class Splits:
             return min(sorted(fitting), key=lambda cuts: self.simulate(cuts).step_s)
         equal = replace(self, capacity_bytes=float("inf"))._equal(0.0)
         assert equal is not None
-        return self._improved(equal, self._missing_below)
+        return self._improved(equal, lambda cuts, _: self.missing_bytes(cuts))
 
     def best(self) -> Cuts:
         """The fastest split found that fits, or the one nearest to fitting."""
@@ -155,9 +156,6 @@ class Splits:
             if found < least * (1 - _SMALL):
                 least, cuts, idle = found, moved, 0
         return cuts
-
-    def _missing_below(self, cuts: Cuts, _: float) -> float:
-        return self.missing_bytes(cuts)
 
     def _step_below(self, cuts: Cuts, limit_s: float) -> float:
         """Seconds of a step, infinite where it is not below the limit or does not fit."""
@@ -225,7 +223,3 @@ def _shifted(cuts: Cuts, total: int, first: int, last: int, by: int) -> Cuts | N
     edges = (0, *moved, total)
     emptied = edges[first] == edges[first + 1] or edges[last + 1] == edges[last + 2]
     return None if emptied else moved
-
-
-def _sums(values: Sequence[float]) -> list[float]:
-    return list(accumulate(values, initial=0.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
-from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +18,7 @@ from qwen35_mcore.parallel.stages import (
 from qwen35_mcore.planner.candidate import Candidate
 from qwen35_mcore.planner.prediction import predict
 from qwen35_mcore.planner.schedule import Shape, rank_order
-from qwen35_mcore.planner.stages import Chain, Cuts, Splits
+from qwen35_mcore.planner.stages import Chain, Cuts, Splits, Unit
 from tests.unit.test_planner_search import job_of
 
 MEGATRON = {
@@ -28,15 +27,6 @@ MEGATRON = {
     LayerType.mtp: "m",
     LayerType.loss: "L",
 }
-
-
-class Unit(NamedTuple):
-    """A part that is never cut."""
-
-    forward_s: float
-    backward_s: float
-    static_bytes: float
-    saved_bytes: float
 
 
 def hybrid(layers: int, *, loss: float = 3.5) -> list[Unit]:
@@ -55,7 +45,7 @@ def splits_of(
     capacity_bytes: float = float("inf"),
 ) -> Splits:
     shape = Shape(pp=pp, vpp=vpp, microbatches=microbatches)
-    return Splits(Chain(*zip(*units, strict=True)), shape, p2p_s, capacity_bytes)
+    return Splits(Chain(units), shape, p2p_s, capacity_bytes)
 
 
 def step_s(splits: Splits, cuts: Cuts) -> float:

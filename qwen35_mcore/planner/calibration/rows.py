@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ _STANDARD = "h100-80g"
 """The GPU whose file stands in for every other's."""
 _FROM_ROOT = "qwen35_mcore/planner/calibration"
 _LARGEST = 2**40
-"""Of a sequence, a batch, or a peak in bytes."""
+"""Of any number in a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,19 +141,20 @@ def layer_row(row: Mapping[str, Any], precisions: tuple[str, ...] = PRECISIONS) 
     return LayerRow(
         part=_word(row, "part", PARTS),
         model_config=model_of(row["flavor"], overrides),
-        seq_length=_size(row, "seq_length"),
-        micro_batch_size=_size(row, "micro_batch_size"),
+        seq_length=int(_number(row, "seq_length", 1)),
+        micro_batch_size=int(_number(row, "micro_batch_size", 1)),
         precision=_word(row, "precision", precisions),
-        forward_s=_milliseconds(row, "forward_ms"),
-        backward_s=_milliseconds(row, "backward_ms"),
+        forward_s=_number(row, "forward_ms", 1e-3),
+        backward_s=_number(row, "backward_ms", 1e-3),
         saved_bytes=row.get("saved_bytes"),
     )
 
 
-def _size(row: Mapping[str, Any], name: str) -> int:
-    value = int(row[name])
-    if not 1 <= value <= _LARGEST:
-        raise ValueError(f"{name} is not between 1 and {_LARGEST}")
+def _number(row: Mapping[str, Any], name: str, unit: float) -> float:
+    """Positive, and not larger than anybody can have measured."""
+    value = float(row[name]) * unit
+    if not 0 < value <= _LARGEST:  # nor is anything that is no number
+        raise ValueError(f"{name} is not between 0 and {_LARGEST}")
     return value
 
 
@@ -162,11 +162,3 @@ def _word(row: Mapping[str, Any], name: str, allowed: tuple[str, ...]) -> str:
     if row[name] not in allowed:
         raise ValueError(f"{name} is none of {', '.join(allowed)}")
     return str(row[name])
-
-
-def _milliseconds(row: Mapping[str, Any], name: str) -> float:
-    """A time that somebody can have measured, in seconds."""
-    value = float(row[name])
-    if not isfinite(value) or value <= 0:
-        raise ValueError(f"{name} is no positive time")
-    return value / 1e3

@@ -7,8 +7,6 @@ wheel of 0.19 lacks or gets wrong for this model is mended here, each with its r
 from __future__ import annotations
 
 import contextlib
-import copy
-import importlib.util
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -21,7 +19,6 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.jit import jit_fuser as compiled
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
@@ -42,10 +39,16 @@ from megatron.core.ssm.utils import _split_tensor_factory as split_tensor_factor
 from megatron.core.tensor_parallel import (
     CheckpointWithoutOutput,
     ColumnParallelLinear,
+    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import (
+    LinearWithGradAccumulationAndAsyncCommunication,
 )
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -56,7 +59,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
+    MoETokenDispatcher,
+)
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayer,
     roll_tensor,
@@ -84,11 +91,14 @@ __all__ = [
     "GPTModel",
     "GatedDeltaNetSubmodules",
     "IdentityOp",
+    "LinearWithGradAccumulationAndAsyncCommunication",
     "LocalSpecProvider",
     "McoreGatedDeltaNet",
     "MegatronModule",
     "MoEAlltoAllTokenDispatcher",
+    "MoEFlexTokenDispatcher",
     "MoELayer",
+    "MoETokenDispatcher",
     "ModuleSpec",
     "MultiTokenPredictionLayer",
     "PackedSeqParams",
@@ -102,6 +112,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerLayer",
     "TransformerLayerSubmodules",
+    "VocabParallelEmbedding",
     "YarnRotaryEmbedding",
     "compiled",
     "copy_to_tensor_model_parallel_region",
@@ -115,6 +126,8 @@ __all__ = [
     "get_moe_metrics_tracker",
     "get_moe_module_spec_for_backend",
     "get_parameter_local_cp",
+    "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
     "roll_tensor",
     "scatter_to_sequence_parallel_region",
     "split_tensor_factory",
@@ -215,39 +228,16 @@ def expert_rng() -> Any:
     return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
 
 
-def weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up * weight`` of ``[t, 2 f]`` and ``[t]``, in gate_up's dtype."""
-    return weighted_bias_swiglu_impl(gate_up, None, weights.unsqueeze(-1))
-
-
-def without_accumulation_fusion(config: TransformerConfig) -> TransformerConfig:
-    """The config for a linear layer of megatron's own, whose fused accumulation of weight gradients
-    needs NVIDIA's apex; Transformer Engine's layers have theirs built in."""
-    if not config.gradient_accumulation_fusion or has_apex_accumulation():
-        return config
-    config = copy.copy(config)
-    config.gradient_accumulation_fusion = False
-    return config
-
-
-def has_apex_accumulation() -> bool:
-    """Whether NVIDIA's apex was built with its fused weight gradient."""
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-
-
 @contextlib.contextmanager
-def output_layer_without_fusion() -> Iterator[None]:
-    """While a GPTModel is built: its output layer gets `without_accumulation_fusion`'s config."""
-    original = tensor_parallel.ColumnParallelLinear
-
-    def build(*args: Any, config: TransformerConfig, **kwargs: Any) -> ColumnParallelLinear:
-        return original(*args, config=without_accumulation_fusion(config), **kwargs)
-
-    tensor_parallel.ColumnParallelLinear = build
+def vocabulary_layers(output_layer: type, embedding: type) -> Iterator[None]:
+    """While a model is built: what it takes for its output layer and its word embedding."""
+    originals = tensor_parallel.ColumnParallelLinear, tensor_parallel.VocabParallelEmbedding
+    tensor_parallel.ColumnParallelLinear = output_layer
+    tensor_parallel.VocabParallelEmbedding = embedding
     try:
         yield
     finally:
-        tensor_parallel.ColumnParallelLinear = original
+        tensor_parallel.ColumnParallelLinear, tensor_parallel.VocabParallelEmbedding = originals
 
 
 def te_spec_provider() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.mcore.imports import check_version, config_from_arguments
 from qwen35_mcore.mcore.megatron_errors import as_first_raised
+from qwen35_mcore.mcore.patches import accumulating_products
 from qwen35_mcore.model.gpt_model import Qwen35Model
 from qwen35_mcore.model.spec_providers import get_backend
 from qwen35_mcore.model.specs import decoder_block_spec, mtp_block_spec
@@ -37,6 +38,8 @@ def build_model(
         KernelError: a kernel or backend that was named cannot run here.
     """
     check_version()
+    if config.gradient_accumulation_fusion:
+        accumulating_products.PATCH.apply()
     backend = get_backend(config)
     with as_first_raised():
         return Qwen35Model(

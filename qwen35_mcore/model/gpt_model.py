@@ -1,5 +1,5 @@
-"""GPTModel with corrections: YaRN on partial RoPE, MTP under context parallelism, MTP with tied
-embeddings under pipeline parallelism, and fused gradient accumulation without apex."""
+"""GPTModel with corrections: YaRN on partial RoPE, MTP under context parallelism, and MTP with tied
+embeddings under pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from qwen35_mcore.mcore.imports import (
     GPTModel,
     PackedSeqParams,
     YarnRotaryEmbedding,
-    output_layer_without_fusion,
     roll_tensor,
     scatter_to_sequence_parallel_region,
+    vocabulary_layers,
 )
+from qwen35_mcore.model.layers.vocabulary import OutputLayer, WordEmbedding
 
 
 class Qwen35Model(GPTModel):
@@ -34,13 +35,10 @@ class Qwen35Model(GPTModel):
     Tied embeddings: the last of several pipeline stages holds a copy of the embedding for MTP and
     computes its logits from it. megatron allocates an output weight there all the same, which
     nothing reads, and then refuses to save it. Here it is dropped.
-
-    Fused accumulation of weight gradients: megatron has one switch for all linear layers, and
-    refuses it without NVIDIA's apex, which only the output layer needs. That layer goes without.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with output_layer_without_fusion():
+        with vocabulary_layers(OutputLayer, WordEmbedding):
             super().__init__(*args, **kwargs)
         if self.position_embedding_type == "yarn":
             self.rotary_pos_emb = self._partial_yarn()

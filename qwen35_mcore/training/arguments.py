@@ -35,6 +35,7 @@ from qwen35_mcore.training.checks.packing import lengths_vary
 from qwen35_mcore.training.checks.resume import check_resume
 from qwen35_mcore.training.checks.resume_schedule import schedule_of_flags
 from qwen35_mcore.training.checks.run import check_flags, check_run
+from qwen35_mcore.training.choices import AUTO, choose_dispatcher, cross_entropy_default
 from qwen35_mcore.training.flags import check_classes_while_parsing
 
 
@@ -65,6 +66,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         early.hf_config = model_of_start(argv)
     hf = choose_model(early.flavor, early.hf_config, early.override)
     args = read_flags(argv, hf)
+    if hf.is_moe:
+        choose_dispatcher(args)
     check_flags(args)
     _complete(args, hf)
     start = check_run(args, hf)
@@ -188,9 +191,10 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
     return defaults | {
         "moe_permute_fusion": hf.is_moe,
         "moe_router_fusion": hf.is_moe,
+        "moe_token_dispatcher_type": AUTO if hf.is_moe else "alltoall",
         # the float32 copies of 248k logits per token cost more than several layers
         "cross_entropy_loss_fusion": True,
-        "cross_entropy_fusion_impl": "native",
+        "cross_entropy_fusion_impl": cross_entropy_default(),
     }
 
 

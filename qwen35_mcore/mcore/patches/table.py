@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen35_mcore.mcore.patches import (
+    accumulating_products,
     atomic_checkpoint,
     bucket_padding,
     dataset_helpers,
@@ -16,12 +17,14 @@ from qwen35_mcore.mcore.patches import (
     nonfinite,
     optimizer_groups,
     padded_balancing_loss,
+    receive_overflow,
     resume_position,
     sgd_state,
 )
 from qwen35_mcore.mcore.patches.patch import Patch
 
 PATCHES: tuple[Patch, ...] = (
+    accumulating_products.PATCH,
     *atomic_checkpoint.PATCHES,
     bucket_padding.PATCH,
     dataset_helpers.PATCH,
@@ -35,6 +38,7 @@ PATCHES: tuple[Patch, ...] = (
     nonfinite.PATCH,
     optimizer_groups.PATCH,
     padded_balancing_loss.PATCH,
+    receive_overflow.PATCH,
     *resume_position.PATCHES,
     sgd_state.PATCH,
 )

@@ -18,7 +18,6 @@ from qwen35_mcore.mcore.imports import (
     TransformerConfig,
     compiled,
     split_tensor_factory,
-    without_accumulation_fusion,
 )
 
 
@@ -35,7 +34,7 @@ class GateProjection(ColumnParallelLinear):
         super().__init__(
             config.hidden_size,
             2 * value_heads,
-            config=without_accumulation_fusion(config),
+            config=config,
             init_method=config.init_method,
             bias=False,
             tp_group=tp_group,

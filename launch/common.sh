@@ -53,6 +53,17 @@ check_gpus() {
         "    --seq-length $length --global-batch-size $batch --emit DIR"
 }
 
+# read_script: what Python trains with into the array `script`: SCRIPT, or this package's own loop.
+# shellcheck disable=SC2034 # for the script that sourced this
+read_script() {
+    script=(-m qwen35_mcore.training.pretrain)
+    [[ -n $SCRIPT ]] || return 0
+    [[ -r $SCRIPT ]] || die "SCRIPT is not there" "got: $SCRIPT" \
+        "allowed: a copy of examples/pretrain_qwen35.py" \
+        "fix: correct it, or leave it out for the package's own training"
+    script=("$SCRIPT")
+}
+
 # check_python: refuse an interpreter that cannot train; which has this package, with torch.
 check_python() {
     local code='import sys, importlib.util as u

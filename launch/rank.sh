@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One rank of a SLURM job: srun starts this once for each GPU, with the rank's flags.
+# One rank of a SLURM job: srun starts this once for each GPU, with what Python runs and its flags.
 #
 # slurm.sbatch says when to save and leave by a file, because a signal through SLURM would reach
 # every process of the job, also data loaders and compilers that it ends. Rank 0 alone looks for the
@@ -18,7 +18,7 @@ read -ra prefix <<<"$CONTAINER"
 
 # SIGTERM is ignored until Megatron listens for it, so that an early one ends nothing.
 trap '' TERM
-"${prefix[@]}" "$PYTHON" "$REPO/examples/pretrain_qwen35.py" --exit-signal-handler "$@" &
+"${prefix[@]}" "$PYTHON" "$@" &
 training=$!
 # SLURM sends SIGTERM to every process before it takes a job away. The training saves and leaves;
 # if this shell left first, SLURM would think that the rank has ended.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on one node, with torchrun behind qwen35_mcore.training.launch.
 #
-#   DATA=data/corpus SAVE=runs/35b launch/train.sh PRESET [flags of pretrain_qwen35.py]
+#   DATA=data/corpus SAVE=runs/35b launch/train.sh PRESET [flags of the training]
 #
 # PRESET is a folder that `qwen35 plan --emit DIR` wrote. Flags given here win over the preset's. Run
 # again, it continues from the last checkpoint. README.md beside this file says more.
@@ -15,6 +15,7 @@ PRETRAINED=${PRETRAINED:-}                # an imported checkpoint to start from
 TENSORBOARD=${TENSORBOARD:-$SAVE/tensorboard}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}       # iterations between checkpoints
 NPROC=${NPROC:-}                          # processes; one for each GPU where not set
+SCRIPT=${SCRIPT:-}                        # a training script of your own
 PYTHON=${PYTHON:-python}
 REPO=${REPO:-$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)}
 
@@ -27,9 +28,10 @@ if [[ $# -gt 0 && $1 != -* ]]; then
     PRESET=$1
     shift
 fi
-declare -a layout paths
+declare -a layout paths script
 read_preset "$PRESET"
 run_flags
+read_script
 if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     # devices behind a negative number are hidden
     gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *-/,$d' | grep -c . || true)
@@ -54,4 +56,4 @@ fi
 check_python
 
 exec "$PYTHON" -m qwen35_mcore.training.launch --standalone --nproc-per-node "$NPROC" \
-    "$REPO/examples/pretrain_qwen35.py" "${layout[@]}" "${paths[@]}" "$@"
+    "${script[@]}" "${layout[@]}" "${paths[@]}" "$@"

@@ -3,6 +3,20 @@
 `Qwen35Config`, `FLAVORS` and `get_flavor` describe a model; `transformer_config` and `build_model`
 make it a Megatron module, `make_model_provider` a provider for megatron's ``pretrain``; every error
 that is the user's to fix is a `Qwen35Error`. Importing this package imports no torch.
+
+    import torch
+    import qwen35_mcore as qwen35
+
+    qwen35.initialize_model_parallel()  # this process alone, or a rank of torchrun
+    model_config = qwen35.get_flavor("tiny-moe")
+    config = qwen35.transformer_config(model_config, transformer_impl="local")  # without a GPU
+    model = qwen35.build_model(model_config, config).cuda()
+    tokens = torch.randint(model_config.vocab_size, (1, 65), device="cuda")  # the CPU where no GPU
+    positions = torch.arange(64, device="cuda")[None]
+    losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])  # [1, 64], float32
+    losses.mean().backward()
+
+Training runs do the first line by themselves: see `qwen35_mcore.training.pretrain`.
 """
 
 from __future__ import annotations
@@ -18,6 +32,7 @@ _HOMES = {
     "get_flavor": "qwen35_mcore.config.flavors",
     "Qwen35TransformerConfig": "qwen35_mcore.model.transformer_config",
     "transformer_config": "qwen35_mcore.model.transformer_config",
+    "initialize_model_parallel": "qwen35_mcore.mcore.process_groups",
     "Qwen35Model": "qwen35_mcore.model.gpt_model",
     "build_model": "qwen35_mcore.model.build",
     "make_model_provider": "qwen35_mcore.model.build",

@@ -28,9 +28,17 @@ def build_model(
 ) -> Qwen35Model:
     """megatron's GPTModel with Qwen3.5's layers, for one pipeline stage (or virtual stage).
 
+    Called with tokens and positions ``[b, s]`` int64 and an attention mask (None: causal), it
+    returns logits ``[b, s, vocab_size]``, or with ``labels`` ``[b, s]`` the loss of each token
+    ``[b, s]`` float32. The process needs megatron's groups: `initialize_model_parallel`.
+
     Args:
+        config: of `transformer_config`, or made of megatron's arguments.
         pre_process, post_process: whether this stage holds the embedding, and the output layer.
+        vp_stage: number of the virtual stage, where a rank has several.
+        pg_collection: process groups; None: megatron's global ones.
         parallel_output: leave the logits split over tensor-parallel ranks.
+        fp16_lm_cross_entropy: as megatron's flag of this name.
 
     Raises:
         ConfigError: megatron-core of another version, an unknown ``transformer_impl``, or experts
@@ -66,6 +74,9 @@ def make_model_provider(hf: Qwen35Config, args: Any) -> Callable[..., Qwen35Mode
 
     Args:
         args: megatron's validated arguments, filled by :mod:`qwen35_mcore.training.arguments`.
+
+    Returns:
+        A function that builds a chunk, and raises what `build_model` raises.
     """
 
     def model_provider(

@@ -1,5 +1,6 @@
 """torchrun that leaves the last word to the training script.
 
+    python -m qwen35_mcore.training.launch --nproc-per-node 8 -m qwen35_mcore.training.pretrain ...
     python -m qwen35_mcore.training.launch --nproc-per-node 8 examples/pretrain_qwen35.py ...
 
 Flags and behaviour are torchrun's. Where a rank has said in one error why the job ended, torchrun

@@ -21,6 +21,7 @@ from tests.helpers.flag_words import without_gpu_flags
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "examples/README.md", "launch/README.md")
+TRAINING = ("qwen35_mcore.training.pretrain", "examples/pretrain_qwen35.py")
 NOT_OURS = ("pip", "tensorboard", "...")
 PARSE = """
 import json, os, sys
@@ -70,8 +71,9 @@ def training_run(words: list[str]) -> tuple[int, list[str]] | None:
         return 2, [*flags, *words[2:]]
     if words[0] != "torchrun":
         return None
-    script_at = words.index("examples/pretrain_qwen35.py")
-    launcher = dict(zip(words[1:script_at:2], words[2:script_at:2], strict=True))
+    script_at = next(at for at, word in enumerate(words) if word in TRAINING)
+    launched = [word for word in words[1:script_at] if word != "-m"]
+    launcher = dict(zip(launched[::2], launched[1::2], strict=True))
     nodes, processes = launcher.get("--nnodes", "1"), launcher["--nproc-per-node"]
     return int(nodes) * int(processes), words[script_at + 1 :]
 
@@ -182,7 +184,7 @@ def started_here(words: list[str], folder: Path, env: dict[str, str]) -> tuple[i
     )
     assert done.returncode == 0, done.stderr
     given = shlex.split(done.stdout)
-    flags = given[given.index(str(ROOT / "examples" / "pretrain_qwen35.py")) + 1 :]
+    flags = given[given.index("qwen35_mcore.training.pretrain") + 1 :]
     at = flags.index("--data-path")
     return gpus, flags[:at] + flags[at + 2 :]
 

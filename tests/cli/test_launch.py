@@ -134,6 +134,7 @@ BAD = {
     "no DATA": ({"DATA": ""}, "error: DATA is not set"),
     "DATA that is not there": ({"DATA": "0.3 /nowhere/text"}, "error: DATA names no dataset"),
     "no SAVE": ({"SAVE": ""}, "error: SAVE is not set"),
+    "a SCRIPT that is not there": ({"SCRIPT": "/nowhere.py"}, "error: SCRIPT is not there"),
 }
 
 
@@ -196,6 +197,13 @@ def test_the_job_script_outside_slurm_is_one_error(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: this is no SLURM job\n  fix: submit it with sbatch")
+
+
+def test_a_script_of_ones_own_trains(tmp_path: Path, preset: Path) -> None:
+    env = {"DATA": "mock", "SAVE": str(tmp_path), "PYTHON": "echo", "NPROC": "1"}
+    script = ROOT / "examples" / "pretrain_qwen35.py"
+    done = train_sh(preset, **env, SCRIPT=str(script))
+    assert f"--nproc-per-node 1 {script} --flavor tiny-moe" in done.stdout
 
 
 def test_one_process_for_each_visible_gpu(tmp_path: Path, preset: Path) -> None:
@@ -266,7 +274,8 @@ def test_run_sh_submits_from_anywhere_with_options_for_sbatch(preset: Path, tmp_
 
 def test_run_sh_of_one_node_trains_here_or_is_submitted(plan: Path, tmp_path: Path) -> None:
     here = run_sh(plan / "run.sh", "--lr", "1", cwd=tmp_path)
-    assert f"--nproc-per-node 2 {ROOT}/examples/pretrain_qwen35.py --flavor tiny-moe" in here.stdout
+    trained = "--nproc-per-node 2 -m qwen35_mcore.training.pretrain --flavor tiny-moe"
+    assert trained in here.stdout
     assert here.stdout.endswith("--lr 1\n")
     submitted = run_sh(plan / "run.sh", "--time=5", "--", "--lr", "1", cwd=tmp_path)
     assert submitted.stdout.splitlines()[1:4] == ["--nodes=1", "--gpus-per-node=2", "--time=5"]
@@ -358,7 +367,7 @@ def test_train_sh_runs_through_a_link(tmp_path: Path, preset: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert f"{ROOT}/examples/pretrain_qwen35.py" in done.stdout
+    assert "-m qwen35_mcore.training.pretrain" in done.stdout
 
 
 def test_later_starts_continue_from_what_the_first_one_saved(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def on_sigterm(action):
     signal.signal(signal.SIGTERM, lambda *_: action())
 
 here = Path(__file__).parent
-exec((here / ("preflight.txt" if sys.argv[1] == "-m" else "training.txt")).read_text())
+is_doctor = sys.argv[2] == "qwen35_mcore.cli"
+exec((here / ("preflight.txt" if is_doctor else "training.txt")).read_text())
 """
 SAVES_AT_SIGTERM = """
 left = saved.parent / "left"  # as in Megatron, one rank's signal ends all of them
@@ -122,7 +123,7 @@ def test_every_rank_knows_its_place_and_writes_its_own_log(played: Played) -> No
         *place, flags = played.log(f"rank-{rank:05}.txt").read_text().strip().split(";")
         assert place == [str(rank), str(rank % 2), "4", "2", "127.0.0.1", "0", "SIG_IGN"]
         words = ast.literal_eval(flags)
-        assert words[0] == str(ROOT / "examples" / "pretrain_qwen35.py")
+        assert words[:2] == ["-m", "qwen35_mcore.training.pretrain"]
         assert words[-2:] == ["--lr", "1 e-4"]
         for flag, value in (("--load", str(played.save)), ("--flavor", "tiny-moe")):
             assert words[words.index(flag) + 1] == value
@@ -142,11 +143,12 @@ def test_gpus_on_the_node_give_the_number_of_ranks(played: Played) -> None:
 def test_a_job_may_be_submitted_from_anywhere(played: Played, tmp_path: Path) -> None:
     """Paths are relative to that folder; the script knows from SLURM where its own are."""
     script = "print(os.getcwd(), sys.argv[1])"
-    env = {"PREFLIGHT": "skip", "SAVE": "here", "DATA": "mock"}
+    (tmp_path / "mine.py").touch()
+    env = {"PREFLIGHT": "skip", "SAVE": "here", "DATA": "mock", "SCRIPT": "mine.py"}
     job = played.run(script, env=env, cwd=tmp_path)
     assert (job.status, job.starts) == (0, 1), job.output
     log = tmp_path / "here" / "logs" / f"{JOB_ID}.0" / "rank-00000.txt"
-    assert log.read_text().split() == [str(tmp_path), str(ROOT / "examples/pretrain_qwen35.py")]
+    assert log.read_text().split() == [str(tmp_path), "mine.py"]
 
 
 def test_a_job_that_cannot_be_sized_or_written_is_one_error(played: Played) -> None:

@@ -29,8 +29,10 @@ def no_model(script: Any) -> None:
 
 
 def no_datasets(script: Any) -> None:
+    from megatron.training import get_args
+
     def datasets(*args: Any) -> Any:
-        args = script.get_args()
+        args = get_args()
         assert args.seq_length % 7 == 0, "sequences are odd"
 
     datasets.is_distributed = True  # type: ignore[attr-defined]

@@ -163,7 +163,7 @@ def test_saves_beside_the_training(tmp_path: Path) -> None:
 
 def in_background(*more: str) -> None:
     """As a process of its own: the worker starts others, which a fork of ours cannot."""
-    command = [sys.executable, str(ROOT / "examples" / "pretrain_qwen35.py"), *flags(*more)]
+    command = [sys.executable, "-m", "qwen35_mcore.training.pretrain", *flags(*more)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

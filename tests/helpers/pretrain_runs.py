@@ -1,7 +1,7 @@
-"""Run examples/pretrain_qwen35.py many times without importing torch and megatron every time.
+"""Run qwen35_mcore.training.pretrain many times without importing torch and megatron every time.
 
 One process imports everything and then forks: each rank of a run is a fork that gets its own
-environment, arguments and output file, and calls the script's main as ``__main__`` would.
+environment, arguments and output file, and calls the module's main as ``__main__`` would.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ class ScriptServer:
         before: Callable[[Any], None] | None = None,
         **env: str,
     ) -> Run:
-        """Start the script on ``ranks`` (all by default) of a job of ``world_size``.
+        """Start the module on ``ranks`` (all by default) of a job of ``world_size``.
 
         Args:
-            before: called with the script's module in each rank: plants a fault.
+            before: called with the module in each rank: plants a fault, or a script of one's own.
         """
         self._runs += 1
         ranks = list(range(world_size)) if ranks is None else ranks
@@ -164,18 +164,12 @@ def _serve(connection: Connection) -> None:
 
 
 def _import_script() -> Any:
-    import importlib.util
-
     import torch
 
     torch.set_num_threads(1)
-    path = Path(__file__).parents[2] / "examples" / "pretrain_qwen35.py"
-    spec = importlib.util.spec_from_file_location("pretrain_qwen35", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from qwen35_mcore.training import pretrain
+
+    return pretrain
 
 
 def _ended(pids: list[int]) -> dict[int, int]:
@@ -213,7 +207,7 @@ def _main(script: Any, flags: list[str], env: dict[str, str]) -> int:
     import sys
 
     os.environ.update(env)
-    sys.argv = ["pretrain_qwen35.py", *flags]
+    sys.argv = ["pretrain.py", *flags]
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     try:

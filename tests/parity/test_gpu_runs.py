@@ -46,7 +46,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     def run(*flags: object, gpu: bool = True) -> Log:
         log = tmp_path_factory.mktemp("log")
         command = [
-            *(sys.executable, "examples/pretrain_qwen35.py", "--hf-config", folder, "--bf16"),
+            *(sys.executable, "-m", "qwen35_mcore.training.pretrain"),
+            *("--hf-config", folder, "--bf16"),
             *("--data-path", data, "--split", "80,10,10", "--seq-length", "256"),
             *("--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "1e-3"),
             *("--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-decay-iters", "10"),

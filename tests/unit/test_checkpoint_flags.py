@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.errors import CheckpointError, ConfigError
+from qwen35_mcore.training.checks.checkpoint import check_start
 from qwen35_mcore.training.checks.checkpoint_flags import check_checkpoint_flags
 
 
@@ -68,3 +71,19 @@ def test_what_is_refused(given: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_checkpoint_flags(arguments(**given))
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_pretrained_weights_beside_a_run_that_goes_on(
+    tmp_path: Path, finetune: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not read, which is said; to begin again at their expense is refused."""
+    (tmp_path / "iter_0000004").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    args = arguments(load=str(tmp_path), pretrained_checkpoint="P", finetune=finetune, rank=0)
+    with pytest.raises(CheckpointError) as caught:
+        check_start(args, get_flavor("tiny-moe"))
+    if finetune:
+        assert "drop --finetune to go on from iter_0000004" in str(caught.value)
+    else:
+        assert "goes on from iter_0000004; --pretrained-checkpoint P" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def test_packages_for_gpus_stay_out(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(tmp_path), str(root)])
     done = subprocess.run(
-        [sys.executable, root / "examples" / "pretrain_qwen35.py", "--help"],
+        [sys.executable, "-m", "qwen35_mcore.training.pretrain", "--help"],
         env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -116,6 +116,17 @@ def test_advice_about_what_a_flag_needs(flag: str, row: Row) -> None:
         (["--lr-wsd-decay-iters", "3"], ["pass --lr-decay-style WSD as well, or drop --lr-wsd"]),
         (["--optimizer", "muon"], ["the package emerging_optimizers", "pip install emerging-opt"]),
         (["--moe-router-force-load-balancing", "--save", "x"], ["needs a run without --save"]),
+        (["--train-samples", "8", "--train-iters", "4"], ["needs a run without --train-iters"]),
+        (["--train-samples", "8", "--lr-warmup-iters", "4"], ["fix: drop --lr-warmup-iters"]),
+        (["--train-iters", "4", "--lr-decay-samples", "4"], ["a run without --train-iters"]),
+        (
+            ["--step-batch-size-schedule", "0:4 2:8", "--global-batch-size", "4"],
+            ["--step-batch-size-schedule needs a run without --global-batch-size"],
+        ),
+        (
+            ["--lr-warmup-fraction", "0.1", "--lr-warmup-iters", "2"],
+            ["pass --lr-warmup-iters 0 as well, or drop --lr-warmup-fraction"],
+        ),
         (["--norm-epsilon", "1"], ["--norm-epsilon contradicts the model"]),
     ],
     ids=lambda given: " ".join(given) if given[0].startswith("--") else "",

@@ -108,6 +108,7 @@ def _starting_point(args: Namespace) -> tuple[Path | None, bool]:
         return iteration_folder(load, args.ckpt_step), True
     folder = tracked_folder(load) if load is not None else None
     if folder is not None:
+        _say_what_is_not_read(args, folder)
         return folder, True
     if load is not None:
         _refuse_untracked(load)
@@ -132,6 +133,27 @@ def _refuse_two_starts(args: Namespace, load: Path) -> None:
             got=f"--ckpt-step {args.ckpt_step} --load {load}",
             fix="drop --ckpt-step to start from the pretrained weights, or drop "
             "--pretrained-checkpoint to go on from that iteration",
+        )
+
+
+def _say_what_is_not_read(args: Namespace, folder: Path) -> None:
+    """A job that is queued again names both and goes on from its own checkpoints."""
+    if not args.pretrained_checkpoint:
+        return
+    if args.finetune:
+        raise CheckpointError(
+            "--load has checkpoints, so --finetune would begin again with their weights and "
+            "--pretrained-checkpoint would not be read",
+            got=f"--finetune --load {args.load} --pretrained-checkpoint "
+            f"{args.pretrained_checkpoint}",
+            fix=f"drop --finetune to go on from {folder.name}, or name another folder with --load "
+            "and --save to begin with the pretrained weights",
+        )
+    if args.rank == 0:
+        print(
+            f"> --load {args.load} goes on from {folder.name}; --pretrained-checkpoint "
+            f"{args.pretrained_checkpoint} is not read",
+            flush=True,
         )
 
 
@@ -195,7 +217,7 @@ def _common_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             "the checkpoint was not written by this package",
             got=str(folder),
-            allowed="a checkpoint of examples/pretrain_qwen35.py or of `qwen35-ckpt import`",
+            allowed="a checkpoint of qwen35_mcore.training or of `qwen35-ckpt import`",
             fix="export it to a Hugging Face folder and import that",
         )
     return common

@@ -12,7 +12,7 @@ STEPS = (
     free(
         "tests/distributed, tests/cli/test_pretrain_errors.py",
         """
-        micro_batch_size global_batch_size train_iters train_samples exit_interval
+        micro_batch_size global_batch_size train_iters exit_interval
         exit_signal_handler
         calculate_per_token_loss check_for_nan_in_loss_and_grad
         """,
@@ -21,10 +21,16 @@ STEPS = (
         "Megatron's own",
         """
         manual_gc exit_duration_in_mins exit_signal_handler_for_training
-        step_batch_size_schedule decrease_batch_size_if_needed iterations_to_skip
+        decrease_batch_size_if_needed iterations_to_skip
         check_weight_hash_across_dp_replicas_interval check_for_large_grads skip_train
         """,
     ),
+    free(
+        "tests/distributed/test_resume_changes.py",
+        "train_samples",
+        needs="train_iters=None|skip_train",
+    ),
+    free("Megatron's own", "step_batch_size_schedule", needs="global_batch_size=None"),
     free(
         "Megatron's own",
         "empty_unused_memory_level gpu_sniff_test_interval train_sync_interval",
@@ -91,14 +97,28 @@ SCHEDULE = (
     free(
         "tests/distributed/test_resume.py, tests/cli/test_pretrain_errors.py",
         """
-        lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_iters
-        lr_warmup_samples override_opt_param_scheduler
+        lr min_lr lr_decay_style override_opt_param_scheduler
         """,
+    ),
+    free(
+        "tests/distributed/test_resume.py, tests/cli/test_pretrain_errors.py",
+        "lr_decay_iters lr_warmup_iters",
+        needs="train_samples=None|skip_train",
+    ),
+    free(
+        "tests/distributed/test_resume.py, tests/cli/test_pretrain_errors.py",
+        "lr_decay_samples lr_warmup_samples",
+        needs="train_iters=None|skip_train",
+    ),
+    free(
+        "Megatron's own",
+        "lr_warmup_fraction",
+        needs="lr_warmup_iters=0|skip_train lr_warmup_samples=0|skip_train",
     ),
     free(
         "Megatron's own",
         """
-        lr_warmup_fraction lr_warmup_init use_checkpoint_opt_param_scheduler weight_decay_incr_style
+        lr_warmup_init use_checkpoint_opt_param_scheduler weight_decay_incr_style
         decoupled_lr decoupled_min_lr
         """,
     ),

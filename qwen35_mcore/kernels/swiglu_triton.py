@@ -19,7 +19,7 @@ def weighted_swiglu(gate_up_t2f: Tensor, weight_t: Tensor, end: Tensor) -> Tenso
 
 
 @triton.jit
-def _forward(
+def _swiglu_forward(
     x_ptr, w_ptr, y_ptr, end_ptr, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     end, first = tl.load(end_ptr), tl.program_id(0) * ROWS
@@ -38,7 +38,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _swiglu_backward(
     x_ptr, w_ptr, dy_ptr, dx_ptr, dw_ptr, end_ptr, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     end, first = tl.load(end_ptr), tl.program_id(0) * ROWS
@@ -69,7 +69,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx, x, weight, end):
         rows, width = x.shape[0], x.shape[1] // 2
         y = x.new_empty(rows, width)
-        _forward[_grid(rows)](x, weight, y, end, width, **BLOCK)
+        _swiglu_forward[_grid(rows)](x, weight, y, end, width, **BLOCK)
         ctx.save_for_backward(x, weight, end)
         return y
 
@@ -78,7 +78,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         x, weight, end = ctx.saved_tensors
         rows, width = dy.shape
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-        _backward[_grid(rows)](x, weight, dy.contiguous(), dx, dweight, end, width, **BLOCK)
+        _swiglu_backward[_grid(rows)](x, weight, dy.contiguous(), dx, dweight, end, width, **BLOCK)
         return dx, dweight, None
 
 

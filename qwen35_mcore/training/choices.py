@@ -36,7 +36,9 @@ def choose_dispatcher(args: Namespace) -> None:
         if not against:
             args.moe_flex_dispatcher_backend = "ncclep"
         if args.rank == 0:
-            name, why = ("all-to-all", against) if against else ("NCCL EP", "no layer waits for it")
+            name, why = (
+                ("all-to-all", against) if against else ("NCCL EP", "no layer waits for the host")
+            )
             logger.info("exchange of the experts' tokens: %s, chosen because %s", name, why)
     if uses_nccl_ep(args) and args.moe_expert_rank_capacity_factor is None:
         args.moe_expert_rank_capacity_factor = CAPACITY_FACTOR

@@ -13,6 +13,15 @@ import torch
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
 from qwen35_mcore.kernels.weighted_swiglu import weighted_swiglu
 
+INTERPRETER = """
+import triton.runtime.interpreter as interpreter
+patch = interpreter._patch_lang_tensor
+def with_index(tensor, scope):  # NumPy 2.5 makes no number of an array of one, as a range needs
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+interpreter._patch_lang_tensor = with_index
+"""
+
 ACTIVATION = """
 import json, sys, torch
 from qwen35_mcore.kernels import swiglu_triton
@@ -21,7 +30,8 @@ rows, width, end = json.loads(sys.argv[1])
 torch.manual_seed(0)
 x, weight, dy = torch.randn(rows, 2 * width), torch.rand(rows), torch.randn(rows, width)
 results = []
-for run, dtype in ((weighted_swiglu, torch.float64), (swiglu_triton.weighted_swiglu, torch.float32)):
+fused = swiglu_triton.weighted_swiglu
+for run, dtype in ((weighted_swiglu, torch.float64), (fused, torch.float32)):
     a, w = (t.to(dtype).requires_grad_() for t in (x, weight))
     y = run(a, w, torch.tensor([end], dtype=torch.int32))
     y.backward(dy.to(dtype))
@@ -40,7 +50,8 @@ used = sum(counts)
 dy, x = torch.randn(used + unused, out), torch.randn(used + unused, width)
 dy[used:], x[used:] = torch.nan, torch.nan
 main = torch.randn(len(counts), out, width)
-products = [a.t().double() @ b.double() for a, b in zip(dy[:used].split(counts), x[:used].split(counts))]
+parts = zip(dy[:used].double().split(counts), x[:used].double().split(counts))
+products = [a.t() @ b for a, b in parts]
 exact = main.double() + torch.stack(products)
 add_weight_gradient(dy, x, torch.tensor(counts).cumsum(0).int(), main)
 assert (main - exact).norm() <= 1e-6 * exact.norm(), (main - exact).norm()
@@ -50,7 +61,7 @@ print("equal")
 
 def interpret(script: str, *arguments: object) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(arguments)],
+        [sys.executable, "-c", INTERPRETER + script, json.dumps(arguments)],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,

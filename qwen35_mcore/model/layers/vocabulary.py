@@ -80,5 +80,7 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx, dy):
         ids, weight = ctx.saved_tensors
         main_grad = weight.main_grad
-        main_grad.index_add_(0, ids.flatten(), dy.flatten(0, -2).to(main_grad.dtype))
+        rows = dy.flatten(0, -2).to(main_grad.dtype)
+        # unlike index_add_ it adds up a repeated token's rows in the same order every time
+        main_grad.index_put_((ids.flatten(),), rows, accumulate=True)
         return None, mark_added(weight)

@@ -152,7 +152,7 @@ def flags(machine: Machine, row: Row, run: str, steps: int) -> list[str]:
         "lr": 3e-4,
         "min-lr": 1e-5,
         "lr-decay-style": "cosine",
-        "lr-warmup-iters": 4,
+        "lr-warmup-iters": min(4, steps - 1),
         "data-path": tokenize(machine),
         "split": "1,0,0",
         "eval-iters": 0,

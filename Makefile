@@ -6,9 +6,10 @@ PYTHON ?=
 ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 export PYTHON
+unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of processes; each would compile the package
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -26,8 +27,8 @@ test: $(VENV)/.installed-test  ## run the tests; ARGS="-k rope" passes flags to 
 	$(PYTEST) -m "not exhaustive" $(ARGS)
 
 .PHONY: test-all
-test-all: $(VENV)/.installed-test  ## run the exhaustive tests, too: whole walks and a real SLURM, where installed
-	$(PYTEST) $(ARGS)
+test-all: $(VENV)/.installed-test  ## run the exhaustive tests, too: every mode, long fuzzing, a real SLURM where installed
+	$(PYTEST) --hypothesis-profile=exhaustive $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.installed-dev  ## formatting, lint, types and import contracts
@@ -42,7 +43,7 @@ format: $(VENV)/.installed-dev  ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 
 .PHONY: install
-install: $(VENV)/.installed-base  ## only the virtual environment, with the package in it
+install: $(VENV)/.installed-base  ## create the virtual environment with the package in it
 
 .PHONY: clean
 clean:  ## remove the virtual environment and every cache; keeps runs/

@@ -26,29 +26,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Workers = Annotated[int, typer.Option(min=1, help="Files read and written at the same time.")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Number of files read and written at the same time.")
+]
 MaxShardSize = Annotated[
     str, typer.Option(help="Largest file, such as 5GB or 500MiB (a tensor is never split).")
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing target, after success.")
+    bool, typer.Option("--overwrite", help="Replace an existing target after success.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Explain = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Only say where this tensor goes and how; write nothing."),
+    typer.Option(
+        metavar="NAME", help="Only explain where this tensor goes and how; write nothing."
+    ),
 ]
 Reference = Annotated[
     str | None,
     typer.Option(
         metavar="HF_DIR",
         help="Hugging Face folder (or repo id) that supplies config, vision tower, tokenizer, "
-        "dtypes and expert layout for a run that never saw an import.",
+        "dtypes and expert layout for a run that did not start from an import.",
     ),
 ]
 NoMtp = Annotated[
-    bool, typer.Option("--no-mtp", help="Convert without the MTP layer that the config has.")
+    bool, typer.Option("--no-mtp", help="Leave out the MTP layer that the config has.")
 ]
 
 
@@ -84,7 +88,10 @@ def import_(
     ] = "qwen35",
     carry: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Carry unknown tensors through. Repeatable."),
+        typer.Option(
+            metavar="PATTERN",
+            help="Carry unknown tensors that match along unchanged. Repeatable.",
+        ),
     ] = None,
     no_mtp: NoMtp = False,
     workers: Workers = 4,
@@ -94,23 +101,22 @@ def import_(
     explain: Explain = None,
     as_json: Json = False,
 ) -> None:
-    """Hugging Face to a Megatron torch_dist checkpoint.
+    """Convert a Hugging Face folder to a Megatron torch_dist checkpoint.
 
     Start training from it with --pretrained-checkpoint OUT_DIR --load RUN --save RUN.
     """
-    from checkpoint_tools.accounting import account
     from checkpoint_tools.convert import import_checkpoint
-    from checkpoint_tools.explain import explain as explained
-    from checkpoint_tools.hub import local_folder
+    from checkpoint_tools.hf.hub import local_folder
+    from checkpoint_tools.hf.import_plan import plan_import
 
     source = local_folder(hf_dir)
     if explain is not None:
-        plan = account(source, layout=layout, carry=carry or (), no_mtp=no_mtp)
-        typer.echo(explained(explain, plan.table, plan.carried))
+        plan = plan_import(source, checkpoint_format=layout, carry=carry or (), no_mtp=no_mtp)
+        _print_explanation(explain, plan.table, plan.carried)
         return
     options = _options(workers, max_shard_size, overwrite, dry_run, as_json)
     report = import_checkpoint(
-        source, out_dir, options, layout=layout, carry=carry or (), no_mtp=no_mtp
+        source, out_dir, options, checkpoint_format=layout, carry=carry or (), no_mtp=no_mtp
     )
     _print_report(report, dry_run=dry_run, as_json=as_json)
 
@@ -142,10 +148,9 @@ def export(
     explain: Explain = None,
     as_json: Json = False,
 ) -> None:
-    """A Megatron checkpoint to a folder that transformers loads."""
-    from checkpoint_tools.explain import explain as explained
+    """Convert a Megatron checkpoint to a folder that transformers loads."""
     from checkpoint_tools.export import export_checkpoint, plan_export
-    from checkpoint_tools.hub import local_folder
+    from checkpoint_tools.hf.hub import local_folder
 
     plan = plan_export(
         checkpoint,
@@ -154,8 +159,7 @@ def export(
         no_mtp=no_mtp,
     )
     if explain is not None:
-        carried = plan.origin.carried_names if plan.origin else ()
-        typer.echo(explained(explain, plan.view.table, carried))
+        _print_explanation(explain, plan.exported.table, plan.carried)
         return
     options = _options(workers, max_shard_size, overwrite, dry_run, as_json)
     report = export_checkpoint(hf_out, plan, options)
@@ -178,8 +182,8 @@ def verify(
     workers: Workers = 4,
     as_json: Json = False,
 ) -> None:
-    """Compare every tensor bit for bit, dtype and shape included. Exit 1 on any difference."""
-    from checkpoint_tools.hub import local_folder
+    """Compare every tensor bit for bit, with dtype and shape. Exits with 1 on any difference."""
+    from checkpoint_tools.hf.hub import local_folder
     from checkpoint_tools.verify import compare
 
     result = compare(
@@ -204,7 +208,7 @@ def inspect(
     ],
     as_json: Json = False,
 ) -> None:
-    """What a folder is, and whether it is complete. Exit 1 if it is not."""
+    """Print what a folder is and whether it is complete. Exits with 1 if it is not."""
     from checkpoint_tools.inspect_ckpt import inspect_folder
 
     facts = inspect_folder(folder)
@@ -260,7 +264,7 @@ def main() -> None:
 
 
 def _options(workers: int, max_shard_size: str, overwrite: bool, dry_run: bool, quiet: bool) -> Any:
-    from checkpoint_tools.convert import Options
+    from checkpoint_tools.files.job import Options
 
     return Options(
         workers=workers,
@@ -286,6 +290,12 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise CheckpointError("not a size", got=text, allowed="such as 5GB or 500MiB")
     return size
+
+
+def _print_explanation(name: str, table: Any, carried: Any) -> None:
+    from checkpoint_tools.table.explain import explain
+
+    typer.echo(explain(name, table, [tensor.name for tensor in carried.tensors] if carried else ()))
 
 
 def _print_report(report: Any, *, dry_run: bool, as_json: bool) -> None:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoint_tools.accounting import Account, account
-from checkpoint_tools.extra_state import extra_state_keys
-from checkpoint_tools.hf_io import HFCheckpoint
-from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
-from checkpoint_tools.manifest import Work, refuse_overlap, write_file
-from checkpoint_tools.mcore_keys import COMMON_STATE
-from checkpoint_tools.mcore_write import (
-    RELEASE,
+from checkpoint_tools.files.job import Options, Report
+from checkpoint_tools.files.manifest import Work
+from checkpoint_tools.files.paths import fingerprint, refuse_overlap
+from checkpoint_tools.files.workers import import_meanwhile, run_parallel
+from checkpoint_tools.hf.carried import CARRIED_PREFIX, carried_folder, store_carried
+from checkpoint_tools.hf.import_plan import plan_import
+from checkpoint_tools.hf.read import HFCheckpoint
+from checkpoint_tools.mcore.extra_state import extra_state_keys
+from checkpoint_tools.mcore.keys import COMMON_STATE, RELEASE, TRACKER
+from checkpoint_tools.mcore.write import (
     Item,
     MetadataBuilder,
     Target,
@@ -28,47 +28,11 @@ from checkpoint_tools.mcore_write import (
     write_objects,
     write_tensors,
 )
-from checkpoint_tools.names import Layout, Row
-from checkpoint_tools.origin import (
-    CARRIED_FOLDER,
-    FILES_FOLDER,
-    ORIGIN_FILE,
-    origin_content,
-    origin_name,
-    other_files,
-)
-from checkpoint_tools.progress import Progress
-from checkpoint_tools.storage import split_copy
-from checkpoint_tools.transforms import Box, common_dtype
-from checkpoint_tools.workers import import_meanwhile, run_parallel
+from checkpoint_tools.table.names import Format, Row
+from checkpoint_tools.table.transforms import Box, common_dtype, split_copy
 from qwen35_mcore.config.model_config import Qwen35Config
 
 PART_BYTES = 2**29
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What both directions share."""
-
-    workers: int = 4
-    max_shard_bytes: int = 5 * 10**9
-    overwrite: bool = False
-    dry_run: bool = False
-    quiet: bool = False
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What a conversion did, or would do."""
-
-    source: str
-    target: str
-    tensors: int
-    bytes: int
-    carried: int
-    files: list[str]
-    notes: list[str] = field(default_factory=list)
-    origin: str | None = None
 
 
 def import_checkpoint(
@@ -76,7 +40,7 @@ def import_checkpoint(
     target: Path,
     options: Options,
     *,
-    layout: Layout = "qwen35",
+    checkpoint_format: Format = "qwen35",
     carry: Sequence[str] = (),
     no_mtp: bool = False,
 ) -> Report:
@@ -88,50 +52,50 @@ def import_checkpoint(
         CheckpointError, ConfigError: the input is unusable; nothing is written then.
     """
     refuse_overlap(source, target)
-    plan = account(source, layout=layout, carry=carry, no_mtp=no_mtp)
-    files, left_out = other_files(plan.hf)
-    content = origin_content(plan.origin)
-    name = origin_name(content, plan.hf, files)
+    plan = plan_import(source, checkpoint_format=checkpoint_format, carry=carry, no_mtp=no_mtp)
+    folder = carried_folder(plan.carried, plan.hf)
     items = [item for row in plan.table for item in _row_items(plan.hf, row)]
     report = Report(
         source=str(source),
         target=str(target),
         tensors=len({item.target.key for item in items}),
         bytes=sum(item.nbytes for item in items),
-        carried=len(plan.carried),
-        files=sorted(files),
-        notes=[*plan.notes, *(f"left out, other weights: {file}" for file in left_out)],
-        origin=name,
+        carried=len(plan.carried.tensors),
+        files=sorted(plan.carried.files),
+        notes=plan.notes,
+        origin=folder,
     )
     if options.dry_run:
         return report
     job = {
         "command": "import",
-        "layout": layout,
+        "layout": checkpoint_format,
         "carry": list(carry),
         "no_mtp": no_mtp,
         "max_shard_bytes": options.max_shard_bytes,
-        "input": fingerprint([plan.hf.folder / file for file in plan.hf.files]),
-        "files": fingerprint(list(files.values())),
+        "input": fingerprint(plan.hf.paths),
+        "files": fingerprint(plan.carried.files.values()),
     }
-    work = Work(target, job, overwrite=options.overwrite)
+    work = Work(target, job, options, size=report.bytes, foreign=_not_of_an_import)
     if work.finished_before():
         return report
-    with work, Progress(report.bytes, "import", quiet=options.quiet) as progress:
+    with work:
         import_meanwhile("torch.distributed.checkpoint.filesystem")
-        _store_origin(work, plan, files, name, options)
-        write_file(work.tree / name / ORIGIN_FILE, content)
-        builder = _write_parts(work, items, options, progress.advance)
-        common = _common_state(plan.config, name, layout)
-        keys = extra_state_keys(plan.config, mtp=plan.naming.mtp, layout=layout)
-        _write_objects(work, builder, common, keys)
+        store_carried(work, plan.carried, folder, options.max_shard_bytes)
+        builder = _write_parts(work, items, options)
+        common = _common_state(plan.config, folder, checkpoint_format)
+        _write_objects(work, builder, common, extra_state_keys(plan.config, checkpoint_format))
         builder.write(work.tree)
         work.publish()
     return report
 
 
+def _not_of_an_import(names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith((RELEASE, TRACKER, CARRIED_PREFIX))]
+
+
 def _row_items(hf: HFCheckpoint, row: Row) -> Iterator[Item]:
-    dtypes = [hf.dtype(spec.name) for spec in row.hf]
+    dtypes = [hf.tensors[spec.name].dtype for spec in row.hf]
     if row.float32:
         dtypes.append(torch.float32)
     # a float32 weight minus one needs more digits than float32 has to be given back exactly
@@ -148,24 +112,17 @@ def _row_items(hf: HFCheckpoint, row: Row) -> Iterator[Item]:
 def _content(
     hf: HFCheckpoint, name: str, box: Box, dtype: torch.dtype, zero_centred: bool
 ) -> torch.Tensor:
-    tensor = hf.read(name, box).to(dtype)
+    tensor = box.of(hf.tensors[name].read()).to(dtype)
     return tensor - 1 if zero_centred else tensor
 
 
-def _write_parts(
-    work: Work, items: list[Item], options: Options, advance: Callable[[int], None]
-) -> MetadataBuilder:
-    part_bytes = min(PART_BYTES, options.max_shard_bytes)
-    parts = list(plan_parts(items, part_bytes))
+def _write_parts(work: Work, items: list[Item], options: Options) -> MetadataBuilder:
+    parts = list(plan_parts(items, min(PART_BYTES, options.max_shard_bytes)))
 
     def write(number: int) -> list[list[int]]:
-        before = work.finished(f"{RELEASE}/{_file(number)}")
         places: list[list[int]] = work.part(
-            f"{RELEASE}/{_file(number)}",
-            lambda stream: write_tensors(stream, parts[number], advance),
+            f"{RELEASE}/{_file(number)}", lambda stream: write_tensors(stream, parts[number])
         )
-        if before:
-            advance(sum(item.nbytes for item in parts[number]))
         return places
 
     builder = MetadataBuilder()
@@ -190,7 +147,7 @@ def _file(number: int) -> str:
     return f"__{number}_0.distcp"
 
 
-def _common_state(config: Qwen35Config, origin: str, layout: Layout) -> dict[str, Any]:
+def _common_state(config: Qwen35Config, carried: str, checkpoint_format: Format) -> dict[str, Any]:
     """What Megatron's loader looks at, plain types only: it unpickles nothing else."""
     args = argparse.Namespace(
         num_layers=config.num_hidden_layers,
@@ -207,8 +164,8 @@ def _common_state(config: Qwen35Config, origin: str, layout: Layout) -> dict[str
         skipped_train_samples=0,
         consumed_valid_samples=0,
         qwen35_hf_config=json.dumps(config.to_hf(), sort_keys=True),
-        qwen35_origin=origin,
-        qwen35_layout=layout,
+        qwen35_origin=carried,
+        qwen35_layout=checkpoint_format,
     )
     return {
         "args": args,
@@ -217,33 +174,3 @@ def _common_state(config: Qwen35Config, origin: str, layout: Layout) -> dict[str
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-
-
-def _store_origin(
-    work: Work, plan: Account, files: dict[str, Path], name: str, options: Options
-) -> None:
-    for relative, path in files.items():
-        work.part(f"{name}/{FILES_FOLDER}/{relative}", partial(copy_file, path))
-    hf = plan.hf
-    outputs = [
-        Output(tensor, hf.dtype(tensor), hf.shape(tensor), partial(hf.pieces, tensor))
-        for tensor in plan.carried
-    ]
-    if outputs:
-        shards = plan_shards(outputs, options.max_shard_bytes, "model")
-        for file, shard in shards.items():
-            work.part(f"{name}/{CARRIED_FOLDER}/{file}", partial(write_shard, outputs=shard))
-        if len(shards) > 1:
-            index = work.tree / name / CARRIED_FOLDER / "model.safetensors.index.json"
-            write_file(index, index_content(shards))
-
-
-def copy_file(path: Path, stream: Any) -> None:
-    """Copy a file into a stream."""
-    with open(path, "rb") as file:
-        shutil.copyfileobj(file, stream, 2**22)
-
-
-def fingerprint(paths: list[Path]) -> list[list[Any]]:
-    """Name, size and time of each file: unfinished work goes on only with the same input."""
-    return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)]

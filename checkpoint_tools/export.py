@@ -12,20 +12,28 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.accounting import account
-from checkpoint_tools.convert import Options, Report, copy_file, fingerprint
-from checkpoint_tools.hf_folder import INDEX_NAME
-from checkpoint_tools.hf_io import HFCheckpoint
-from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
-from checkpoint_tools.manifest import Work, refuse_overlap, write_file
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.names import Naming
-from checkpoint_tools.origin import Origin, read_origin
-from checkpoint_tools.progress import Progress
-from checkpoint_tools.tensor_names import HEAD, MTP_PREFIX
-from checkpoint_tools.tokenizer import OtherFiles, other_files_of, set_special_ids
-from checkpoint_tools.views import DtypeChoice, ModelView, has_mtp, main_parameter, model_keys
-from checkpoint_tools.workers import run_parallel
+from checkpoint_tools.files.job import Options, Report
+from checkpoint_tools.files.manifest import Work
+from checkpoint_tools.files.paths import copy_file, fingerprint, refuse_overlap, write_file
+from checkpoint_tools.files.workers import run_parallel
+from checkpoint_tools.hf.carried import CARRIED_PREFIX, Carried, read_carried
+from checkpoint_tools.hf.folder import INDEX_NAME
+from checkpoint_tools.hf.import_plan import plan_import
+from checkpoint_tools.hf.read import HFCheckpoint
+from checkpoint_tools.hf.tokenizer import OtherFiles, other_files_of, set_special_ids
+from checkpoint_tools.hf.write import index_content, plan_shards, write_shard
+from checkpoint_tools.mcore.exported import (
+    DtypeChoice,
+    ExportedTensors,
+    has_mtp,
+    main_parameter,
+    model_keys,
+    recorded_config,
+)
+from checkpoint_tools.mcore.keys import RELEASE, TRACKER
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from checkpoint_tools.table.names import HEAD, MTP_PREFIX, Naming
+from checkpoint_tools.table.transforms import LazyTensor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError, ConfigError
 
@@ -37,77 +45,64 @@ class ExportPlan:
     """A Megatron checkpoint and everything that its Hugging Face folder will hold."""
 
     checkpoint: MegatronCheckpoint
-    view: ModelView
+    exported: ExportedTensors
     config: Qwen35Config
-    origin: Origin | None
+    carried: Carried | None
     other: OtherFiles
     choice: DtypeChoice
 
-    def outputs(self) -> list[Output]:
+    def tensors(self) -> list[LazyTensor]:
         """Every tensor of the result."""
-        view = self.view
-        outputs = [
-            Output(name, view.dtype(name), view.shape(name), partial(view.pieces, name))
-            for name in view.names()
-        ]
+        tensors = self.exported.lazy()
         if self._has_copied_head():
-            embedding = outputs[0]
-            outputs.append(replace(embedding, name=HEAD))
-        if self.origin and self.origin.carried:
-            carried = self.origin.carried
-            outputs += [
-                Output(
-                    name, carried.dtype(name), carried.shape(name), partial(carried.pieces, name)
-                )
-                for name in self.origin.carried_names
-            ]
-        return outputs
+            tensors.append(replace(tensors[0], name=HEAD))
+        return tensors + (self.carried.tensors if self.carried else [])
 
     def _has_copied_head(self) -> bool:
         """Whether the tied original had its embedding twice: transformers reads both."""
-        origin = self.origin
-        if origin is None or not self.config.tie_word_embeddings:
+        carried = self.carried
+        if carried is None or not self.config.tie_word_embeddings:
             return False
-        return HEAD in origin.dtypes and HEAD not in origin.carried_names
+        return HEAD in carried.dtypes and all(one.name != HEAD for one in carried.tensors)
 
     def config_bytes(self) -> bytes:
         """The config.json: the original where it says the truth, else with what differs."""
         content, original = self._config_content()
         set_special_ids(content, self.other.special_ids)
         if original and self.choice == "original":
-            assert self.origin is not None
-            if content == json.loads(self.origin.config.read_text()):
-                return self.origin.config.read_bytes()
+            assert self.carried is not None
+            if content == json.loads(self.carried.config.read_text()):
+                return self.carried.config.read_bytes()
         else:
             _set_dtype(content, self._main_dtype())
         return json.dumps(content, indent=2).encode() + b"\n"
 
     def _config_content(self) -> tuple[dict[str, Any], bool]:
         """The config's keys, and whether they are the original's, MTP layers apart."""
-        if self.origin is None:
+        if self.carried is None:
             return self.config.to_hf(), False
-        original = Qwen35Config.from_hf(self.origin.config)
+        original = Qwen35Config.from_hf(self.carried.config)
         mtp = self._mtp_layers(original)
         trained = replace(_into_wrapper(self.config, original), mtp_num_hidden_layers=mtp)
         if trained != replace(original, mtp_num_hidden_layers=mtp):
             return trained.to_hf(), False
-        content: dict[str, Any] = json.loads(self.origin.config.read_text())
+        content: dict[str, Any] = json.loads(self.carried.config.read_text())
         if trained != original:
             content.get("text_config", content)["mtp_num_hidden_layers"] = mtp
         return content, True
 
     def _mtp_layers(self, original: Qwen35Config) -> int:
         """What config.json has to say: what is there, as a layer or carried through."""
-        carried = self.origin.carried_names if self.origin else ()
-        if any(name.startswith(MTP_PREFIX) for name in carried):
+        carried = self.carried.tensors if self.carried else []
+        if any(tensor.name.startswith(MTP_PREFIX) for tensor in carried):
             return original.mtp_num_hidden_layers
         return self.config.mtp_num_hidden_layers
 
     def _main_dtype(self) -> torch.dtype:
         """The dtype of most bytes: transformers loads everything in the dtype of the config."""
         sizes: dict[torch.dtype, int] = {}
-        for output in self.outputs():
-            sizes[output.dtype] = sizes.get(output.dtype, 0) + output.nbytes
+        for tensor in self.tensors():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 
 
@@ -133,26 +128,35 @@ def plan_export(
             not to be found.
     """
     checkpoint = MegatronCheckpoint(source)
-    origin = _origin(checkpoint, reference)
-    config = _config(checkpoint, origin)
-    if origin is not None:
-        _need_mtp(origin.naming, checkpoint, no_mtp)
-        naming = origin.naming
+    carried = _carried(checkpoint, reference)
+    config = _config(checkpoint, carried)
+    if carried is not None:
+        _need_mtp(carried.naming, checkpoint, no_mtp)
+        naming = carried.naming
     naming = naming or Naming.default(config)
     naming = replace(naming, mtp=has_mtp(checkpoint) and not no_mtp)
     config = replace(config, mtp_num_hidden_layers=int(naming.mtp))
-    if origin is None and config.is_vision_language:
+    if carried is None and config.is_vision_language:
         raise CheckpointError(
             "the run's config is vision-language and the checkpoint has no vision tower",
             fix="give --reference HF_DIR to take it from there",
         )
     if choice == "float32":
         _need_main_parameters(checkpoint)
-    dtypes = origin.dtypes if origin is not None else {}
-    view = ModelView(checkpoint, config, naming, dtypes, choice)
-    other = other_files_of(checkpoint, origin, by_reference=reference is not None)
+    dtypes = carried.dtypes if carried is not None else {}
+    tokenizer = checkpoint.argument("qwen35_tokenizer")
     return ExportPlan(
-        checkpoint=checkpoint, view=view, config=config, origin=origin, other=other, choice=choice
+        checkpoint=checkpoint,
+        exported=ExportedTensors(checkpoint, config, naming, dtypes, choice),
+        config=config,
+        carried=carried,
+        other=other_files_of(
+            carried,
+            checkpoint.root / tokenizer if tokenizer else None,
+            checkpoint.argument("tokenizer_type"),
+            by_reference=reference is not None,
+        ),
+        choice=choice,
     )
 
 
@@ -162,29 +166,28 @@ def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Repor
     Killed at any moment and run again it goes on where it was; the target appears at the end.
     """
     refuse_overlap(plan.checkpoint.folder, target)
-    outputs = plan.outputs()
-    shards = plan_shards(outputs, options.max_shard_bytes, "model")
+    tensors = plan.tensors()
+    shards = plan_shards(tensors, options.max_shard_bytes)
     files = plan.other.paths
     report = Report(
         source=str(plan.checkpoint.folder),
         target=str(target),
-        tensors=len(outputs),
-        bytes=sum(output.nbytes for output in outputs),
-        carried=len(plan.origin.carried_names) if plan.origin else 0,
+        tensors=len(tensors),
+        bytes=sum(tensor.nbytes for tensor in tensors),
+        carried=len(plan.carried.tensors) if plan.carried else 0,
         files=sorted([*shards, *files, _CONFIG]),
         notes=[plan.other.note] if plan.other.note else [],
     )
     if options.dry_run:
         return report
-    work = Work(target, _job(plan, files, options), overwrite=options.overwrite)
+    job = _job(plan, files, options)
+    work = Work(target, job, options, size=report.bytes, foreign=_not_of_an_export)
     if work.finished_before():
         return report
-    with work, Progress(report.bytes, "export", quiet=options.quiet) as progress:
+    with work:
 
         def write(file: str) -> None:
-            if work.finished(file):
-                progress.advance(sum(output.nbytes for output in shards[file]))
-            work.part(file, lambda stream: write_shard(stream, shards[file], progress.advance))
+            work.part(file, partial(write_shard, tensors=shards[file]))
 
         run_parallel(write, shards, options.workers)
         for name, path in files.items():
@@ -196,12 +199,17 @@ def export_checkpoint(target: Path, plan: ExportPlan, options: Options) -> Repor
     return report
 
 
+def _not_of_an_export(names: list[str]) -> list[str]:
+    if _CONFIG not in names:
+        return names
+    others = ("iter_", RELEASE, TRACKER, CARRIED_PREFIX)
+    return [name for name in names if name.startswith(others)]
+
+
 def _job(plan: ExportPlan, files: dict[str, Path], options: Options) -> dict[str, Any]:
     folder = plan.checkpoint.folder
     inputs = [folder / ".metadata", *(folder / file for file in plan.checkpoint.files)]
-    if plan.origin is not None and plan.origin.carried is not None:
-        carried = plan.origin.carried
-        inputs += [carried.folder / file for file in carried.files]
+    inputs += plan.carried.weights if plan.carried is not None else []
     return {
         "command": "export",
         "dtype": plan.choice,
@@ -209,46 +217,45 @@ def _job(plan: ExportPlan, files: dict[str, Path], options: Options) -> dict[str
         "outputs": _digest(plan),
         "max_shard_bytes": options.max_shard_bytes,
         "input": fingerprint(inputs),
-        "files": fingerprint(list(files.values())),
+        "files": fingerprint(files.values()),
     }
 
 
 def _digest(plan: ExportPlan) -> str:
     """A digest of names, dtypes, shapes and config: a reference can change them."""
     digest = hashlib.sha256(plan.config_bytes())
-    for output in plan.outputs():
-        digest.update(f"{output.name} {output.dtype} {output.shape}\n".encode())
+    for tensor in plan.tensors():
+        digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
     return digest.hexdigest()
 
 
-def _origin(checkpoint: MegatronCheckpoint, reference: Path | None) -> Origin | None:
+def _carried(checkpoint: MegatronCheckpoint, reference: Path | None) -> Carried | None:
     if reference is not None:
         names = HFCheckpoint(reference).tensors
         without_mtp = not any(name.startswith(MTP_PREFIX) for name in names)
-        return account(reference, no_mtp=without_mtp).origin
-    recorded = checkpoint.argument("qwen35_origin")
-    return read_origin(checkpoint.root / recorded) if recorded else None
+        return plan_import(reference, no_mtp=without_mtp).carried
+    folder = checkpoint.argument("qwen35_origin")
+    return read_carried(checkpoint.root / folder) if folder else None
 
 
-def _config(checkpoint: MegatronCheckpoint, origin: Origin | None) -> Qwen35Config:
-    recorded = checkpoint.argument("qwen35_hf_config")
-    if not recorded and origin is None:
+def _config(checkpoint: MegatronCheckpoint, carried: Carried | None) -> Qwen35Config:
+    try:
+        config = recorded_config(checkpoint)
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(
+            "the checkpoint's own config is malformed", got=f"{checkpoint.folder}: {error}"
+        ) from error
+    original = Qwen35Config.from_hf(carried.config) if carried is not None else None
+    if config is not None and original is not None:
+        return _into_wrapper(config, original)
+    known = config or original
+    if known is None:
         raise CheckpointError(
             "the checkpoint does not say which model it is",
             got=str(checkpoint.folder),
             fix="it was not written by this package: give --reference HF_DIR",
         )
-    original = Qwen35Config.from_hf(origin.config) if origin is not None else None
-    if not recorded:
-        assert original is not None
-        return original
-    try:
-        config = Qwen35Config.from_hf(json.loads(recorded))
-    except (ValueError, ConfigError) as error:
-        raise CheckpointError(
-            "the checkpoint's own config is malformed", got=f"{checkpoint.folder}: {error}"
-        ) from error
-    return config if original is None else _into_wrapper(config, original)
+    return known
 
 
 def _into_wrapper(config: Qwen35Config, original: Qwen35Config) -> Qwen35Config:

@@ -1,22 +1,21 @@
-"""Say what a folder is: format, model, tensors, dtypes, iteration, layout, completeness."""
+"""Say what a folder is: kind, model, tensors, dtypes, iteration, format, completeness."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.accounting import account
-from checkpoint_tools.hf_io import HFCheckpoint, HFTensor, is_hf_folder
-from checkpoint_tools.manifest import PARTIAL
-from checkpoint_tools.mcore_io import MegatronCheckpoint, MegatronTensor
-from checkpoint_tools.mcore_keys import TRACKER
-from checkpoint_tools.storage import no_folder
-from checkpoint_tools.tensor_names import MTP_PREFIX, VISION_PREFIX
-from checkpoint_tools.views import has_mtp, model_keys, stored_layout
+from checkpoint_tools.files.manifest import PARTIAL
+from checkpoint_tools.files.paths import no_folder
+from checkpoint_tools.hf.import_plan import plan_import
+from checkpoint_tools.hf.read import HFCheckpoint, HFTensor, is_hf_folder
+from checkpoint_tools.mcore.exported import has_mtp, model_keys, recorded_config, stored_format
+from checkpoint_tools.mcore.keys import TRACKER
+from checkpoint_tools.mcore.read import MegatronCheckpoint, MegatronTensor
+from checkpoint_tools.table.names import MTP_PREFIX, VISION_PREFIX
 from qwen35_mcore.config.flavors import FLAVORS
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError, ConfigError
@@ -77,7 +76,7 @@ def _describe_hf(path: Path) -> dict[str, Any]:
     hf = HFCheckpoint(path)
     config = Qwen35Config.from_hf(path)
     mtp = any(name.startswith(MTP_PREFIX) for name in hf.tensors)
-    account(path, no_mtp=not mtp)
+    plan_import(path, no_mtp=not mtp)
     notes = list(hf.notes)
     if config.mtp_num_hidden_layers and not mtp:
         notes.append("config.json has an MTP layer that is not there: import with --no-mtp")
@@ -97,10 +96,10 @@ def _describe_megatron(path: Path) -> dict[str, Any]:
     checkpoint = MegatronCheckpoint(path)
     keys = model_keys(checkpoint)
     tensors = [checkpoint.tensors[key] for key in keys]
-    recorded = checkpoint.argument("qwen35_hf_config")
-    origin = checkpoint.argument("qwen35_origin")
+    config = recorded_config(checkpoint)
+    carried = checkpoint.argument("qwen35_origin")
     return {
-        **(_describe_config(Qwen35Config.from_hf(json.loads(recorded))) if recorded else {}),
+        **(_describe_config(config) if config else {}),
         "folder": str(checkpoint.folder),
         "iteration": checkpoint.common.get("iteration"),
         "checkpoint_version": checkpoint.common.get("checkpoint_version"),
@@ -108,15 +107,15 @@ def _describe_megatron(path: Path) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "dtypes": _dtypes(tensors),
         "mtp": has_mtp(checkpoint),
-        "gdn_layout": stored_layout(checkpoint),
+        "gdn_layout": stored_format(checkpoint),
         "optimizer_tensors": len(checkpoint.tensors) - len(tensors),
         "saved_with": {
             short: value
             for short, name in _PARALLEL.items()
             if (value := checkpoint.argument(name)) is not None
         },
-        "origin": origin,
-        "origin_present": (checkpoint.root / origin).is_dir() if origin else None,
+        "origin": carried,
+        "origin_present": (checkpoint.root / carried).is_dir() if carried else None,
     }
 
 

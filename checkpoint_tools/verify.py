@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from checkpoint_tools.export import plan_export
-from checkpoint_tools.hf_io import HFCheckpoint, is_hf_folder
-from checkpoint_tools.hf_write import Output
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.model_difference import compare_models
-from checkpoint_tools.names import Naming
-from checkpoint_tools.progress import Progress
-from checkpoint_tools.storage import split_rows
-from checkpoint_tools.tensor_names import describe, with_prefix_of
-from checkpoint_tools.transforms import Box, common_dtype
-from checkpoint_tools.views import aligned, model_keys
-from checkpoint_tools.workers import run_parallel
+from checkpoint_tools.files.progress import Progress
+from checkpoint_tools.files.workers import run_parallel
+from checkpoint_tools.hf.read import HFCheckpoint, is_hf_folder
+from checkpoint_tools.hf.tensor_names import describe, with_prefix_of
+from checkpoint_tools.mcore.exported import model_keys, recorded_config
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from checkpoint_tools.table.names import MTP_PREFIX, Naming
+from checkpoint_tools.table.transforms import LazyTensor, common_dtype, same_bits
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.errors import CheckpointError, ConfigError
+
+_NOT_COMPUTED_WITH = {
+    "carried", "carried_outer", "initializer_range", "attention_dropout", "router_aux_loss_coef",
+    "max_position_embeddings", "mtp_num_hidden_layers", "model_type",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,8 @@ def compare(
     Raises:
         CheckpointError: one of the two is no usable checkpoint.
     """
-    a, b = _sides(first, second, reference, weights_only)
+    a = _side(first, second, reference, weights_only)
+    b = _side(second, first, reference, weights_only)
     moved = with_prefix_of(b, a)
     b = {moved.get(name, name): output for name, output in b.items()}
     common = [name for name in a if name in b]
@@ -95,7 +98,7 @@ def compare(
         missing=sorted(a.keys() - b.keys()),
         extra=sorted(b.keys() - a.keys()),
     )
-    result.config, result.notes = compare_models(first, second, a, b)
+    result.config, result.notes = _compare_models(first, second, a, b)
     result.notes += [f"B: {note}" for note in describe(moved)]
     with Progress(result.bytes, "verify", quiet=quiet) as progress:
 
@@ -109,55 +112,35 @@ def compare(
     return result
 
 
-def _sides(
-    first: Path, second: Path, reference: Path | None, weights_only: bool
-) -> tuple[dict[str, Output], dict[str, Output]]:
-    if not is_hf_folder(first) and not is_hf_folder(second):
-        return _by_key(first, weights_only), _by_key(second, weights_only)
-    sides = []
-    for path, other in ((first, second), (second, first)):
-        if is_hf_folder(path):
-            sides.append(_by_name(HFCheckpoint(path)))
-        else:
-            sides.append(_exported(path, other, reference))
-    return sides[0], sides[1]
+def _side(
+    path: Path, other: Path, reference: Path | None, weights_only: bool
+) -> dict[str, LazyTensor]:
+    if is_hf_folder(path):
+        hf = HFCheckpoint(path)
+        tensors = hf.lazy(hf.tensors)
+    elif is_hf_folder(other):
+        tensors = _exported(path, other, reference)
+    else:
+        tensors = _by_key(path, weights_only)
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def _by_name(hf: HFCheckpoint) -> dict[str, Output]:
-    return {
-        name: Output(name, hf.dtype(name), hf.shape(name), partial(hf.pieces, name))
-        for name in hf.names()
-    }
-
-
-def _exported(path: Path, hf_folder: Path, reference: Path | None) -> dict[str, Output]:
+def _exported(path: Path, hf_folder: Path, reference: Path | None) -> list[LazyTensor]:
     hf = HFCheckpoint(hf_folder)
     checkpoint = MegatronCheckpoint(path)
     if reference is None and not checkpoint.argument("qwen35_hf_config"):
         reference = hf_folder
     naming = Naming.detect(Qwen35Config.from_hf(hf_folder), hf.tensors)
-    plan = plan_export(path, reference=reference, naming=naming)
-    return {output.name: output for output in plan.outputs()}
+    return plan_export(path, reference=reference, naming=naming).tensors()
 
 
-def _by_key(path: Path, weights_only: bool) -> dict[str, Output]:
+def _by_key(path: Path, weights_only: bool) -> list[LazyTensor]:
     checkpoint = MegatronCheckpoint(path)
-    keys = set(model_keys(checkpoint) if weights_only else checkpoint.tensors)
-
-    def pieces(key: str) -> Iterator[torch.Tensor]:
-        tensor = checkpoint.tensors[key]
-        whole = Box((0,) * len(tensor.shape), tensor.shape)
-        for box in split_rows(whole, tensor.dtype.itemsize):
-            yield checkpoint.read(key, box)
-
-    return {
-        key: Output(key, tensor.dtype, tensor.shape, partial(pieces, key))
-        for key, tensor in checkpoint.tensors.items()
-        if key in keys
-    }
+    keys = model_keys(checkpoint) if weights_only else checkpoint.tensors
+    return [checkpoint.lazy(key) for key in keys]
 
 
-def _differences(a: Output, b: Output) -> Iterator[Difference]:
+def _differences(a: LazyTensor, b: LazyTensor) -> Iterator[Difference]:
     if a.shape != b.shape:
         yield Difference(
             name=a.name, what="shape", first=str(list(a.shape)), second=str(list(b.shape))
@@ -177,14 +160,14 @@ def _differences(a: Output, b: Output) -> Iterator[Difference]:
         )
 
 
-def _count_differences(a: Output, b: Output) -> tuple[int, float]:
+def _count_differences(a: LazyTensor, b: LazyTensor) -> tuple[int, float]:
     dtype = common_dtype([a.dtype, b.dtype])
     elements, largest, seen = 0, 0.0, 0
-    for x, y in aligned(a.pieces(), b.pieces()):
+    for x, y in _aligned(a.pieces(), b.pieces()):
         seen += x.numel()
         # bytes, not numbers: equal NaNs are equal and zeros of two signs are not
         x, y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
-        if torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+        if same_bits(x, y):
             continue
         wrong = (x.view(torch.uint8) != y.view(torch.uint8)).view(-1, dtype.itemsize).any(1)
         elements += int(wrong.sum())
@@ -196,3 +179,63 @@ def _count_differences(a: Output, b: Output) -> tuple[int, float]:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _aligned(
+    first: Iterator[torch.Tensor], second: Iterator[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Two sequences of pieces of equal total size, cut at the same places and flattened."""
+    a = b = torch.empty(0)
+    while True:
+        if not a.numel():
+            a = next(first, torch.empty(0)).reshape(-1)
+        if not b.numel():
+            b = next(second, torch.empty(0)).reshape(-1)
+        count = min(a.numel(), b.numel())
+        if not count:
+            return
+        yield a[:count], b[:count]
+        a, b = a[count:], b[count:]
+
+
+def _compare_models(
+    first: Path, second: Path, names: Collection[str], other_names: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Config fields that differ (``rope_theta: 1 / 2``), and notes.
+
+    The MTP layer counts as what is there: a config that promises one that the folder lacks is said,
+    and is no difference of the models.
+    """
+    differences: list[str] = []
+    notes: list[str] = []
+    sides = [("A", first, names), ("B", second, other_names)]
+    configs = [_config(path) for _, path, _ in sides]
+    if configs[0] is not None and configs[1] is not None:
+        a, b = (config.to_text_only() for config in configs if config is not None)
+        for one in fields(Qwen35Config):
+            x, y = getattr(a, one.name), getattr(b, one.name)
+            if one.name not in _NOT_COMPUTED_WITH and x != y:
+                differences.append(f"{one.name}: {_shown(x)} / {_shown(y)}")
+    has_mtp = [any(name.startswith(MTP_PREFIX) for name in given) for _, _, given in sides]
+    for (side, path, _), config, there in zip(sides, configs, has_mtp, strict=True):
+        if is_hf_folder(path):
+            notes += [f"{side}: {note}" for note in HFCheckpoint(path).notes]
+        if config is not None and config.mtp_num_hidden_layers and not there:
+            notes.append(f"{side}: the config has an MTP layer that is not there")
+    if has_mtp[0] != has_mtp[1]:
+        notes.append(f"{'B' if has_mtp[0] else 'A'} has no MTP layer")
+    return differences, notes
+
+
+def _config(path: Path) -> Qwen35Config | None:
+    """The config of a folder or checkpoint; None where it has none that can be read."""
+    try:
+        if is_hf_folder(path):
+            return Qwen35Config.from_hf(path)
+        return recorded_config(MegatronCheckpoint(path))
+    except (ConfigError, ValueError):
+        return None
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=str)

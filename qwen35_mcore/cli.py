@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from qwen35_mcore import __version__
 from qwen35_mcore.errors import Qwen35Error
@@ -55,31 +55,32 @@ def _options(
 def flavors(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="One flavor; any spelling of its name. Default: all."),
+        typer.Argument(metavar="NAME", help="A flavor, in any spelling. Default: all."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON list with every component's count.")
     ] = False,
 ) -> None:
     """List the model sizes with their shapes and parameter counts."""
-    from qwen35_mcore.config.flavors import FLAVORS, flavor_name
+    from qwen35_mcore.config.flavor_table import flavor_rows, print_flavors
 
-    names = [flavor_name(name)] if name else list(FLAVORS)
-    rows = [_flavor_row(one) for one in names]
+    rows = flavor_rows(name)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        _print_flavors(rows)
+        print_flavors(rows)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def flags(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FLAG", help="Flags of training. Default: how many of each class."),
+        typer.Argument(
+            metavar="FLAG", help="Flags to explain. Default: count the flags of each class."
+        ),
     ] = None,
 ) -> None:
-    """Say of megatron's flags which the model decides, which work, and why others are refused."""
+    """Explain Megatron's flags: which the model decides, which work, why others are refused."""
     from qwen35_mcore.training.flags.show import described, overview
 
     typer.echo("\n".join(described(names) if names else overview()))
@@ -107,7 +108,7 @@ def tokenize(
     ] = "text",
     form: Annotated[
         Literal["text", "jsonl", "parquet"] | None,
-        typer.Option("--format", help="What every input file is. Default: by its name."),
+        typer.Option("--format", help="Format of every input file. Default: by its name."),
     ] = None,
     split_text: Annotated[
         str,
@@ -125,7 +126,7 @@ def tokenize(
         bool, typer.Option("--overwrite", help="Replace an existing dataset.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="Say nothing about what is read, left out and written.")
+        bool, typer.Option("--quiet", help="Do not print what is read, left out and written.")
     ] = False,
     stdlib: Annotated[
         bool, typer.Option("--stdlib", help="The same as the input 'stdlib'.")
@@ -164,13 +165,14 @@ def tokenize(
 
 @app.command()
 def plan(
-    gpus: Annotated[int, typer.Option(min=1, max=_LARGEST, help="GPUs in all.")],
+    gpus: Annotated[int, typer.Option(min=1, max=_LARGEST, help="Total number of GPUs.")],
     global_batch_size: Annotated[
         int, typer.Option(min=1, max=_LARGEST, help="Sequences per optimizer step.")
     ],
     flavor: Annotated[str | None, typer.Option(help="A size; see `qwen35 flavors`.")] = None,
     hf_config: Annotated[
-        str | None, typer.Option(help="Instead: a Hugging Face config.json, or its folder.")
+        str | None,
+        typer.Option(help="Instead of --flavor: a Hugging Face config.json, or its folder."),
     ] = None,
     gpu: Annotated[
         str,
@@ -180,79 +182,83 @@ def plan(
         int | None,
         typer.Option(
             min=1,
-            help="GPUs that the job takes of each node. Default: 8, of GB200 4; where --gpus is no "
-            "multiple of that, the next smaller number that divides it.",
+            help="GPUs that the job uses on each node. Default: 8 (GB200: 4), or the next smaller "
+            "number that divides --gpus.",
         ),
     ] = None,
     headroom: Annotated[
         float | None,
         typer.Option(
             metavar="GIB",
-            help="Memory of each GPU that a plan leaves free: peaks were measured up to 1.3 GiB "
-            "above their prediction. 0 fills the card. Default: 2.",
+            help="Memory that a plan leaves free on each GPU. Default: 2, because measured peaks "
+            "were up to 1.3 GiB above their prediction (one H100).",
         ),
     ] = None,
     seq_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="What tests/bench measured. Default: the measurement this package brings."
+            help="File that tests.bench.bench_calibration wrote. Default: this package's own."
         ),
     ] = None,
     tp: Annotated[
-        list[int] | None, typer.Option(min=1, help="Only this tensor parallel size.")
+        list[int] | None, typer.Option(min=1, help="Try only this tensor parallel size.")
     ] = None,
     pp: Annotated[
-        list[int] | None, typer.Option(min=1, help="Only this pipeline parallel size.")
+        list[int] | None, typer.Option(min=1, help="Try only this pipeline parallel size.")
     ] = None,
     vpp: Annotated[
-        list[int] | None, typer.Option(min=1, help="Only so many stages per rank.")
+        list[int] | None, typer.Option(min=1, help="Try only this number of stages per rank.")
     ] = None,
     cp: Annotated[
-        list[int] | None, typer.Option(min=1, help="Only this context parallel size.")
+        list[int] | None, typer.Option(min=1, help="Try only this context parallel size.")
     ] = None,
     ep: Annotated[
-        list[int] | None, typer.Option(min=1, help="Only this expert parallel size.")
+        list[int] | None, typer.Option(min=1, help="Try only this expert parallel size.")
     ] = None,
     etp: Annotated[
-        list[int] | None, typer.Option(min=1, help="Only this expert tensor size.")
+        list[int] | None, typer.Option(min=1, help="Try only this expert tensor parallel size.")
     ] = None,
     micro_batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Only this number of sequences per microbatch.")
+        list[int] | None,
+        typer.Option(min=1, help="Try only this number of sequences per microbatch."),
     ] = None,
     recompute: Annotated[
-        str | None, typer.Option(help="Only none, selective or full. Default: all three.")
+        str | None, typer.Option(help="Try only none, selective or full. Default: all three.")
     ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
-            help="bf16, fp8-blockwise, fp8-tensorwise, or all that the GPU has. Default: bf16."
+            help="bf16, fp8-blockwise, fp8-tensorwise, or all: every one that the GPU has. "
+            "Default: bf16."
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of layouts to show.")] = 5,
     explain: Annotated[
         str | None,
         typer.Option(
             metavar="LAYOUT",
-            help="Do not search: say why this layout cannot run, or what it would do. Like "
-            "tp=8,pp=4,vpp=1,ep=8,mbs=1,recompute=full,layout=Et*3|..., in any order; what is not "
-            "named is 1.",
+            help="Do not search. Explain why this layout cannot run, or predict what it would do: "
+            "tp=8,pp=4,vpp=1,ep=8,mbs=1,recompute=full,layout=Et*3|..., in any order. A size that "
+            "is not named is 1.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     emit: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write layout.args, plan.json and run.sh there."),
+        typer.Option(metavar="DIR", help="Write layout.args, plan.json and run.sh to DIR."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="DIR may exist.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an existing DIR.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the files of --emit instead.")
+        bool, typer.Option("--dry-run", help="Print the files of --emit instead of writing them.")
     ] = False,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the schedule and the memory: FILE.png or FILE.svg.")
     ] = None,
 ) -> None:
-    """Find the fastest parallel layout that fits, before paying for the GPUs."""
+    """Find the fastest parallel layout that fits into memory. Needs no GPU."""
     from qwen35_mcore.planner import command
 
     output = command.Output(
@@ -294,14 +300,19 @@ def plan(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     no_gradient_check: Annotated[
-        bool, typer.Option("--no-gradient-check", help="Only look; do not run the kernels.")
+        bool,
+        typer.Option(
+            "--no-gradient-check", help="Check versions and imports only; run no kernels."
+        ),
     ] = False,
     patches: Annotated[
         bool,
-        typer.Option("--patches", help="Only list what is replaced in megatron-core, and why."),
+        typer.Option(
+            "--patches", help="Only list what this package replaces in megatron-core, and why."
+        ),
     ] = False,
 ) -> None:
-    """Check this machine: versions, kernels, gradients. Exit 1: training would be wrong or slow."""
+    """Check this machine's kernels and versions. Exits with 1 if training would fail or be slow."""
     if patches:
         _print_patches(as_json)
         return
@@ -340,63 +351,6 @@ def _print_patches(as_json: bool) -> None:
         typer.echo(json.dumps(rows, indent=2))
     else:
         print_patches(rows)
-
-
-def _flavor_row(name: str) -> dict[str, Any]:
-    from qwen35_mcore.config.counts import count_parameters
-    from qwen35_mcore.config.flavors import FLAVORS
-
-    config = FLAVORS[name]
-    counts = count_parameters(config)
-    return {
-        "name": name,
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "experts": config.num_experts,
-        "top_k": config.num_experts_per_tok,
-        "max_positions": config.max_position_embeddings,
-        "yarn_factor": config.yarn.factor if config.yarn else None,
-        "total": counts.total,
-        "active": counts.active,
-        "components": {
-            part: {"total": count.total, "active": count.active}
-            for part, count in counts.by_component().items()
-        },
-    }
-
-
-def _print_flavors(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    notes = ["total: with MTP; active: per token, without MTP; text model only"]
-    notes += [
-        f"{row['name']}: YaRN factor {row['yarn_factor']:g}, {row['max_positions']:,} positions"
-        for row in rows
-        if row["yarn_factor"]
-    ]
-    table = Table(caption="\n".join(notes), caption_justify="left")
-    table.add_column("flavor", no_wrap=True, min_width=10)
-    for header in ("layers", "hidden", "heads/kv", "experts/top-k", "total", "active"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["name"],
-            str(row["layers"]),
-            str(row["hidden"]),
-            f"{row['heads']}/{row['kv_heads']}",
-            f"{row['experts']}/{row['top_k']}" if row["experts"] else "-",
-            _short(row["total"]),
-            _short(row["active"]),
-        )
-    Console().print(table)
-
-
-def _short(parameters: int) -> str:
-    unit, letter = (10**9, "B") if parameters >= 10**8 else (10**6, "M")
-    return f"{parameters / unit:.2f} {letter}"
 
 
 if __name__ == "__main__":

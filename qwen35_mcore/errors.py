@@ -49,4 +49,4 @@ class DataError(Qwen35Error):
 
 
 class KernelError(Qwen35Error):
-    """A named kernel backend that cannot run here."""
+    """Named kernels, or the modules of a named spec provider, cannot run here."""

@@ -1,38 +1,48 @@
-"""Shared fixtures, the rule for tests that need a GPU, and who runs beside whom."""
+"""Shared fixtures, the rule for tests that need a GPU, and the order of files."""
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 from hypothesis import settings
 
-from tests.helpers.distributed import WorkerPool, worker_pool
+from tests.helpers.kinds import PROFILES
 
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
+if TYPE_CHECKING:  # the process that only hands out the tests needs no torch
+    from tests.helpers.distributed import WorkerPool
 
-RANKS = Path(__file__).parent / "distributed"
+for name, max_examples in PROFILES.items():  # no test depends on how fast a machine is
+    settings.register_profile(name, deadline=None, max_examples=max_examples)
+settings.load_profile("quick")
+
+FIRST = ("distributed", "conversion", "cli", "parity", "unit")
+"""Folders by how long their longest file takes, so that no worker is left alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`: everything in tests/distributed first, on one worker; beside it file by file, and
-    what needs a GPU on one worker, too."""
-    items.sort(key=lambda item: not item.path.is_relative_to(RANKS))
-    for item in items:
-        group = "ranks" if item.path.is_relative_to(RANKS) else str(item.path)
-        gpu = item.get_closest_marker("gpu")
-        item.add_marker(pytest.mark.xdist_group("gpu" if gpu else group))
-    if not torch.cuda.is_available():
+    """The order in which files are handed out."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: FIRST.index(item.path.relative_to(here).parts[0]))
+    if any(item.get_closest_marker("gpu") for item in items):
         _skip_what_needs_a_gpu(items)
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported is not looked through again while tests run
+
+
 def _skip_what_needs_a_gpu(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
     skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
     for item in items:
         if item.get_closest_marker("gpu"):
@@ -42,4 +52,6 @@ def _skip_what_needs_a_gpu(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def pool() -> WorkerPool:
     """Up to four ranks over gloo, kept for the whole run."""
+    from tests.helpers.distributed import worker_pool
+
     return worker_pool()

@@ -1,4 +1,5 @@
-"""The model's description: fields, checks, config.json, published sizes, counts and FLOPs.
+"""The model's description: fields, checks, config.json, published sizes, widths, counts and FLOPs.
 
-Imports the standard library and `qwen35_mcore.errors` only.
+A new architecture field starts in `fields`. Imports the standard library and `errors` only (rich
+where a table is printed).
 """

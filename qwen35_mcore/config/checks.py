@@ -31,96 +31,100 @@ _MOE_SIZES = (
 )
 
 
-def check_config(config: ModelFields) -> None:
+def check_config(model_config: ModelFields) -> None:
     """Refuse the first impossible value.
 
     Raises:
         ConfigError: with the value, what is allowed and, where there is one, the way out.
     """
-    _check_kinds(config)
-    _check_numbers(config)
-    _check_feed_forward(config)
-    _check_attention(config)
-    _check_gdn(config)
-    _check_depth(config)
+    _check_kinds(model_config)
+    _check_numbers(model_config)
+    _check_feed_forward(model_config)
+    _check_attention(model_config)
+    _check_gdn(model_config)
+    _check_depth(model_config)
 
 
-def _check_kinds(config: ModelFields) -> None:
-    if config.model_type not in MODEL_TYPES:
+def _check_kinds(model_config: ModelFields) -> None:
+    if model_config.model_type not in MODEL_TYPES:
         raise ConfigError(
             "model_type is not a Qwen3.5 text model",
-            got=config.model_type,
+            got=model_config.model_type,
             allowed=", ".join(MODEL_TYPES),
         )
-    if not isinstance(config.rope_parameters, RopeParameters):
-        raise ConfigError("rope_parameters must be a RopeParameters", got=config.rope_parameters)
+    if not isinstance(model_config.rope_parameters, RopeParameters):
+        raise ConfigError(
+            "rope_parameters must be a RopeParameters", got=model_config.rope_parameters
+        )
     for name in ("tie_word_embeddings", "attention_bias"):
-        if not isinstance(getattr(config, name), bool):
-            raise ConfigError(f"{name} must be true or false", got=getattr(config, name))
-    if config.attention_bias:
+        if not isinstance(getattr(model_config, name), bool):
+            raise ConfigError(f"{name} must be true or false", got=getattr(model_config, name))
+    if model_config.attention_bias:
         raise ConfigError("attention_bias must be false: Qwen3.5 has no biases", got="true")
-    if config.hidden_act != "silu":
-        raise ConfigError("hidden_act must be silu", got=config.hidden_act, allowed="silu")
-    if config.carried_outer and not config.is_vision_language:
+    if model_config.hidden_act != "silu":
+        raise ConfigError("hidden_act must be silu", got=model_config.hidden_act, allowed="silu")
+    if model_config.carried_outer and not model_config.is_vision_language:
         raise ConfigError(
             "carried_outer belongs to vision-language configs only",
-            got=", ".join(config.carried_outer),
+            got=", ".join(model_config.carried_outer),
             fix="use to_text_only() to drop the wrapper",
         )
 
 
-def _check_numbers(config: ModelFields) -> None:
+def _check_numbers(model_config: ModelFields) -> None:
     for name in _POSITIVE:
-        _integer(config, name, minimum=1)
+        _integer(model_config, name, minimum=1)
     for name in (*_MOE_SIZES, "intermediate_size", "mtp_num_hidden_layers"):
-        _integer(config, name, minimum=0)
-    if not 0 < _number(config, "rms_norm_eps") < inf:
-        raise ConfigError("rms_norm_eps must be positive", got=config.rms_norm_eps)
-    if not 0 < _number(config, "initializer_range") < inf:
-        raise ConfigError("initializer_range must be positive", got=config.initializer_range)
-    if not 0 <= _number(config, "attention_dropout") < 1:
-        raise ConfigError("attention_dropout must be in [0, 1)", got=config.attention_dropout)
-    if not 0 <= _number(config, "router_aux_loss_coef") < inf:
+        _integer(model_config, name, minimum=0)
+    if not 0 < _number(model_config, "rms_norm_eps") < inf:
+        raise ConfigError("rms_norm_eps must be positive", got=model_config.rms_norm_eps)
+    if not 0 < _number(model_config, "initializer_range") < inf:
+        raise ConfigError("initializer_range must be positive", got=model_config.initializer_range)
+    if not 0 <= _number(model_config, "attention_dropout") < 1:
+        raise ConfigError("attention_dropout must be in [0, 1)", got=model_config.attention_dropout)
+    if not 0 <= _number(model_config, "router_aux_loss_coef") < inf:
         raise ConfigError(
-            "router_aux_loss_coef must not be negative", got=config.router_aux_loss_coef
+            "router_aux_loss_coef must not be negative", got=model_config.router_aux_loss_coef
         )
 
 
-def _check_feed_forward(config: ModelFields) -> None:
-    moe_kind = MODEL_TYPES[config.model_type].moe
+def _check_feed_forward(model_config: ModelFields) -> None:
+    moe_kind = MODEL_TYPES[model_config.model_type].moe
     dense: tuple[str, ...] = ("intermediate_size",)
     needed, unused = (_MOE_SIZES, dense) if moe_kind else (dense, _MOE_SIZES)
     for name in needed:
-        if not getattr(config, name):
-            raise ConfigError(f"model_type {config.model_type} needs a positive {name}", got=0)
-    for name in unused:
-        if getattr(config, name):
+        if not getattr(model_config, name):
             raise ConfigError(
-                f"model_type {config.model_type} has no {name}",
-                got=getattr(config, name),
+                f"model_type {model_config.model_type} needs a positive {name}", got=0
+            )
+    for name in unused:
+        if getattr(model_config, name):
+            raise ConfigError(
+                f"model_type {model_config.model_type} has no {name}",
+                got=getattr(model_config, name),
                 fix=f"set it to 0, or use a {'dense' if moe_kind else 'mixture-of-experts'} type",
             )
-    if config.num_experts_per_tok > config.num_experts:
+    if model_config.num_experts_per_tok > model_config.num_experts:
         raise ConfigError(
             "num_experts_per_tok is larger than num_experts",
-            got=config.num_experts_per_tok,
-            allowed=f"1 to {config.num_experts}",
+            got=model_config.num_experts_per_tok,
+            allowed=f"1 to {model_config.num_experts}",
         )
 
 
-def _check_attention(config: ModelFields) -> None:
-    if config.num_attention_heads % config.num_key_value_heads:
+def _check_attention(model_config: ModelFields) -> None:
+    if model_config.num_attention_heads % model_config.num_key_value_heads:
         raise ConfigError(
             "num_attention_heads must be a multiple of num_key_value_heads",
-            got=f"{config.num_attention_heads} and {config.num_key_value_heads}",
+            got=f"{model_config.num_attention_heads} and {model_config.num_key_value_heads}",
         )
-    rotary_dim = config.rotary_dim
+    rotary_dim = model_config.rotary_dim
     if rotary_dim < 2 or rotary_dim % 2:
         raise ConfigError(
             "head_dim * partial_rotary_factor must be a positive even number of channels",
-            got=f"{config.head_dim} * {config.rope_parameters.partial_rotary_factor}",
+            got=f"{model_config.head_dim} * {model_config.rope_parameters.partial_rotary_factor}",
         )
-    section = config.rope_parameters.mrope_section
+    section = model_config.rope_parameters.mrope_section
     if section is not None and sum(section) != rotary_dim // 2:
         raise ConfigError(
             "mrope_section must add up to half the rotated channels",
@@ -129,39 +133,39 @@ def _check_attention(config: ModelFields) -> None:
         )
 
 
-def _check_gdn(config: ModelFields) -> None:
-    if config.linear_num_value_heads % config.linear_num_key_heads:
+def _check_gdn(model_config: ModelFields) -> None:
+    if model_config.linear_num_value_heads % model_config.linear_num_key_heads:
         raise ConfigError(
             "linear_num_value_heads must be a multiple of linear_num_key_heads",
-            got=f"{config.linear_num_value_heads} and {config.linear_num_key_heads}",
+            got=f"{model_config.linear_num_value_heads} and {model_config.linear_num_key_heads}",
         )
 
 
-def _check_depth(config: ModelFields) -> None:
-    if len(config.layer_types) != config.num_hidden_layers:
+def _check_depth(model_config: ModelFields) -> None:
+    if len(model_config.layer_types) != model_config.num_hidden_layers:
         raise ConfigError(
             "layer_types must have one entry per decoder layer",
-            got=f"{len(config.layer_types)} entries for num_hidden_layers "
-            f"{config.num_hidden_layers}",
+            got=f"{len(model_config.layer_types)} entries for num_hidden_layers "
+            f"{model_config.num_hidden_layers}",
             fix="when you change the depth, pass layer_types too (empty for the default pattern)",
         )
-    if config.mtp_num_hidden_layers > 1:
+    if model_config.mtp_num_hidden_layers > 1:
         raise ConfigError(
             "more than one MTP layer is not supported: published sizes have one",
-            got=config.mtp_num_hidden_layers,
+            got=model_config.mtp_num_hidden_layers,
             allowed="0 or 1",
         )
 
 
-def _integer(config: ModelFields, name: str, *, minimum: int) -> None:
-    value = getattr(config, name)
+def _integer(model_config: ModelFields, name: str, *, minimum: int) -> None:
+    value = getattr(model_config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         kind = "positive integer" if minimum else "non-negative integer"
         raise ConfigError(f"{name} must be a {kind}", got=value)
 
 
-def _number(config: ModelFields, name: str) -> float:
-    value = getattr(config, name)
+def _number(model_config: ModelFields, name: str) -> float:
+    value = getattr(model_config, name)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"{name} must be a number", got=value)
     return value

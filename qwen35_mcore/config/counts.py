@@ -81,79 +81,82 @@ class ParameterCounts:
         return sum(self.by_component().values(), _NONE)
 
 
-def count_parameters(config: Qwen35Config) -> ParameterCounts:
-    """Count every parameter of the text model that `config` describes."""
-    table = config.vocab_size * config.hidden_size
-    layers = config.num_hidden_layers
+def count_parameters(model_config: Qwen35Config) -> ParameterCounts:
+    """Count every parameter of the text model that `model_config` describes."""
+    table = model_config.vocab_size * model_config.hidden_size
+    layers = model_config.num_hidden_layers
     return ParameterCounts(
         embedding=_everywhere(table),
-        output=_NONE if config.tie_word_embeddings else _everywhere(table),
-        gdn=_everywhere(gdn_parameters(config)) * config.num_gdn_layers,
-        attention=_everywhere(attention_parameters(config)) * config.num_attention_layers,
-        mlp=_everywhere(mlp_parameters(config)) * layers,
-        experts=expert_parameters(config) * layers,
-        router=_everywhere(router_parameters(config)) * layers,
-        shared_expert=_everywhere(shared_expert_parameters(config)) * layers,
-        norms=_everywhere((2 * layers + 1) * config.hidden_size),
-        mtp=Count(mtp_parameters(config), 0),
+        output=_NONE if model_config.tie_word_embeddings else _everywhere(table),
+        gdn=_everywhere(gdn_parameters(model_config)) * model_config.num_gdn_layers,
+        attention=_everywhere(attention_parameters(model_config))
+        * model_config.num_attention_layers,
+        mlp=_everywhere(mlp_parameters(model_config)) * layers,
+        experts=expert_parameters(model_config) * layers,
+        router=_everywhere(router_parameters(model_config)) * layers,
+        shared_expert=_everywhere(shared_expert_parameters(model_config)) * layers,
+        norms=_everywhere((2 * layers + 1) * model_config.hidden_size),
+        mtp=Count(mtp_parameters(model_config), 0),
     )
 
 
-def gdn_parameters(config: Qwen35Config) -> int:
-    """One GDN mixer: in_proj for q, k, v, z (heads * width) and b, a (one each per value head)."""
-    heads, value_dim = config.linear_num_value_heads, config.gdn_value_dim
-    in_proj = config.hidden_size * (2 * config.gdn_key_dim + 2 * value_dim + 2 * heads)
-    conv = config.gdn_conv_dim * config.linear_conv_kernel_dim
-    a_log_and_dt_bias = 2 * heads
-    norm = config.linear_value_head_dim
-    return in_proj + conv + a_log_and_dt_bias + norm + value_dim * config.hidden_size
+def gdn_parameters(model_config: Qwen35Config) -> int:
+    """One GDN mixer: both projections, convolution, A_log and dt_bias, gated norm."""
+    gdn = model_config.gdn_shape
+    projections = model_config.hidden_size * (gdn.in_proj_width + gdn.value_width)
+    convolution = model_config.linear_conv_kernel_dim * gdn.conv_width
+    return projections + convolution + 2 * gdn.value_heads + gdn.value_head_dim
 
 
-def attention_parameters(config: Qwen35Config) -> int:
+def attention_parameters(model_config: Qwen35Config) -> int:
     """One full attention mixer: query and output gate, key, value, output, q and k norms."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    projections = 2 * heads + 2 * kv_heads + heads
-    return config.hidden_size * projections * config.head_dim + 2 * config.head_dim
+    attention = model_config.attention_shape
+    projections = model_config.hidden_size * (attention.qkv_width + attention.query_width)
+    return projections + 2 * attention.head_dim
 
 
-def mlp_parameters(config: Qwen35Config) -> int:
+def mlp_parameters(model_config: Qwen35Config) -> int:
     """One dense SwiGLU; 0 in a mixture of experts."""
-    return 3 * config.hidden_size * config.intermediate_size
+    return 3 * model_config.hidden_size * model_config.intermediate_size
 
 
-def expert_parameters(config: Qwen35Config) -> Count:
+def expert_parameters(model_config: Qwen35Config) -> Count:
     """The routed experts of one layer; 0 in a dense model."""
-    one = 3 * config.hidden_size * config.moe_intermediate_size
-    return Count(config.num_experts * one, config.num_experts_per_tok * one)
+    one = 3 * model_config.hidden_size * model_config.moe_intermediate_size
+    return Count(model_config.num_experts * one, model_config.num_experts_per_tok * one)
 
 
-def router_parameters(config: Qwen35Config) -> int:
+def router_parameters(model_config: Qwen35Config) -> int:
     """The router of one layer; 0 in a dense model."""
-    return config.hidden_size * config.num_experts
+    return model_config.hidden_size * model_config.num_experts
 
 
-def shared_expert_parameters(config: Qwen35Config) -> int:
+def shared_expert_parameters(model_config: Qwen35Config) -> int:
     """The shared expert of one layer and its gate (one output); 0 in a dense model."""
-    if not config.is_moe:
+    if not model_config.is_moe:
         return 0
-    return config.hidden_size * (3 * config.shared_expert_intermediate_size + 1)
+    return model_config.hidden_size * (3 * model_config.shared_expert_intermediate_size + 1)
 
 
-def layer_parameters(config: Qwen35Config, kind: LayerKind) -> Count:
+def layer_parameters(model_config: Qwen35Config, kind: LayerKind) -> Count:
     """One whole decoder layer of a kind: mixer, feed-forward, two norms."""
     mixer = gdn_parameters if kind is LayerKind.GDN else attention_parameters
-    rest = mlp_parameters(config) + router_parameters(config) + shared_expert_parameters(config)
-    norms = 2 * config.hidden_size
-    return _everywhere(mixer(config) + rest + norms) + expert_parameters(config)
+    rest = (
+        mlp_parameters(model_config)
+        + router_parameters(model_config)
+        + shared_expert_parameters(model_config)
+    )
+    norms = 2 * model_config.hidden_size
+    return _everywhere(mixer(model_config) + rest + norms) + expert_parameters(model_config)
 
 
-def mtp_parameters(config: Qwen35Config) -> int:
+def mtp_parameters(model_config: Qwen35Config) -> int:
     """All MTP layers: for each the projection of [embedding, hidden] to hidden, a norm of either
     and of the result, and one decoder layer. Embedding and output layer are the model's."""
-    own = 2 * config.hidden_size**2 + 3 * config.hidden_size
+    own = 2 * model_config.hidden_size**2 + 3 * model_config.hidden_size
     return sum(
-        own + layer_parameters(config, kind).total
-        for kind in mtp_pattern(config.mtp_num_hidden_layers)
+        own + layer_parameters(model_config, kind).total
+        for kind in mtp_pattern(model_config.mtp_num_hidden_layers)
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from qwen35_mcore.config.hf_keys import MODEL_TYPES
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
+from qwen35_mcore.config.shapes import AttentionShape, GdnShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,16 +141,20 @@ class ModelFields:
         return self.rope_parameters.yarn
 
     @property
-    def gdn_key_dim(self) -> int:
-        """Channels of GDN's q, and of its k."""
-        return self.linear_num_key_heads * self.linear_key_head_dim
+    def gdn_shape(self) -> GdnShape:
+        """Heads and widths of a GDN layer."""
+        return GdnShape(
+            key_heads=self.linear_num_key_heads,
+            value_heads=self.linear_num_value_heads,
+            key_head_dim=self.linear_key_head_dim,
+            value_head_dim=self.linear_value_head_dim,
+        )
 
     @property
-    def gdn_value_dim(self) -> int:
-        """Channels of GDN's v, and of its output gate z."""
-        return self.linear_num_value_heads * self.linear_value_head_dim
-
-    @property
-    def gdn_conv_dim(self) -> int:
-        """Channels of the GDN convolution: q, k and v."""
-        return 2 * self.gdn_key_dim + self.gdn_value_dim
+    def attention_shape(self) -> AttentionShape:
+        """Heads and widths of a full attention layer."""
+        return AttentionShape(
+            heads=self.num_attention_heads,
+            kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+        )

@@ -30,35 +30,38 @@ class ForwardFlops:
         return self.gdn + self.attention + self.feed_forward + self.output + self.mtp
 
 
-def gdn_layer_flops(config: Qwen35Config, tokens: int) -> int:
+def gdn_layer_flops(model_config: Qwen35Config, tokens: int) -> int:
     """Projections, convolution and delta rule of one GatedDeltaNet."""
-    key, value, heads = config.gdn_key_dim, config.gdn_value_dim, config.linear_num_value_heads
-    projections = config.hidden_size * (2 * key + 2 * value + 2 * heads + value)
-    convolution = config.linear_conv_kernel_dim * config.gdn_conv_dim
-    delta_rule = 4 * heads * config.linear_key_head_dim * config.linear_value_head_dim
+    gdn = model_config.gdn_shape
+    projections = model_config.hidden_size * (gdn.in_proj_width + gdn.value_width)
+    convolution = model_config.linear_conv_kernel_dim * gdn.conv_width
+    delta_rule = 4 * gdn.value_heads * gdn.key_head_dim * gdn.value_head_dim
     return 2 * tokens * (projections + convolution + delta_rule)
 
 
-def attention_layer_flops(config: Qwen35Config, tokens: int, squared_lengths: int) -> int:
+def attention_layer_flops(model_config: Qwen35Config, tokens: int, squared_lengths: int) -> int:
     """Projections (query, gate, key, value, output) and causal attention of one layer."""
-    query = config.num_attention_heads * config.head_dim
-    key_value = 2 * config.num_key_value_heads * config.head_dim
-    projections = config.hidden_size * (3 * query + key_value)
-    return 2 * tokens * projections + 2 * squared_lengths * query
+    attention = model_config.attention_shape
+    projections = model_config.hidden_size * (attention.qkv_width + attention.query_width)
+    return 2 * tokens * projections + 2 * squared_lengths * attention.query_width
 
 
-def feed_forward_flops(config: Qwen35Config, tokens: int) -> int:
+def feed_forward_flops(model_config: Qwen35Config, tokens: int) -> int:
     """SwiGLU, or router, chosen experts and the gated shared expert, of one layer."""
-    hidden = config.hidden_size
-    if not config.is_moe:
-        return 6 * tokens * hidden * config.intermediate_size
-    width = config.num_experts_per_tok * config.moe_intermediate_size
-    width += config.shared_expert_intermediate_size
-    return 6 * tokens * hidden * width + 2 * tokens * hidden * (config.num_experts + 1)
+    hidden = model_config.hidden_size
+    if not model_config.is_moe:
+        return 6 * tokens * hidden * model_config.intermediate_size
+    width = model_config.num_experts_per_tok * model_config.moe_intermediate_size
+    width += model_config.shared_expert_intermediate_size
+    return 6 * tokens * hidden * width + 2 * tokens * hidden * (model_config.num_experts + 1)
 
 
 def forward_flops(
-    config: Qwen35Config, tokens: int, squared_lengths: int | None = None, *, seq_length: int = 0
+    model_config: Qwen35Config,
+    tokens: int,
+    squared_lengths: int | None = None,
+    *,
+    seq_length: int = 0,
 ) -> ForwardFlops:
     """Operations of a forward pass over ``tokens`` tokens.
 
@@ -68,14 +71,14 @@ def forward_flops(
     """
     if squared_lengths is None:
         squared_lengths = tokens * seq_length
-    layers, mtp_layers = config.num_hidden_layers, config.mtp_num_hidden_layers
-    attention = attention_layer_flops(config, tokens, squared_lengths)
-    feed_forward = feed_forward_flops(config, tokens)
-    output = 2 * tokens * config.hidden_size * config.vocab_size
-    joining = 2 * tokens * 2 * config.hidden_size**2
+    layers, mtp_layers = model_config.num_hidden_layers, model_config.mtp_num_hidden_layers
+    attention = attention_layer_flops(model_config, tokens, squared_lengths)
+    feed_forward = feed_forward_flops(model_config, tokens)
+    output = 2 * tokens * model_config.hidden_size * model_config.vocab_size
+    joining = 2 * tokens * 2 * model_config.hidden_size**2
     return ForwardFlops(
-        gdn=config.num_gdn_layers * gdn_layer_flops(config, tokens),
-        attention=config.num_attention_layers * attention,
+        gdn=model_config.num_gdn_layers * gdn_layer_flops(model_config, tokens),
+        attention=model_config.num_attention_layers * attention,
         feed_forward=layers * feed_forward,
         output=output,
         mtp=mtp_layers * (joining + attention + feed_forward + output),
@@ -83,8 +86,12 @@ def forward_flops(
 
 
 def training_flops(
-    config: Qwen35Config, tokens: int, squared_lengths: int | None = None, *, seq_length: int = 0
+    model_config: Qwen35Config,
+    tokens: int,
+    squared_lengths: int | None = None,
+    *,
+    seq_length: int = 0,
 ) -> int:
     """Operations of one training step (forward and backward); arguments as `forward_flops`."""
-    forward = forward_flops(config, tokens, squared_lengths, seq_length=seq_length)
+    forward = forward_flops(model_config, tokens, squared_lengths, seq_length=seq_length)
     return BACKWARD_AND_FORWARD * forward.total

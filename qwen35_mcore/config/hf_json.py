@@ -71,29 +71,29 @@ def fields_from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
     }
 
 
-def hf_from_config(config: ModelFields) -> dict[str, Any]:
+def hf_from_config(model_config: ModelFields) -> dict[str, Any]:
     """The config.json content for a config, new style (``rope_parameters``, ``layer_types``)."""
-    kind = MODEL_TYPES[config.model_type]
+    kind = MODEL_TYPES[model_config.model_type]
     text: dict[str, Any] = {
-        **deepcopy(config.carried),
+        **deepcopy(model_config.carried),
         **ALWAYS_WRITTEN,
-        **{key: getattr(config, key) for key in architecture_keys(kind)},
+        **{key: getattr(model_config, key) for key in architecture_keys(kind)},
         "model_type": kind.text_model_type,
-        "layer_types": [str(layer) for layer in config.layer_types],
-        "rope_parameters": config.rope_parameters.to_hf(),
-        "tie_word_embeddings": config.tie_word_embeddings,
+        "layer_types": [str(layer) for layer in model_config.layer_types],
+        "rope_parameters": model_config.rope_parameters.to_hf(),
+        "tie_word_embeddings": model_config.tie_word_embeddings,
     }
-    interval = interval_of(config.layer_types)
+    interval = interval_of(model_config.layer_types)
     if interval is not None:
         text["full_attention_interval"] = interval
     architectures = {"architectures": [kind.architecture]}
     if not kind.nested:
         return architectures | dict(sorted(text.items()))
     outer = {
-        **deepcopy(config.carried_outer),
-        "model_type": config.model_type,
+        **deepcopy(model_config.carried_outer),
+        "model_type": model_config.model_type,
         "text_config": dict(sorted(text.items())),
-        "tie_word_embeddings": config.tie_word_embeddings,
+        "tie_word_embeddings": model_config.tie_word_embeddings,
     }
     return architectures | dict(sorted(outer.items()))
 

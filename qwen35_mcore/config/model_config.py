@@ -52,7 +52,7 @@ class Qwen35Config(ModelFields):
 
         Raises:
             ConfigError: the file is missing or no JSON, the model is another one, a key is unknown
-                or missing, or values contradict each other. No key is ever dropped in silence.
+                or missing, or values contradict each other. Every key is read, carried or refused.
         """
         return cls(**fields_from_hf(source))
 

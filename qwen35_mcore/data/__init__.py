@@ -1,7 +1,8 @@
 """Text, JSON lines and parquet to Megatron's ``PREFIX.bin`` and ``PREFIX.idx``.
 
 Importing this package loads neither torch nor transformers nor pyarrow: worker processes and
-command lines that only check a dataset start in milliseconds.
+command lines that only check a dataset start in milliseconds. It may import `process`, `errors`
+and, for megatron's writer of datasets, `mcore.imports`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What ``PREFIX.idx`` says of ``PREFIX.bin``, read in a few seeks whatever their size.
 
-The layout is Megatron's: magic, version, type of a token, number of sequences and of document
+The file format is Megatron's: magic, version, type of a token, number of sequences and of document
 bounds; then the sequences' lengths (int32) and byte offsets (int64), the bounds (int64), and in
 multimodal datasets a mode per sequence (int8).
 """

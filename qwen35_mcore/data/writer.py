@@ -14,7 +14,9 @@ import numpy as np
 
 from qwen35_mcore.data.sidecar import is_sidecar
 from qwen35_mcore.errors import DataError
+from qwen35_mcore.mcore import imports
 from qwen35_mcore.process.interrupts import quiet_imports
+from qwen35_mcore.process.sync import sync
 
 _PARTIAL = ".partial"
 _LONGEST_NAME = 255 - len(".json" + _PARTIAL)
@@ -78,7 +80,7 @@ def check_target(prefix: Path, *, overwrite: bool) -> None:
 
 def index_dtype(vocab_size: int) -> np.dtype:
     """Type in which Megatron stores tokens of such a vocabulary: uint16 or int32."""
-    return np.dtype(_indexed_dataset().DType.optimal_dtype(vocab_size))
+    return np.dtype(_indexed_dataset()[0].optimal_dtype(vocab_size))
 
 
 class DatasetWriter:
@@ -116,9 +118,7 @@ class DatasetWriter:
             except FileExistsError:
                 raise _unfinished(self._bin) from None
             self._cleanup += [self._bin, self._idx, self._json]
-            self._builder = _indexed_dataset().IndexedDatasetBuilder(
-                str(self._bin), dtype=self._dtype.type
-            )
+            self._builder = _indexed_dataset()[1](str(self._bin), dtype=self._dtype.type)
         return self
 
     def add(self, ids: np.ndarray, lengths: Sequence[int]) -> None:
@@ -135,7 +135,7 @@ class DatasetWriter:
             self._builder.finalize(str(self._idx))
             self._json.write_text(sidecar)
             for path in (self._bin, self._idx, self._json):
-                _sync(path)
+                sync(path)
             if self._overwrite:
                 # From here until the last rename there is no dataset, rather than a mixed one.
                 Path(f"{self._prefix}.idx").unlink(missing_ok=True)
@@ -145,7 +145,7 @@ class DatasetWriter:
                 self._cleanup.append(target)
                 partial.replace(target)
             self._cleanup.clear()
-            _sync(self._prefix.parent)
+            sync(self._prefix.parent)
 
     def __exit__(
         self,
@@ -187,17 +187,9 @@ def _unfinished(partial: Path | str) -> DataError:
     )
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _indexed_dataset() -> Any:
+def _indexed_dataset() -> tuple[Any, Any]:
+    """megatron's DType and IndexedDatasetBuilder."""
     # megatron.core imports torch and its optimizers, which warn about libraries that have no
     # part in writing a dataset.
     with quiet_imports(leave=False):
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
+        return imports.DType, imports.IndexedDatasetBuilder

@@ -1,6 +1,7 @@
-"""Whether this machine trains Qwen3.5 rightly and at the speed it should.
+"""Check this machine: versions, kernels and their gradients.
 
-`supervise` runs `worker` in a process of its own, because what is broken may take its process
-along. The worker takes a `snapshot` of the machine, judges it by `rules` and `kernel_paths`, which
-look at nothing else, and checks gradients. `report` prints.
+`supervise` runs `worker` in a process of its own, because a broken package may end that process.
+The worker takes a `snapshot` of the machine, `rules` and `kernel_paths` judge it from these facts
+alone, `gradient_check` runs the kernels, and `report` prints. Imports every package below it;
+`snapshot`, `rules` and `supervise` import no torch.
 """

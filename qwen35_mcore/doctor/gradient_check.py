@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.shapes import GdnShape
 from qwen35_mcore.doctor.gradient_result import GradientCheck, Quantity
 from qwen35_mcore.kernels import reference
-from qwen35_mcore.kernels.base import Kernels
-from qwen35_mcore.kernels.heads import Heads
+from qwen35_mcore.kernels.base import DeltaRuleInputs, Kernels
+from qwen35_mcore.kernels.facts import Workload
 from qwen35_mcore.kernels.registry import select_kernels
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
 
@@ -36,34 +38,27 @@ ALLOWED = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 class Case:
     """Sizes of one check."""
 
-    heads: Heads
+    shape: GdnShape
     tokens: int
 
 
-GPU_CASE = Case(Heads(16, 32, 128, 128), 320)
-"""Head counts of 35b-a3b: some kernels are compiled for a number of heads, and the result kept."""
-CPU_CASE = Case(Heads(2, 4, 16, 16), 160)
+GPU_CASE = Case(get_flavor("35b-a3b").gdn_shape, 320)
+"""A published size: some kernels are compiled for a number of heads, and the result kept."""
+CPU_CASE = Case(get_flavor("tiny-dense").gdn_shape.split(2), 160)
 
 
 class Definition(TorchKernels):
     """The reference with the delta rule token by token, for checking the chunked form itself."""
 
-    def gated_delta_rule(
-        self,
-        q_bshk: Tensor,
-        k_bshk: Tensor,
-        v_bshv: Tensor,
-        a_bsh: Tensor,
-        b_bsh: Tensor,
-        A_log: Tensor,  # noqa: N803 (checkpoint name)
-        dt_bias: Tensor,
-        *unused: Any,
-        **unused_too: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def gated_delta_rule(self, inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor | None]:
         """See `Kernels.gated_delta_rule`; q and k are not normalised yet."""
-        decay = reference.decay_gate(a_bsh, A_log, dt_bias)
         return reference.recurrent_gated_delta_rule(
-            q_bshk, k_bshk, v_bshv, decay, b_bsh.sigmoid(), use_qk_l2norm=True
+            inputs.q_bshk,
+            inputs.k_bshk,
+            inputs.v_bshv,
+            reference.decay_gate(inputs.a_bsh, inputs.A_log, inputs.dt_bias),
+            inputs.b_bsh.sigmoid(),
+            use_qk_l2norm=True,
         )
 
 
@@ -79,7 +74,7 @@ def check_gradients() -> GradientCheck:
     else:
         device, dtype, case = torch.device("cpu"), torch.float32, CPU_CASE
         exact = Definition("recurrence, float64")
-    kernels = select_kernels("auto", device, dtype)
+    kernels = select_kernels("auto", device, Workload(dtype))
     try:
         with untuned():
             return compare(kernels, exact, case, device, dtype)
@@ -100,8 +95,8 @@ def compare(
     """Outputs and gradients of ``kernels`` in ``dtype`` against ``exact`` in float64."""
     started = time.monotonic()
     inputs = random_inputs(case, device, dtype)
-    got = run(kernels, inputs, case.heads)
-    want = run(exact, {name: value.double() for name, value in inputs.items()}, case.heads)
+    got = run(kernels, inputs, case.shape)
+    want = run(exact, {name: value.double() for name, value in inputs.items()}, case.shape)
     allowed = ALLOWED[dtype]
     quantities = tuple(
         Quantity(name, relative_error(got[name], want[name]), allowed) for name in want
@@ -113,37 +108,42 @@ def compare(
 
 def random_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """A projection and parameters, with heads that forget at once and heads that hardly do."""
-    heads, tokens = case.heads, case.tokens
+    shape, tokens = case.shape, case.tokens
     generator = torch.Generator().manual_seed(640)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator) * scale
 
-    width = sum(heads.sections)
     return {
-        "x_sbc": normal(tokens, 1, width).to(device, dtype),
-        "conv_cw": normal(sum(heads.convolved), TAPS, scale=0.5).to(device, dtype),
-        "A_log": torch.linspace(-5, 2, heads.value).to(device),
-        "dt_bias": normal(heads.value).to(device),
-        "norm_v": (1 + normal(heads.value_size, scale=0.2)).to(device),
-        "grad_sbc": normal(tokens, 1, heads.value * heads.value_size).to(device, dtype),
+        "x_sbc": normal(tokens, 1, shape.in_proj_width).to(device, dtype),
+        "conv_cw": normal(shape.conv_width, TAPS, scale=0.5).to(device, dtype),
+        "A_log": torch.linspace(-5, 2, shape.value_heads).to(device),
+        "dt_bias": normal(shape.value_heads).to(device),
+        "norm_v": (1 + normal(shape.value_head_dim, scale=0.2)).to(device),
+        "grad_sbc": normal(tokens, 1, shape.value_width).to(device, dtype),
     }
 
 
-def run(kernels: Kernels, inputs: dict[str, Tensor], heads: Heads) -> dict[str, Tensor]:
+def run(kernels: Kernels, inputs: dict[str, Tensor], shape: GdnShape) -> dict[str, Tensor]:
     """Output, and the gradient of every input by the part of the projection it belongs to."""
     leaves = {n: t.clone().requires_grad_() for n, t in inputs.items() if n != "grad_sbc"}
-    q, k, v, z, b, a = kernels.prologue(leaves["x_sbc"], leaves["conv_cw"], heads)
+    q, k, v, z, b, a = kernels.prologue(leaves["x_sbc"], leaves["conv_cw"], shape)
     o_bshv, _ = kernels.gated_delta_rule(
-        *(q, k, v, a, b),
-        leaves["A_log"],
-        leaves["dt_bias"],
-        qk_normalized=kernels.normalizes(heads),
+        DeltaRuleInputs(
+            q_bshk=q,
+            k_bshk=k,
+            v_bshv=v,
+            a_bsh=a,
+            b_bsh=b,
+            A_log=leaves["A_log"],
+            dt_bias=leaves["dt_bias"],
+            qk_normalized=kernels.normalizes(shape),
+        )
     )
     y_sbc = kernels.epilogue(o_bshv, z, leaves["norm_v"], EPS)
     y_sbc.backward(inputs["grad_sbc"])
     gradients = {name: _gradient(leaf) for name, leaf in leaves.items()}
-    sizes = (*heads.convolved, *heads.sections[1:])
+    sizes = (*shape.qkv_widths, *shape.in_proj_widths[1:])
     parts = gradients.pop("x_sbc").split(sizes, dim=-1)
     by_part = {f"d {n}": p for n, p in zip(("q", "k", "v", "z", "b", "a"), parts, strict=True)}
     names = {"conv_cw": "d conv1d", "norm_v": "d norm", "A_log": "d A_log", "dt_bias": "d dt_bias"}

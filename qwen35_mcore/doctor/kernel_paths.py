@@ -16,9 +16,8 @@ import torch
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.doctor.snapshot import Finding, Level, Snapshot
 from qwen35_mcore.errors import KernelError
-from qwen35_mcore.kernels.facts import KernelFacts
+from qwen35_mcore.kernels.facts import KernelFacts, Workload
 from qwen35_mcore.kernels.fla_rules import flash_qla_support
-from qwen35_mcore.kernels.heads import Heads
 from qwen35_mcore.kernels.registry import choose_kernels
 from qwen35_mcore.model.spec_providers import choose_experts
 from qwen35_mcore.training.arguments import run_defaults
@@ -26,10 +25,6 @@ from qwen35_mcore.training.arguments import run_defaults
 HOPPER = (9, 0)
 FP8_FROM = (8, 9)  # compute capability of the first GPUs with FP8 matrix units
 MODEL = get_flavor("35b-a3b")  # every published size has its head dimensions and kinds of layer
-HEAD_DIMS = {
-    "key_dim": MODEL.linear_key_head_dim,
-    "value_dim": MODEL.linear_value_head_dim,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +65,11 @@ def kernel_findings(machine: Snapshot) -> Iterator[Finding]:
         return
     facts = kernel_facts(machine)
     try:
-        choose_kernels("auto", facts, torch.bfloat16, **HEAD_DIMS)
+        choose_kernels("auto", facts, Workload(torch.bfloat16))
     except KernelError as error:
         yield Finding(rule="gdn-kernels", level=Level.ERROR, what=error.what, fix=error.fix)
         return
-    flash_qla = flash_qla_support(facts, torch.bfloat16, **HEAD_DIMS)
+    flash_qla = flash_qla_support(facts, Workload(torch.bfloat16))
     if not flash_qla.ok:
         yield Finding(
             rule="flash-qla",
@@ -137,14 +132,12 @@ def _on_cpu(facts: KernelFacts) -> Iterator[KernelPath]:
 
 
 def _delta_rule(facts: KernelFacts, dtype: torch.dtype) -> KernelPath:
+    workload = Workload(dtype)
     try:
-        choice = choose_kernels("auto", facts, dtype, **HEAD_DIMS)
+        choice = choose_kernels("auto", facts, workload)
     except KernelError as error:
         return KernelPath(part="GDN delta rule", path="none", why=error.what, ok=False)
-    path = "plain torch, chunked"
-    if choice.kernels.name == "fla":
-        by_flash_qla = flash_qla_support(facts, dtype, **HEAD_DIMS).ok
-        path = "FlashQLA through FLA" if by_flash_qla else "FLA"
+    path = choice.kernels.delta_rule_by(facts, workload)
     return KernelPath(part="GDN delta rule", path=path, why=choice.reason)
 
 
@@ -154,14 +147,9 @@ def _around_delta_rule() -> KernelPath:
         from qwen35_mcore.kernels import fused_triton
     except ImportError as error:
         return KernelPath(part=part, path="none", why=f"Triton: {error}", ok=False)
-    heads = Heads(
-        MODEL.linear_num_key_heads,
-        MODEL.linear_num_value_heads,
-        HEAD_DIMS["key_dim"],
-        HEAD_DIMS["value_dim"],
-    )
-    if fused_triton.supports(heads):
-        why = f"head dims {heads.key_size} and {heads.value_size} fit one program"
+    shape = MODEL.gdn_shape
+    if fused_triton.supports(shape.key_head_dim, shape.value_head_dim):
+        why = f"head dims {shape.key_head_dim} and {shape.value_head_dim} fit one program"
         return KernelPath(part=part, path="one Triton kernel before, one behind", why=why)
     return KernelPath(part=part, path="FLA, a kernel each", why="head dims do not fit one program")
 

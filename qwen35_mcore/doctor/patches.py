@@ -21,7 +21,7 @@ def patch_rows() -> list[dict[str, Any]]:
 def _state(one: Probed, tested: bool) -> str:
     if tested or one.verdict is Verdict.FAULT:
         return "applied"
-    return "not needed" if one.verdict is Verdict.MENDED else "unknown"
+    return "not needed" if one.verdict is Verdict.NO_FAULT else "unknown"
 
 
 def print_patches(rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What the doctor found, for people and for programs."""
+"""The doctor's findings, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def versions(found: Examination) -> dict[str, str | None]:
 
 
 def print_report(found: Examination, console: Console) -> None:
-    """Machine, versions, paths, gradients, and last what is wrong."""
+    """Print machine, versions, code paths, gradients and, last, the findings."""
     console.print(Text(_headline(found), "bold"))
     known = [f"{name} {value}" for name, value in versions(found).items() if value]
     missing = [name for name in PACKAGES if found.machine and versions(found)[name] is None]
     console.print(_indented(", ".join(known)))
     if missing:
         console.print(_indented(f"not installed: {', '.join(missing)}", "dim"))
-    _print_paths(found.paths, "what training would run on here", console)
+    _print_paths(found.paths, "code that training would use on this machine", console)
     _print_paths(
-        found.imagined_paths, "what it would run on with these packages and a Hopper GPU", console
+        found.imagined_paths, "code that it would use with these packages and a Hopper GPU", console
     )
     _print_gradients(found, console)
     _print_findings(found, console)
@@ -116,11 +116,11 @@ def _print_findings(found: Examination, console: Console) -> None:
     console.print()
     for finding in found.findings:
         text = Text.assemble((finding.level.value, STYLES[finding.level]), f": {finding.what}")
-        console.print(text, soft_wrap=True)  # one line, for who looks for it with grep
+        console.print(text, soft_wrap=True)  # one line, so that grep finds it
         if finding.fix:
             console.print(Text(f"  fix: {finding.fix}"), soft_wrap=True)
     if found.ok:
-        console.print(Text("nothing stands in the way of training", "green"))
+        console.print(Text("this machine is ready to train", "green"))
 
 
 def _indented(text: str, style: str = "") -> Padding:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwen35_mcore.doctor.snapshot import Finding, Level, Snapshot
-from qwen35_mcore.versions import MEGATRON_CORE, PYTHON, TRANSFORMER_ENGINE, release
+from qwen35_mcore.versions import (
+    MEGATRON_CORE,
+    PYTHON,
+    TESTED_MEGATRON_CORE,
+    TRANSFORMER_ENGINE,
+    release,
+)
 
 CUDA_TORCH = "install the CUDA 13 build of the same torch release, from PyTorch's own index"
 TE_EXTRA = "pip install -c constraints.txt -e '.[te]'"
@@ -62,7 +68,7 @@ def torch_works(machine: Snapshot) -> Iterator[Finding]:
 
 
 def gpus_are_reached(machine: Snapshot) -> Iterator[Finding]:
-    """A GPU that torch cannot reach: training would run on the CPU without a word."""
+    """A GPU that torch cannot reach: training would run on the CPU without a message."""
     if machine.driver is None or machine.gpus or not machine.works("torch"):
         return
     slow = "training would run on the CPU"
@@ -93,24 +99,25 @@ def gpus_are_reached(machine: Snapshot) -> Iterator[Finding]:
 
 def megatron(machine: Snapshot) -> Iterator[Finding]:
     package = machine.packages.get("megatron-core")
-    wanted = ".".join(map(str, MEGATRON_CORE))
-    fix = f"pip install 'megatron-core>={wanted},<{MEGATRON_CORE[0]}.{MEGATRON_CORE[1] + 1}'"
+    level = Level.ERROR
+    fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE[-1]}"
     if package is None:
         what = "megatron-core is not installed"
     elif release(package.version)[:2] != MEGATRON_CORE:
-        what = (
-            f"megatron-core {package.version} is installed; its internals were tested at {wanted}"
-        )
+        tested = ", ".join(TESTED_MEGATRON_CORE)
+        what = f"megatron-core {package.version} is installed; this package was tested at {tested}"
     elif package.error:
         what, fix = f"megatron-core does not import: {package.error}", f"{fix} --force-reinstall"
     elif not machine.data_helpers:
-        what = (
-            "megatron-core's compiled dataset helpers are missing, and its wheel cannot make them"
-        )
+        what = "megatron-core's compiled dataset helpers are missing; its wheel cannot compile them"
         fix = f"{fix} --force-reinstall, from the wheel"
+    elif package.version not in TESTED_MEGATRON_CORE:
+        level = Level.WARNING
+        what = f"megatron-core {package.version} was not tested with this package"
+        fix = f"read `qwen35 doctor --patches`, or {fix}"
     else:
         return
-    yield Finding(rule="megatron-core", level=Level.ERROR, what=what, fix=fix)
+    yield Finding(rule="megatron-core", level=level, what=what, fix=fix)
 
 
 def psutil_is_there(machine: Snapshot) -> Iterator[Finding]:
@@ -173,8 +180,8 @@ def lazy_binding(machine: Snapshot) -> Iterator[Finding]:
         yield Finding(
             rule="ld-bind-now",
             level=Level.ERROR,
-            what="LD_BIND_NOW is set: Transformer Engine then fails to load over a cuBLAS symbol "
-            "that it would never have called",
+            what="LD_BIND_NOW is set: Transformer Engine then fails to load, because older cuBLAS "
+            "releases lack a symbol that it refers to",
             fix="unset LD_BIND_NOW",
         )
 
@@ -264,7 +271,7 @@ def devices(machine: Snapshot) -> Iterator[Finding]:
             rule="mixed-gpus",
             level=Level.WARNING,
             what=f"different GPUs in one machine ({', '.join(kinds)}): all wait for the slowest",
-            fix="CUDA_VISIBLE_DEVICES chooses those of one kind",
+            fix="set CUDA_VISIBLE_DEVICES to GPUs of one kind",
         )
     untested = sorted({gpu.name for gpu in machine.gpus if gpu.capability[0] != 9})
     if untested:

@@ -29,7 +29,7 @@ class Level(StrEnum):
     """How bad a finding is."""
 
     ERROR = "error"
-    """Training would not start, be wrong, or be slow without a word."""
+    """Training would not start, or would be wrong or slow without a message."""
     WARNING = "warning"
     """May go wrong; nobody has tested it."""
     NOTE = "note"
@@ -37,7 +37,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a rule says: its name, what is the matter, and what to do."""
+    """What a rule found: the problem, and how to fix it."""
 
     rule: str
     level: Level

@@ -1,4 +1,4 @@
-"""Run the worker and put what it found together, also when a package takes its process along."""
+"""Run the worker and collect its findings, also when a broken package ends its process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Examination:
 
     @property
     def ok(self) -> bool:
-        """Whether training would run, be right, and be as fast as it should."""
+        """Whether training would run correctly and at full speed."""
         return not any(finding.level is Level.ERROR for finding in self.findings)
 
 
@@ -108,7 +108,7 @@ def _collect(
         findings += _wrong_gradients(GradientCheck.from_json(check))
     skipped = found.get("gradient_check_skipped")
     if check is None and skipped is None:
-        skipped = "it could not be made" if gradient_check else "--no-gradient-check"
+        skipped = "the check could not run" if gradient_check else "--no-gradient-check"
     return Examination(
         machine=found.get("snapshot", {}),
         on_gpu=found.get("on_gpu", False),
@@ -137,8 +137,8 @@ def _wrong_gradients(check: GradientCheck) -> list[Finding]:
     finding = Finding(
         rule="wrong-gradients",
         level=Level.ERROR,
-        what=f"the {check.kernels} kernels are wrong on this machine: {listing} off float64, "
-        f"at most {wrong[0].allowed:.0e} is rounding",
-        fix="install the releases of constraints.txt; --gdn-kernel torch is right, and slow",
+        what=f"the {check.kernels} kernels compute wrong results on this machine: relative errors "
+        f"against float64 {listing}, where rounding gives at most {wrong[0].allowed:.0e}",
+        fix="install the releases of constraints.txt, or train with --gdn-kernel torch (slow)",
     )
     return [finding]

@@ -1,5 +1,10 @@
 """Who computes a GatedDeltaNet: reference mathematics, FLA, fused Triton kernels, and the choice.
 
-`reference` is the specification, `base` the interface; a new choice is one file that registers
-itself. Imports torch and `errors`; FLA and Triton only when kernels are built.
+To add kernels, write one module here named ``*_kernels`` with a subclass of `base.Kernels` under
+`base.register`. It says where the kernels can run (`support`) and computes the convolution, the
+delta rule and the gated norm; `registry` finds it, and ``--gdn-kernel`` takes its name. To replace
+one operation alone, subclass `FlaKernels` or `TorchKernels` there.
+
+`reference` is the specification. Imports torch, `config.shapes`, `errors` and `versions`; FLA and
+Triton only when kernels are built.
 """

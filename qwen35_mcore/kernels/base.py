@@ -1,8 +1,7 @@
-"""What computes a GatedDeltaNet between its two projections: the interface of every kernel choice.
+"""What computes a GatedDeltaNet between its two projections: the interface of all GDN kernels.
 
-A new choice is one file with a subclass of `Kernels` under `@register`, imported by `registry`. It
-says where it can run (`support`) and brings the three operations; what stands before and behind the
-delta rule is composed of them here, until it overrides that too.
+`Kernels` composes what stands before and behind the delta rule (`prologue`, `epilogue`) of single
+operations; kernels that fuse them override these too.
 
 Shape suffixes: b batch (1 when packed), s tokens, c channels, w taps, h key or value heads, k and v
 head dims, n sequences. ``cu_seqlens`` is [n + 1], int32 or int64, on the device; give every layer
@@ -14,65 +13,94 @@ ranks share in megatron's zigzag order, and states travel between ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from qwen35_mcore.kernels.facts import KernelFacts, Support
-from qwen35_mcore.kernels.heads import Heads
+from qwen35_mcore.config.shapes import GdnShape
+from qwen35_mcore.kernels.facts import KernelFacts, Support, Workload
 
 REGISTERED: dict[str, type[Kernels]] = {}
-"""Every choice by its name; of those made for a device, ``auto`` takes the first."""
+"""All kernels by their name."""
 
 
 def register(kernels: type[Kernels]) -> type[Kernels]:
-    """Class decorator: make a choice of kernels known by its name."""
+    """Class decorator: make kernels known by their name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if kernels.name in REGISTERED:
+        raise ValueError(f"two kernels are named {kernels.name}")
     REGISTERED[kernels.name] = kernels
     return kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaRuleInputs:
+    """One call of the gated delta rule, on raw projections."""
+
+    q_bshk: Tensor
+    k_bshk: Tensor
+    v_bshv: Tensor
+    a_bsh: Tensor
+    """[b, s, hv] logits of the decay, ``g = -exp(A_log) softplus(a + dt_bias)``."""
+    b_bsh: Tensor
+    """[b, s, hv] logits of the write strength, ``beta = sigmoid(b)``."""
+    A_log: Tensor
+    """[hv] float32."""
+    dt_bias: Tensor
+    """[hv] float32."""
+    cu_seqlens: Tensor | None = None
+    initial_state: Tensor | None = None
+    """[n, hv, k, v] float32; zeros when None."""
+    output_final_state: bool = False
+    qk_normalized: bool = False
+    """q and k are unit vectors already."""
+    cp_context: Any = None
 
 
 class Kernels(ABC):
     """The operations of a GDN layer, whoever computes them.
 
     Args:
-        reason: why this choice was made, in words.
+        reason: why these kernels were chosen, in words.
     """
 
     name: ClassVar[str]
     made_for: ClassVar[str]
-    """Type of the device on which ``auto`` takes it: cuda or cpu."""
+    """Type of the device on which they are fast: cuda or cpu."""
+    automatic: ClassVar[bool] = False
+    """Whether ``auto`` takes them on that device."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
     @classmethod
     @abstractmethod
-    def support(
-        cls, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int = 128, value_dim: int = 128
-    ) -> Support:
-        """Whether it can run, from facts alone.
-
-        Args:
-            dtype: of q, k and v.
-            key_dim, value_dim: head dims of the delta rule.
-        """
+    def support(cls, facts: KernelFacts, workload: Workload) -> Support:
+        """Whether they can run, from facts alone."""
 
     @classmethod
-    def build(
-        cls, reason: str, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int, value_dim: int
-    ) -> Kernels:
+    def build(cls, reason: str, facts: KernelFacts, workload: Workload) -> Kernels:
         """The kernels for a machine that `support` accepts.
 
         Raises:
-            KernelError: what it stands on does not import.
+            KernelError: a package that they need does not import.
         """
         return cls(reason)
 
     @classmethod
-    def detail(cls, facts: KernelFacts, dtype: torch.dtype, *, key_dim: int, value_dim: int) -> str:
-        """What else to say of the choice when it is announced; empty for nothing."""
+    def delta_rule_by(cls, facts: KernelFacts, workload: Workload) -> str:
+        """What computes the delta rule, in words, for a report."""
+        return cls.name
+
+    @classmethod
+    def detail(cls, facts: KernelFacts, workload: Workload) -> str:
+        """What else to say when the choice is announced; empty for nothing."""
         return ""
 
     @abstractmethod
@@ -87,31 +115,9 @@ class Kernels(ABC):
         """Depthwise causal convolution, then silu: [b, s, c]. x may be a strided slice."""
 
     @abstractmethod
-    def gated_delta_rule(
-        self,
-        q_bshk: Tensor,
-        k_bshk: Tensor,
-        v_bshv: Tensor,
-        a_bsh: Tensor,
-        b_bsh: Tensor,
-        A_log: Tensor,  # noqa: N803 (checkpoint name)
-        dt_bias: Tensor,
-        cu_seqlens: Tensor | None = None,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-        *,
-        qk_normalized: bool = False,
-        cp_context: Any = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The delta rule on raw projections (``qk_normalized``: q and k are unit vectors).
-
-        Inside: q and k normalised, ``g = -exp(A_log) softplus(a + dt_bias)``,
-        ``beta = sigmoid(b)``, scale ``k ** -0.5``, value head j on key head ``j // (hv // hk)``.
-
-        Args:
-            a_bsh, b_bsh: [b, s, hv].
-            A_log, dt_bias: [hv] float32.
-            initial_state: [n, hv, k, v] float32.
+    def gated_delta_rule(self, inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor | None]:
+        """The delta rule. q and k are normalised (unless they are), q is scaled by ``k ** -0.5``,
+        and value head j reads key head ``j // (hv // hk)``.
 
         Returns:
             o [b, s, hv, v], and the final state [n, hv, k, v] float32 or None.
@@ -130,15 +136,15 @@ class Kernels(ABC):
             taps: of the causal convolution, which looks back into the part before.
         """
 
-    def normalizes(self, heads: Heads) -> bool:
-        """Whether `prologue` hands out q and k as unit vectors; never with a ``cp_context``."""
+    def normalizes(self, shape: GdnShape) -> bool:
+        """Whether `prologue` returns q and k as unit vectors; never with a ``cp_context``."""
         return False
 
     def prologue(
         self,
         x_sbc: Tensor,
         weight_cw: Tensor,
-        heads: Heads,
+        shape: GdnShape,
         cu_seqlens: Tensor | None = None,
         *,
         cp_context: Any = None,
@@ -153,15 +159,15 @@ class Kernels(ABC):
             q and k ``[b, s, key heads, k]``, v ``[b, s, value heads, v]``, the gate z
             ``[s, b, c]``, and the logits b and a ``[b, s, value heads]``.
         """
-        mixed_sbc, z_sbc, b_sbh, a_sbh = x_sbc.split(heads.sections, dim=-1)
-        mixed_bsc = self.causal_conv1d(
-            mixed_sbc.transpose(0, 1), weight_cw, cu_seqlens=cu_seqlens, cp_context=cp_context
+        qkv_sbc, z_sbc, b_sbh, a_sbh = x_sbc.split(shape.in_proj_widths, dim=-1)
+        qkv_bsc = self.causal_conv1d(
+            qkv_sbc.transpose(0, 1), weight_cw, cu_seqlens=cu_seqlens, cp_context=cp_context
         )
-        q, k, v = mixed_bsc.split(heads.convolved, dim=-1)
+        q, k, v = qkv_bsc.split(shape.qkv_widths, dim=-1)
         return (
-            q.unflatten(-1, (heads.key, heads.key_size)),
-            k.unflatten(-1, (heads.key, heads.key_size)),
-            v.unflatten(-1, (heads.value, heads.value_size)),
+            q.unflatten(-1, (shape.key_heads, shape.key_head_dim)),
+            k.unflatten(-1, (shape.key_heads, shape.key_head_dim)),
+            v.unflatten(-1, (shape.value_heads, shape.value_head_dim)),
             z_sbc,
             b_sbh.transpose(0, 1),
             a_sbh.transpose(0, 1),

@@ -40,6 +40,15 @@ class KernelFacts:
     """FLA's own environment switches that are set to turn something off."""
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What kernels are asked to compute: the dtype of q, k and v, and the head dims."""
+
+    dtype: torch.dtype
+    key_head_dim: int = 128
+    value_head_dim: int = 128
+
+
 def gather_facts(device: torch.device) -> KernelFacts:
     """The facts of this process and device. Imports fla only for a CUDA device."""
     on_cuda = device.type == "cuda" and torch.cuda.is_available()

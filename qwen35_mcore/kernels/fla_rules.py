@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen35_mcore.kernels.facts import KernelFacts, Support
+from qwen35_mcore.kernels.facts import KernelFacts, Support, Workload
 from qwen35_mcore.versions import release
 
 FLA_MINIMUM = (0, 6)
@@ -18,14 +18,11 @@ FLASH_QLA_MAJORS = (9, 10)
 BAD_TRITON_FROM, BAD_TRITON_BEFORE = (3, 4, 0), (3, 7, 1)
 
 
-def fla_support(
-    facts: KernelFacts, dtype: torch.dtype, *, key_dim: int = 128, value_dim: int = 128
-) -> Support:
-    """Whether FLA's kernels train correctly on this machine with these shapes.
+_16_BIT = (torch.bfloat16, torch.float16)
 
-    Args:
-        key_dim, value_dim: head dims of the delta rule.
-    """
+
+def fla_support(facts: KernelFacts, workload: Workload) -> Support:
+    """Whether FLA's kernels train correctly on this machine with this workload."""
     if facts.device_type != "cuda" or facts.capability is None:
         reason = f"FLA's kernels need a CUDA device, this one is {facts.device_type}"
         return Support(False, reason, "run on a CUDA device, or pass --gdn-kernel torch")
@@ -39,13 +36,12 @@ def fla_support(
     if release(facts.fla) < FLA_MINIMUM:
         reason = f"grouped value heads and in-kernel gates need FLA 0.6, got {facts.fla}"
         return Support(False, reason, _install_fla())
-    if dtype not in (torch.bfloat16, torch.float16):
-        reason = f"FLA's matrix products are 16-bit or TF32, which {dtype} is not"
+    if workload.dtype not in _16_BIT:
+        reason = f"FLA's matrix products are 16-bit or TF32, which {workload.dtype} is not"
         return Support(False, reason, "train in bfloat16, or pass --gdn-kernel torch")
-    if max(key_dim, value_dim) > FLA_MAX_HEAD_DIM or key_dim % 2 or value_dim % 2:
-        reason = (
-            f"head dims must be even and at most {FLA_MAX_HEAD_DIM}, got {key_dim} and {value_dim}"
-        )
+    dims = workload.key_head_dim, workload.value_head_dim
+    if max(dims) > FLA_MAX_HEAD_DIM or any(dim % 2 for dim in dims):
+        reason = f"head dims must be even and at most {FLA_MAX_HEAD_DIM}, got {_pair(dims)}"
         return Support(False, reason, "pass --gdn-kernel torch")
     return _fla_backward_support(facts)
 
@@ -76,9 +72,7 @@ def tilelang_support(facts: KernelFacts) -> Support:
     return _switched_off(facts, "FLA_TILELANG") or Support(True, f"tilelang {facts.tilelang}")
 
 
-def flash_qla_support(
-    facts: KernelFacts, dtype: torch.dtype, *, key_dim: int = 128, value_dim: int = 128
-) -> Support:
+def flash_qla_support(facts: KernelFacts, workload: Workload) -> Support:
     """Whether FLA hands the delta rule to FlashQLA, given that FLA itself can run."""
     if facts.flash_qla is None:
         return Support(False, "it is not installed", "pip install flash-qla")
@@ -88,11 +82,16 @@ def flash_qla_support(
         return Support(False, f"it needs compute capability 9 or 10, got {facts.capability}")
     if facts.tilelang is None or not facts.nvcc:
         return Support(False, "it needs tilelang and nvcc", "pip install tilelang nvidia-cuda-nvcc")
-    if dtype not in (torch.bfloat16, torch.float16):
-        return Support(False, f"it needs a 16-bit dtype, got {dtype}")
-    if (key_dim, value_dim) != (FLASH_QLA_HEAD_DIM, FLASH_QLA_HEAD_DIM):
-        return Support(False, f"it needs head dims of 128, got {key_dim} and {value_dim}")
+    if workload.dtype not in _16_BIT:
+        return Support(False, f"it needs a 16-bit dtype, got {workload.dtype}")
+    dims = workload.key_head_dim, workload.value_head_dim
+    if set(dims) != {FLASH_QLA_HEAD_DIM}:
+        return Support(False, f"it needs head dims of {FLASH_QLA_HEAD_DIM}, got {_pair(dims)}")
     return Support(True, f"version {facts.flash_qla}")
+
+
+def _pair(dims: tuple[int, int]) -> str:
+    return f"{dims[0]} and {dims[1]}"
 
 
 def _install_fla() -> str:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen35_mcore.kernels.heads import Heads
+from qwen35_mcore.config.shapes import GdnShape
 
 # Positions a program holds at once, chosen so that nothing spills (compiled for sm_90), and those
 # that a backward program works through before it writes its share of a weight's gradient.
@@ -159,41 +159,41 @@ def _convolution_backward(
 
 class _Prologue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_sbc, weight_cw, starts, heads: Heads, eps: float):
+    def forward(ctx, x_sbc, weight_cw, starts, shape: GdnShape, eps: float):
         length, batch, _ = x_sbc.shape
-        d = heads.key_size
-        q, k = (x_sbc.new_empty(batch, length, heads.key, d) for _ in range(2))
-        v = x_sbc.new_empty(batch, length, heads.value, d)
-        _prologue_forward[_grid(heads.mixed, length, FORWARD["ROWS"], batch)](
+        d = shape.key_head_dim
+        q, k = (x_sbc.new_empty(batch, length, shape.key_heads, d) for _ in range(2))
+        v = x_sbc.new_empty(batch, length, shape.value_heads, d)
+        _prologue_forward[_grid(shape.qkv_heads, length, FORWARD["ROWS"], batch)](
             x_sbc, weight_cw, starts, q, k, v,
-            length, heads.key, heads.value, x_sbc.stride(0), x_sbc.stride(1),
-            eps=eps, **_meta(heads, weight_cw, starts), **FORWARD,
+            length, shape.key_heads, shape.value_heads, x_sbc.stride(0), x_sbc.stride(1),
+            eps=eps, **_meta(shape, weight_cw, starts), **FORWARD,
         )  # fmt: skip
         ctx.save_for_backward(x_sbc, weight_cw, starts)
-        ctx.heads, ctx.eps = heads, eps
-        _, z, b, a = x_sbc.split(heads.sections, dim=-1)
+        ctx.shape, ctx.eps = shape, eps
+        _, z, b, a = x_sbc.split(shape.in_proj_widths, dim=-1)
         return q, k, v, z, _batch_first(b), _batch_first(a)
 
     @staticmethod
     def backward(ctx, dq, dk, dv, dz, db, da):
         x_sbc, weight_cw, starts = ctx.saved_tensors
-        heads: Heads = ctx.heads
+        shape: GdnShape = ctx.shape
         length, batch, _ = x_sbc.shape
         dpre = x_sbc.new_empty(batch, length, weight_cw.shape[0])
-        _before_silu[_grid(heads.mixed, length, FORWARD["ROWS"], batch)](
+        _before_silu[_grid(shape.qkv_heads, length, FORWARD["ROWS"], batch)](
             x_sbc, weight_cw, starts, dq.contiguous(), dk.contiguous(), dv.contiguous(), dpre,
-            length, heads.key, heads.value, x_sbc.stride(0), x_sbc.stride(1),
-            eps=ctx.eps, **_meta(heads, weight_cw, starts), **FORWARD,
+            length, shape.key_heads, shape.value_heads, x_sbc.stride(0), x_sbc.stride(1),
+            eps=ctx.eps, **_meta(shape, weight_cw, starts), **FORWARD,
         )  # fmt: skip
         dx = x_sbc.new_empty(x_sbc.shape)  # dense, whatever x is a slice of
-        grid = _grid(heads.mixed, length, CONVOLUTION_BACKWARD["CHUNK"], batch)
+        grid = _grid(shape.qkv_heads, length, CONVOLUTION_BACKWARD["CHUNK"], batch)
         dw = x_sbc.new_empty(grid[1] * batch, *weight_cw.t().shape, dtype=torch.float32)
         _convolution_backward[grid](
             x_sbc, weight_cw, starts, dpre, dx, dw,
             length, x_sbc.stride(0), x_sbc.stride(1), dx.stride(0), dx.stride(1),
-            **_meta(heads, weight_cw, starts), **CONVOLUTION_BACKWARD,
+            **_meta(shape, weight_cw, starts), **CONVOLUTION_BACKWARD,
         )  # fmt: skip
-        _, z_part, b_part, a_part = dx.split(heads.sections, dim=-1)
+        _, z_part, b_part, a_part = dx.split(shape.in_proj_widths, dim=-1)
         z_part.copy_(dz)
         b_part.copy_(db.transpose(0, 1))
         a_part.copy_(da.transpose(0, 1))
@@ -208,22 +208,22 @@ def _grid(heads: int, length: int, rows: int, batch: int) -> tuple[int, int, int
     return heads, triton.cdiv(length, rows), batch
 
 
-def _meta(heads: Heads, weight: Tensor, starts: Tensor | None) -> dict[str, Any]:
+def _meta(shape: GdnShape, weight: Tensor, starts: Tensor | None) -> dict[str, Any]:
     return {
-        "D": heads.key_size,
+        "D": shape.key_head_dim,
         "W": weight.shape[1],
         "PACKED": starts is not None,
     }
 
 
-def supports(heads: Heads) -> bool:
+def supports(key_head_dim: int, value_head_dim: int) -> bool:
     """Whether one program can hold a head: key and value heads alike, a power of two."""
-    size = heads.key_size
-    return size == heads.value_size and size & (size - 1) == 0 and size <= 256
+    power_of_two = key_head_dim & (key_head_dim - 1) == 0
+    return key_head_dim == value_head_dim <= 256 and power_of_two
 
 
 def prologue(
-    x_sbc: Tensor, weight_cw: Tensor, heads: Heads, cu_seqlens: Tensor | None, eps: float = 1e-6
+    x_sbc: Tensor, weight_cw: Tensor, shape: GdnShape, cu_seqlens: Tensor | None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything between the projection and the delta rule.
 
@@ -239,7 +239,7 @@ def prologue(
         ``[s, b, value heads * d]``; the logits b and a ``[b, s, value heads]``.
     """
     starts = None if cu_seqlens is None else sequence_starts(cu_seqlens, x_sbc.shape[0])
-    return _Prologue.apply(_rows(x_sbc), weight_cw.contiguous(), starts, heads, eps)
+    return _Prologue.apply(_rows(x_sbc), weight_cw.contiguous(), starts, shape, eps)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35_mcore.kernels.chunk_layout import ChunkLayout, consecutive_ranges
+from qwen35_mcore.kernels.chunks import Chunks, consecutive_ranges
 
 L2NORM_EPS = 1e-6
 
@@ -228,13 +228,13 @@ def chunk_gated_delta_rule(
     case = _prepare(
         q_bshk, k_bshk, v_bshv, g_bsh, beta_bsh, scale, initial_state, use_qk_l2norm, cu_seqlens
     )
-    layout = ChunkLayout.of(case.run_lengths, chunk_size, case.packed, q_bshk.device)
+    chunked = Chunks.of(case.run_lengths, chunk_size, case.packed, q_bshk.device)
     key_heads = case.k.shape[2]
-    q = layout.split(case.q, key_heads)
-    k = layout.split(case.k, key_heads)
-    v = layout.split(case.v, key_heads)
-    g = layout.split(case.g.unsqueeze(-1), key_heads)
-    beta = layout.split(case.beta.unsqueeze(-1), key_heads)
+    q = chunked.split(case.q, key_heads)
+    k = chunked.split(case.k, key_heads)
+    v = chunked.split(case.v, key_heads)
+    g = chunked.split(case.g.unsqueeze(-1), key_heads)
+    beta = chunked.split(case.beta.unsqueeze(-1), key_heads)
 
     decay_ij = _pairwise_decay(g.squeeze(-1))
     from_start_i = g.cumsum(-2).exp()
@@ -251,14 +251,14 @@ def chunk_gated_delta_rule(
     carry_m = from_start_i[..., -1:, :].unbind(1)
 
     outputs, finals = [], []
-    for flat_state, chunks in zip(case.states, layout.chunk_ranges(), strict=True):
+    for flat_state, chunks in zip(case.states, chunked.chunk_ranges(), strict=True):
         state = flat_state.unflatten(1, (key_heads, -1))
         for m in chunks:
             u = write_m[m] - erase_m[m] @ state
             outputs.append(read_m[m] @ state + attend_m[m] @ u)
             state = carry_m[m] * state + keep_m[m] @ u
         finals.append(state.flatten(1, 2))
-    o_bshv = layout.join(torch.stack(outputs, dim=1)).to(q_bshk.dtype)
+    o_bshv = chunked.join(torch.stack(outputs, dim=1)).to(q_bshk.dtype)
     return o_bshv, torch.cat(finals) if output_final_state else None
 
 

@@ -11,8 +11,8 @@ is nothing to write. Every rank computes both for its parts, all ranks gather th
 the chain to its own parts. No rank waits for another's result, and heads stay whole, so that the
 number of heads does not bound the number of ranks.
 
-FLA computes the same in its kernels (`ops.fla.zigzag_cp_context`); this is the reference of it, and
-what runs on a CPU.
+FLA computes the same in its kernels (`fla_kernels.zigzag_cp_context`). This is their reference, and
+it runs on a CPU.
 
 Shapes: b batch, s tokens of a rank, p parts of a rank (2), t tokens of a part, h heads, k and v
 head sizes, c channels.

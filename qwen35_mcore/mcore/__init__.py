@@ -1,4 +1,5 @@
-"""Everything that depends on megatron-core's release: imports, patches, CPU mode, files, errors.
+"""Everything that depends on megatron-core's release: its names, patches, CPU mode, files, errors.
 
-Imports megatron-core and torch; of this package only `errors` and `versions`.
+Nothing else in this repository imports megatron. May import torch, `errors`, `process` and
+`versions`. What to do when megatron-core has a new release: README.md beside this file.
 """

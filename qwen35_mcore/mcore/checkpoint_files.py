@@ -15,6 +15,8 @@ from typing import TextIO
 
 from torch.distributed.checkpoint import FileSystemReader
 
+from qwen35_mcore.process.sync import sync
+
 TRACKER = "latest_checkpointed_iteration.txt"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 
@@ -99,13 +101,13 @@ def publish(partial: Path, target: Path) -> None:
     Whenever the process dies in here, `recover` leaves a complete checkpoint in the place.
     """
     for path in (partial / "metadata.json", partial):
-        _sync(path)
+        sync(path)
     replaced = _beside(target, _REPLACED)
     if os.path.lexists(target):
         _remove(replaced)
         os.rename(target, replaced)
     os.rename(partial, target)
-    _sync(target.parent)
+    sync(target.parent)
     _remove(replaced)
 
 
@@ -134,11 +136,3 @@ def _remove(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

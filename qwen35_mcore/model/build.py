@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.mcore.imports import check_version, config_from_arguments
+from qwen35_mcore.mcore import imports
 from qwen35_mcore.mcore.megatron_errors import as_first_raised
 from qwen35_mcore.mcore.patches import accumulating_products
 from qwen35_mcore.model.gpt_model import Qwen35Model
-from qwen35_mcore.model.spec_providers import get_backend
+from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import decoder_block_spec, mtp_block_spec
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, apply_yarn
 
 
 def build_model(
-    hf: Qwen35Config,
+    model_config: Qwen35Config,
     config: Qwen35TransformerConfig,
     *,
     pre_process: bool = True,
@@ -41,35 +41,37 @@ def build_model(
         fp16_lm_cross_entropy: as megatron's flag of this name.
 
     Raises:
-        ConfigError: megatron-core of another version, an unknown ``transformer_impl``, or experts
+        ConfigError: megatron-core of another series, an unknown ``transformer_impl``, or experts
             that were named and cannot run here.
-        KernelError: a kernel or backend that was named cannot run here.
+        KernelError: kernels or a spec provider that were named cannot run here.
     """
-    check_version()
+    imports.check_release()
     if config.gradient_accumulation_fusion:
         accumulating_products.PATCH.apply()
-    backend = get_backend(config)
+    spec_provider = get_spec_provider(config)
     with as_first_raised():
         return Qwen35Model(
             config=config,
-            transformer_layer_spec=decoder_block_spec(hf, config, backend, vp_stage),
-            mtp_block_spec=mtp_block_spec(config, backend, vp_stage),
-            vocab_size=hf.vocab_size,
-            max_sequence_length=hf.max_position_embeddings,
+            transformer_layer_spec=decoder_block_spec(
+                model_config, config, spec_provider, vp_stage
+            ),
+            mtp_block_spec=mtp_block_spec(config, spec_provider, vp_stage),
+            vocab_size=model_config.vocab_size,
+            max_sequence_length=model_config.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
             fp16_lm_cross_entropy=fp16_lm_cross_entropy,
             parallel_output=parallel_output,
-            share_embeddings_and_output_weights=hf.tie_word_embeddings,
-            position_embedding_type="yarn" if hf.yarn else "rope",
-            rotary_percent=hf.rope_parameters.partial_rotary_factor,
-            rotary_base=hf.rope_theta,
+            share_embeddings_and_output_weights=model_config.tie_word_embeddings,
+            position_embedding_type="yarn" if model_config.yarn else "rope",
+            rotary_percent=model_config.rope_parameters.partial_rotary_factor,
+            rotary_base=model_config.rope_theta,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
 
 
-def make_model_provider(hf: Qwen35Config, args: Any) -> Callable[..., Qwen35Model]:
+def make_model_provider(model_config: Qwen35Config, args: Any) -> Callable[..., Qwen35Model]:
     """The ``model_provider`` that ``megatron.training.pretrain`` calls for every model chunk.
 
     Args:
@@ -87,10 +89,10 @@ def make_model_provider(hf: Qwen35Config, args: Any) -> Callable[..., Qwen35Mode
         pg_collection: Any = None,
     ) -> Qwen35Model:
         if config is None:
-            config = config_from_arguments(args, Qwen35TransformerConfig)
-            apply_yarn(config, hf.yarn)
+            config = imports.core_transformer_config_from_args(args, Qwen35TransformerConfig)
+            apply_yarn(config, model_config.yarn)
         return build_model(
-            hf,
+            model_config,
             config,
             pre_process=pre_process,
             post_process=post_process,

@@ -13,28 +13,28 @@ from qwen35_mcore.mcore.imports import (
     YarnRotaryEmbedding,
     roll_tensor,
     scatter_to_sequence_parallel_region,
-    vocabulary_layers,
 )
+from qwen35_mcore.mcore.vocabulary_layers import vocabulary_layers
 from qwen35_mcore.model.layers.vocabulary import OutputLayer, WordEmbedding
 
 
 class Qwen35Model(GPTModel):
-    """megatron's GPTModel, equal to transformers and to itself where megatron's is not.
+    """megatron's GPTModel with four corrections.
 
     YaRN: megatron computes frequencies for the whole head and rotates all of it, whatever the
-    rotary percentage. Here the embedding is built for the rotated part.
+    rotary percentage is. This class builds the embedding for the rotated part.
 
-    MTP: the last position of a sequence has no token after next. megatron weighs the rest up for
-    it, by the counts of the rank at hand; of the context-parallel ranks only one lost a position,
-    so their gradients are weighed differently from a serial run (2 % at 64 tokens, 1e-3 at a few
-    thousand), and a rank with no counted token of its own loses the one that it looks ahead to.
-    Here the weight is that of the whole sequence.
+    MTP loss: the last position of a sequence has no token after next, so megatron scales up the
+    weight of the others, by the counts of each rank. Only one of the context-parallel ranks loses a
+    position, so gradients differ from a serial run (by 2 % at 64 tokens, 1e-3 at a few thousand),
+    and a rank without a counted token drops the one that it looks ahead to. This class uses the
+    counts of the whole sequence.
 
-    Padding mask: pipeline stages after the first get their sequence-parallel part of it, too.
+    Padding mask: pipeline stages after the first get their sequence-parallel part of it as well.
 
     Tied embeddings: the last of several pipeline stages holds a copy of the embedding for MTP and
-    computes its logits from it. megatron allocates an output weight there all the same, which
-    nothing reads, and then refuses to save it. Here it is dropped.
+    computes its logits from it. megatron also allocates an output weight there that nothing reads,
+    and then refuses to save it. This class drops that weight.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

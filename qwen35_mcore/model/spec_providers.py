@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qwen35_mcore.errors import ConfigError, KernelError
-from qwen35_mcore.mcore.imports import LocalSpecProvider, te_spec_provider
+from qwen35_mcore.mcore.imports import LocalSpecProvider
 from qwen35_mcore.model.layers.core_attention import CoreAttention
 from qwen35_mcore.model.layers.experts import GroupedExperts
 from qwen35_mcore.model.layers.linear import LayerNormColumnParallelLinear
@@ -20,10 +20,10 @@ from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig
 logger = logging.getLogger(__name__)
 
 
-class LocalBackend(LocalSpecProvider):
+class LocalProvider(LocalSpecProvider):
     """megatron's own linears with the norm in front, plain torch for the rest; runs anywhere.
 
-    Same parameter names and checkpoint keys as the Transformer Engine backend.
+    Same parameter names and checkpoint keys as with Transformer Engine.
     """
 
     def fuse_layernorm_and_linear(self) -> bool:
@@ -42,7 +42,7 @@ class LocalBackend(LocalSpecProvider):
         return GroupedExperts
 
 
-def get_backend(config: Qwen35TransformerConfig) -> Any:
+def get_spec_provider(config: Qwen35TransformerConfig) -> Any:
     """The spec provider for ``config.transformer_impl`` (megatron's ``--transformer-impl``).
 
     Raises:
@@ -51,7 +51,7 @@ def get_backend(config: Qwen35TransformerConfig) -> Any:
             had.
     """
     if config.transformer_impl == "local":
-        return _local_backend(config)
+        return _local(config)
     if config.transformer_impl != "transformer_engine":
         raise ConfigError(
             "unknown transformer implementation",
@@ -66,10 +66,10 @@ def get_backend(config: Qwen35TransformerConfig) -> Any:
             got=f"{type(error).__name__}: {error}",
             fix="pip install 'qwen35-mcore[te]' on a GPU machine, or pass --transformer-impl local",
         ) from error
-    return _transformer_engine_backend(config)
+    return _transformer_engine(config)
 
 
-def _local_backend(config: Qwen35TransformerConfig) -> LocalBackend:
+def _local(config: Qwen35TransformerConfig) -> LocalProvider:
     if config.fp8 or config.fp4:
         raise KernelError(
             "FP8 and FP4 need a GPU and Transformer Engine; the local layers know neither",
@@ -78,18 +78,20 @@ def _local_backend(config: Qwen35TransformerConfig) -> LocalBackend:
         )
     if config.num_moe_experts is not None:
         _announce(*choose_experts(config))
-    return LocalBackend()
+    return LocalProvider()
 
 
-def _transformer_engine_backend(config: Qwen35TransformerConfig) -> Any:
-    backend = te_spec_provider()
+def _transformer_engine(config: Qwen35TransformerConfig) -> Any:
+    from qwen35_mcore.mcore.imports import TESpecProvider
+
+    spec_provider = TESpecProvider()
     if config.num_moe_experts is None:
-        return backend
+        return spec_provider
     experts = choose_experts(config)
     _announce(*experts)
     if experts.name == "grouped_mm":
-        backend.grouped_mlp_modules = lambda moe_use_grouped_gemm: GroupedExperts
-    return backend
+        spec_provider.grouped_mlp_modules = lambda moe_use_grouped_gemm: GroupedExperts
+    return spec_provider
 
 
 class Experts(NamedTuple):
@@ -100,7 +102,7 @@ class Experts(NamedTuple):
 
 
 def choose_experts(config: Qwen35TransformerConfig) -> Experts:
-    """``grouped_mm`` or ``te`` for the routed experts; ``loop`` where the local backend has no
+    """``grouped_mm`` or ``te`` for the routed experts; ``loop`` where the local provider has no
     kernel for them.
 
     In an FP8 run grouped_mm keeps the experts in bfloat16, and auto still takes it: Transformer

@@ -12,6 +12,7 @@ from qwen35_mcore.mcore.imports import (
     AttnMaskType,
     GatedDeltaNetSubmodules,
     IdentityOp,
+    LayerType,
     ModuleSpec,
     SelfAttention,
     SelfAttentionSubmodules,
@@ -23,7 +24,8 @@ from qwen35_mcore.mcore.imports import (
     get_gpt_mtp_block_spec_for_backend,
     get_mlp_module_spec_for_backend,
     get_moe_module_spec_for_backend,
-    local_layer_ids,
+    get_num_layers_to_build,
+    get_transformer_layer_offset,
 )
 from qwen35_mcore.model.layers.gated_delta_net import GatedDeltaNet
 from qwen35_mcore.model.layers.moe import Qwen35MoELayer
@@ -31,59 +33,59 @@ from qwen35_mcore.model.layers.mtp import MTPLayer
 from qwen35_mcore.model.layers.router import Router
 
 
-def gated_delta_net_spec(backend: Any) -> ModuleSpec:
+def gated_delta_net_spec(spec_provider: Any) -> ModuleSpec:
     """The linear attention of three layers in four, input norm fused into its projection."""
     return ModuleSpec(
         module=GatedDeltaNet,
         submodules=GatedDeltaNetSubmodules(
-            in_proj=backend.column_parallel_layer_norm_linear(),
+            in_proj=spec_provider.column_parallel_layer_norm_linear(),
             out_norm=IdentityOp,  # ours is gated_norm, see layers/gated_delta_net.py
-            out_proj=backend.row_parallel_linear(),
+            out_proj=spec_provider.row_parallel_linear(),
         ),
     )
 
 
-def gated_attention_spec(backend: Any) -> ModuleSpec:
+def gated_attention_spec(spec_provider: Any) -> ModuleSpec:
     """Full attention with output gate and query/key norms, input norm fused into its projection."""
-    qk_norm = backend.layer_norm(rms_norm=True, for_qk=True)
+    qk_norm = spec_provider.layer_norm(rms_norm=True, for_qk=True)
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_layer_norm_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
+            linear_qkv=spec_provider.column_parallel_layer_norm_linear(),
+            core_attention=spec_provider.core_attention(),
+            linear_proj=spec_provider.row_parallel_linear(),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
     )
 
 
-def moe_spec(config: TransformerConfig, backend: Any) -> Any:
+def moe_spec(config: TransformerConfig, spec_provider: Any) -> Any:
     """megatron's MoE with its shared expert; router and layer are subclasses of ours."""
     spec = get_moe_module_spec_for_backend(
-        backend, config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+        spec_provider, config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
     submodules = dataclasses.replace(spec.keywords["submodules"], router=Router)
     return functools.partial(Qwen35MoELayer, submodules=submodules)
 
 
-def layer_spec(kind: LayerKind, config: TransformerConfig, backend: Any) -> ModuleSpec:
+def layer_spec(kind: LayerKind, config: TransformerConfig, spec_provider: Any) -> ModuleSpec:
     """One decoder layer: a token mixer of the given kind and the model's MLP or MoE."""
     is_moe = config.num_moe_experts is not None
     if is_moe:
-        mlp = moe_spec(config, backend)
+        mlp = moe_spec(config, spec_provider)
     else:
-        mlp = get_mlp_module_spec_for_backend(backend, num_experts=None)
+        mlp = get_mlp_module_spec_for_backend(spec_provider, num_experts=None)
     mixer = gated_delta_net_spec if kind is LayerKind.GDN else gated_attention_spec
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp,
-            self_attention=mixer(backend),
+            self_attention=mixer(spec_provider),
             self_attn_bda=get_bias_dropout_add,
             # the router and the shared expert read the normed input too, so nothing is fused there
-            pre_mlp_layernorm=backend.layer_norm(rms_norm=True) if is_moe else IdentityOp,
+            pre_mlp_layernorm=spec_provider.layer_norm(rms_norm=True) if is_moe else IdentityOp,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -91,25 +93,28 @@ def layer_spec(kind: LayerKind, config: TransformerConfig, backend: Any) -> Modu
 
 
 def decoder_block_spec(
-    hf: Qwen35Config,
+    model_config: Qwen35Config,
     config: TransformerConfig,
-    backend: Any,
+    spec_provider: Any,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The decoder layers of one pipeline stage (and virtual stage), and the final norm."""
-    specs = {kind: layer_spec(kind, config, backend) for kind in set(hf.layer_types)}
+    specs = {
+        kind: layer_spec(kind, config, spec_provider) for kind in set(model_config.layer_types)
+    }
     return TransformerBlockSubmodules(
         layer_specs=[
-            specs[hf.layer_types[layer]] for layer in local_layer_ids(config, vp_stage, pp_rank)
+            specs[model_config.layer_types[layer]]
+            for layer in _local_layer_ids(config, vp_stage, pp_rank)
         ],
-        layer_norm=backend.layer_norm(rms_norm=True),
+        layer_norm=spec_provider.layer_norm(rms_norm=True),
     )
 
 
 def mtp_block_spec(
     config: TransformerConfig,
-    backend: Any,
+    spec_provider: Any,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> Any:
@@ -118,8 +123,8 @@ def mtp_block_spec(
         return None
     block = get_gpt_mtp_block_spec_for_backend(
         config,
-        layer_spec(LayerKind.ATTENTION, config, backend),
-        backend,
+        layer_spec(LayerKind.ATTENTION, config, spec_provider),
+        spec_provider,
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
@@ -127,3 +132,17 @@ def mtp_block_spec(
         for layer in block.layer_specs:
             layer.module = MTPLayer
     return block
+
+
+def _local_layer_ids(
+    config: TransformerConfig, vp_stage: int | None, pp_rank: int | None
+) -> list[int]:
+    """Global numbers (from 0) of the decoder layers that this pipeline stage builds."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        return layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return list(range(first, first + count))

@@ -26,7 +26,7 @@ class Qwen35TransformerConfig(TransformerConfig):
     """TransformerConfig with what Qwen3.5 needs on top.
 
     Raises:
-        ConfigError: for a combination that megatron would run wrongly without a word.
+        ConfigError: for a combination that megatron accepts and computes wrongly.
     """
 
     gdn_kernel: str = "auto"
@@ -43,7 +43,7 @@ class Qwen35TransformerConfig(TransformerConfig):
     GatedDeltaNet. None: in FP8 runs. The checkpoint is the same either way."""
 
     moe_experts: str = "auto"
-    """Routed experts of the Transformer Engine backend: grouped_mm (one kernel for all experts,
+    """Routed experts with Transformer Engine: grouped_mm (one kernel for all experts,
     bfloat16 also in an FP8 run), te (TEGroupedMLP, in FP8 where the run is), or auto."""
 
     hetereogenous_dist_checkpoint: bool = True
@@ -82,54 +82,54 @@ class Qwen35TransformerConfig(TransformerConfig):
             setattr(self, name, count)
 
 
-def architecture_fields(config: Qwen35Config) -> dict[str, Any]:
+def architecture_fields(model_config: Qwen35Config) -> dict[str, Any]:
     """TransformerConfig fields that the model alone decides, by their megatron names.
 
     Raises:
         ConfigError: for routing to a single expert: its renormalised weight is always 1, so the
             router would never learn (megatron refuses it as well).
     """
-    if config.num_experts_per_tok == 1:
+    if model_config.num_experts_per_tok == 1:
         raise ConfigError(
             "routing to one expert gives the router no gradient",
             got="num_experts_per_tok=1",
             allowed="2 or more",
         )
     fields: dict[str, Any] = {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": config.head_dim,
-        "ffn_hidden_size": config.intermediate_size or config.moe_intermediate_size,
+        "num_layers": model_config.num_hidden_layers,
+        "hidden_size": model_config.hidden_size,
+        "num_attention_heads": model_config.num_attention_heads,
+        "num_query_groups": model_config.num_key_value_heads,
+        "kv_channels": model_config.head_dim,
+        "ffn_hidden_size": model_config.intermediate_size or model_config.moe_intermediate_size,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": config.rms_norm_eps,
+        "layernorm_epsilon": model_config.rms_norm_eps,
         "layernorm_zero_centered_gamma": True,
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
-        "attention_dropout": config.attention_dropout,
+        "attention_dropout": model_config.attention_dropout,
         "qk_layernorm": True,
         "attention_output_gate": True,
-        "init_method_std": config.initializer_range,
+        "init_method_std": model_config.initializer_range,
         "rotary_interleaved": False,
         "experimental_attention_variant": GDN_VARIANT,
-        "linear_attention_freq": linear_attention_freq(config.layer_types),
-        "linear_conv_kernel_dim": config.linear_conv_kernel_dim,
-        "linear_key_head_dim": config.linear_key_head_dim,
-        "linear_value_head_dim": config.linear_value_head_dim,
-        "linear_num_key_heads": config.linear_num_key_heads,
-        "linear_num_value_heads": config.linear_num_value_heads,
-        "mtp_num_layers": config.mtp_num_hidden_layers or None,
+        "linear_attention_freq": linear_attention_freq(model_config.layer_types),
+        "linear_conv_kernel_dim": model_config.linear_conv_kernel_dim,
+        "linear_key_head_dim": model_config.linear_key_head_dim,
+        "linear_value_head_dim": model_config.linear_value_head_dim,
+        "linear_num_key_heads": model_config.linear_num_key_heads,
+        "linear_num_value_heads": model_config.linear_num_value_heads,
+        "mtp_num_layers": model_config.mtp_num_hidden_layers or None,
     }
-    if config.is_moe:
+    if model_config.is_moe:
         fields |= {
-            "num_moe_experts": config.num_experts,
-            "moe_router_topk": config.num_experts_per_tok,
-            "moe_ffn_hidden_size": config.moe_intermediate_size,
-            "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
+            "num_moe_experts": model_config.num_experts,
+            "moe_router_topk": model_config.num_experts_per_tok,
+            "moe_ffn_hidden_size": model_config.moe_intermediate_size,
+            "moe_shared_expert_intermediate_size": model_config.shared_expert_intermediate_size,
             "moe_shared_expert_gate": True,
             # softmax over the chosen logits is softmax over all of them, renormalised
             "moe_router_pre_softmax": False,
@@ -143,31 +143,31 @@ _RENAMED_ARGUMENTS = {"num_moe_experts": "num_experts"}
 _NOT_ARGUMENTS = ("activation_func", "gated_linear_unit")
 
 
-def architecture_arguments(config: Qwen35Config) -> dict[str, Any]:
+def architecture_arguments(model_config: Qwen35Config) -> dict[str, Any]:
     """The same, and what lies outside TransformerConfig, as megatron.training's argument names.
 
     YaRN stays out: megatron's argument check refuses MTP together with ``yarn``, although the model
-    handles both, so the provider adds it (:func:`apply_yarn`).
+    handles both, so `make_model_provider` adds it (:func:`apply_yarn`).
     """
     arguments = {
         _RENAMED_ARGUMENTS.get(name, name): value
-        for name, value in architecture_fields(config).items()
+        for name, value in architecture_fields(model_config).items()
         if name not in _NOT_ARGUMENTS
     }
     return arguments | {
         "swiglu": True,
         "group_query_attention": True,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": model_config.max_position_embeddings,
         "position_embedding_type": "rope",
-        "rotary_base": config.rope_theta,
-        "rotary_percent": config.rope_parameters.partial_rotary_factor,
-        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "rotary_base": model_config.rope_theta,
+        "rotary_percent": model_config.rope_parameters.partial_rotary_factor,
+        "untie_embeddings_and_output_weights": not model_config.tie_word_embeddings,
         # unmasked padding columns would change the loss, so the vocabulary is never padded
-        "padded_vocab_size": config.vocab_size,
+        "padded_vocab_size": model_config.vocab_size,
     }
 
 
-def transformer_config(config: Qwen35Config, **run: Any) -> Qwen35TransformerConfig:
+def transformer_config(model_config: Qwen35Config, **run: Any) -> Qwen35TransformerConfig:
     """A TransformerConfig built by hand: the architecture, and what the caller says of the run.
 
     Args:
@@ -177,7 +177,7 @@ def transformer_config(config: Qwen35Config, **run: Any) -> Qwen35TransformerCon
     Raises:
         ConfigError: when ``run`` contradicts the architecture.
     """
-    fields = architecture_fields(config)
+    fields = architecture_fields(model_config)
     for name in fields.keys() & run.keys():
         if fields[name] != run[name]:
             raise ConfigError(
@@ -187,7 +187,7 @@ def transformer_config(config: Qwen35Config, **run: Any) -> Qwen35TransformerCon
                 fix="change the Qwen35Config (dataclasses.replace) instead",
             )
     built = Qwen35TransformerConfig(**fields | run)
-    apply_yarn(built, config.yarn)
+    apply_yarn(built, model_config.yarn)
     return built
 
 
@@ -196,7 +196,7 @@ def apply_yarn(config: TransformerConfig, yarn: YarnScaling | None) -> None:
 
     Megatron knows the attention factor only as ``mscale``: with ``mscale_all_dim`` 0 it computes
     ``0.1 * mscale * ln(factor) + 1``, which is solved here for the factor that is wanted. The fused
-    RoPE kernels know no attention factor (for packed sequences they drop it without a word), so
+    RoPE kernels know no attention factor (for packed sequences they ignore it), so
     they are switched off.
     """
     if yarn is None:

@@ -10,7 +10,7 @@ from qwen35_mcore.parallel.rules import RULES, Case, Violation
 
 
 def check_layout(
-    config: Qwen35Config,
+    model_config: Qwen35Config,
     layout: ParallelLayout,
     *,
     seq_length: int | None = None,
@@ -19,7 +19,7 @@ def check_layout(
     global_batch_size: int | None = None,
     fp8: bool = False,
 ) -> list[Violation]:
-    """Everything that keeps `config` from running under `layout`; empty when nothing does.
+    """Everything that keeps `model_config` from running under `layout`; empty when nothing does.
 
     Args:
         seq_length: tokens per sequence, before context parallelism splits it.
@@ -29,7 +29,7 @@ def check_layout(
         fp8: whether matrix products run in FP8.
     """
     case = Case(
-        config=config,
+        model_config=model_config,
         layout=layout,
         seq_length=seq_length,
         world_size=world_size,
@@ -40,30 +40,12 @@ def check_layout(
     return [violation for rule in RULES for violation in rule(case)]
 
 
-def require_layout(
-    config: Qwen35Config,
-    layout: ParallelLayout,
-    *,
-    seq_length: int | None = None,
-    world_size: int | None = None,
-    micro_batch_size: int | None = None,
-    global_batch_size: int | None = None,
-    fp8: bool = False,
-) -> None:
-    """`check_layout`, as an error.
+def refuse_violations(violations: list[Violation]) -> None:
+    """Turn what `check_layout` found into an error.
 
     Raises:
         ConfigError: with every violation in its message.
     """
-    violations = check_layout(
-        config,
-        layout,
-        seq_length=seq_length,
-        world_size=world_size,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        fp8=fp8,
-    )
     if violations:
         listing = "\n  - ".join(str(violation) for violation in violations)
         raise ConfigError(f"the parallel layout cannot run this model:\n  - {listing}")

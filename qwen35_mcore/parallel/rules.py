@@ -10,7 +10,7 @@ from math import gcd
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.layout import ParallelLayout
-from qwen35_mcore.parallel.stages import layout_problems, parse_pipeline_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout, stage_problems
 
 FP8_MULTIPLE = 16
 """Transformer Engine's FP8 products need every width to be a multiple of this."""
@@ -44,7 +44,7 @@ class Violation:
 class Case:
     """What the rules look at. None means unknown: a rule that needs the value stays silent."""
 
-    config: Qwen35Config
+    model_config: Qwen35Config
     layout: ParallelLayout
     seq_length: int | None
     world_size: int | None
@@ -72,19 +72,19 @@ Rule = Callable[[Case], Iterator[Violation]]
 
 def tensor_parallel(case: Case) -> Iterator[Violation]:
     """TP splits heads, feed-forward widths and the vocabulary into equal parts."""
-    config, tp = case.config, case.layout.tp
+    model_config, tp = case.model_config, case.layout.tp
     split = {
-        "num_attention_heads": config.num_attention_heads,
-        "linear_num_key_heads": config.linear_num_key_heads,
-        "linear_num_value_heads": config.linear_num_value_heads,
-        "intermediate_size": config.intermediate_size,
-        "shared_expert_intermediate_size": config.shared_expert_intermediate_size,
-        "vocab_size": config.vocab_size,
+        "num_attention_heads": model_config.num_attention_heads,
+        "linear_num_key_heads": model_config.linear_num_key_heads,
+        "linear_num_value_heads": model_config.linear_num_value_heads,
+        "intermediate_size": model_config.intermediate_size,
+        "shared_expert_intermediate_size": model_config.shared_expert_intermediate_size,
+        "vocab_size": model_config.vocab_size,
     }
     usable = _list(
         one
         for one in _divisors(gcd(*split.values()))
-        if _kv_heads_fit(config.num_key_value_heads, one)
+        if _kv_heads_fit(model_config.num_key_value_heads, one)
     )
     reasons = {
         "vocab_size": "the vocabulary is never padded, because padding would join the softmax"
@@ -102,7 +102,7 @@ def tensor_parallel(case: Case) -> Iterator[Violation]:
 
 def kv_heads(case: Case) -> Iterator[Violation]:
     """KV heads are split over TP ranks, or each is shared by a whole number of them."""
-    heads, tp = case.config.num_key_value_heads, case.layout.tp
+    heads, tp = case.model_config.num_key_value_heads, case.layout.tp
     if not _kv_heads_fit(heads, tp):
         yield Violation(
             rule="tp fits num_key_value_heads",
@@ -115,27 +115,27 @@ def kv_heads(case: Case) -> Iterator[Violation]:
 
 def gdn_context_parallel(case: Case) -> Iterator[Violation]:
     """GDN under CP trades sequence for heads in an all-to-all, unless states are passed."""
-    config, layout = case.config, case.layout
-    if layout.cp == 1 or not config.num_gdn_layers:
+    model_config, layout = case.model_config, case.layout
+    if layout.cp == 1 or not model_config.num_gdn_layers:
         return
     if layout.gdn_cp == "state_passing":
         yield from _part_fits_convolution(case)
         return
     both = layout.tp * layout.cp
-    if config.linear_num_key_heads % both:
+    if model_config.linear_num_key_heads % both:
         yield Violation(
             rule="tp * cp divides linear_num_key_heads",
             reason="context parallel GDN gathers the sequence and splits the key heads left by TP",
             value=f"tp {layout.tp} * cp {layout.cp} = {both}, "
-            f"linear_num_key_heads {config.linear_num_key_heads}",
-            allowed=f"tp * cp {_list(_divisors(config.linear_num_key_heads))}",
+            f"linear_num_key_heads {model_config.linear_num_key_heads}",
+            allowed=f"tp * cp {_list(_divisors(model_config.linear_num_key_heads))}",
             fix="lower cp or tp; training can also pass --gdn-context-parallel state_passing",
         )
 
 
 def _part_fits_convolution(case: Case) -> Iterator[Violation]:
     """Where states are passed, a part gets the convolution's past from one part alone."""
-    past = case.config.linear_conv_kernel_dim - 1
+    past = case.model_config.linear_conv_kernel_dim - 1
     if case.seq_length is not None and case.seq_length // (2 * case.layout.cp) < past:
         yield Violation(
             rule="seq_length / (2 * cp) holds the convolution's past",
@@ -148,8 +148,8 @@ def _part_fits_convolution(case: Case) -> Iterator[Violation]:
 
 def experts(case: Case) -> Iterator[Violation]:
     """EP hands out whole experts, ETP splits each expert's width."""
-    config, layout = case.config, case.layout
-    if not config.is_moe:
+    model_config, layout = case.model_config, case.layout
+    if not model_config.is_moe:
         if layout.ep > 1:
             yield Violation(
                 rule="ep needs experts",
@@ -159,20 +159,21 @@ def experts(case: Case) -> Iterator[Violation]:
                 fix="set ep to 1",
             )
         return
-    if config.num_experts % layout.ep:
+    if model_config.num_experts % layout.ep:
         yield Violation(
             rule="ep divides num_experts",
             reason="every EP rank holds the same number of experts",
-            value=f"ep {layout.ep}, num_experts {config.num_experts}",
-            allowed=f"ep {_list(_divisors(config.num_experts))}",
+            value=f"ep {layout.ep}, num_experts {model_config.num_experts}",
+            allowed=f"ep {_list(_divisors(model_config.num_experts))}",
             fix="change ep",
         )
-    if config.moe_intermediate_size % layout.expert_tp:
+    if model_config.moe_intermediate_size % layout.expert_tp:
         yield Violation(
             rule="etp divides moe_intermediate_size",
             reason="every ETP rank holds the same part of each expert",
-            value=f"etp {layout.expert_tp}, moe_intermediate_size {config.moe_intermediate_size}",
-            allowed=f"etp {_list(_divisors(config.moe_intermediate_size))}",
+            value=f"etp {layout.expert_tp}, "
+            f"moe_intermediate_size {model_config.moe_intermediate_size}",
+            allowed=f"etp {_list(_divisors(model_config.moe_intermediate_size))}",
             fix="change etp (left out, it is tp)",
         )
     if layout.tp > 1 and not layout.sequence_parallel:
@@ -192,7 +193,7 @@ def world(case: Case) -> Iterator[Violation]:
         return
     expert = layout.ep * layout.expert_tp * layout.pp
     products = {"tp * pp * cp": layout.model_size}
-    if case.config.is_moe:
+    if case.model_config.is_moe:
         products["ep * etp * pp"] = expert
     for name, product in products.items():
         if size % product:
@@ -230,7 +231,7 @@ def sequence(case: Case) -> Iterator[Violation]:
             allowed=f"a multiple of {parts}",
             fix=f"use a sequence length of {max(1, round(length / parts)) * parts}",
         )
-    longest = case.config.max_position_embeddings
+    longest = case.model_config.max_position_embeddings
     if length > longest:
         yield Violation(
             rule="the sequence is within max_position_embeddings",
@@ -243,7 +244,7 @@ def sequence(case: Case) -> Iterator[Violation]:
 
 def pipeline(case: Case) -> Iterator[Violation]:
     """Every virtual stage gets its layers, from an even split or from a layout string."""
-    layout, layers = case.layout, case.config.num_hidden_layers
+    layout, layers = case.layout, case.model_config.num_hidden_layers
     if layout.vpp > 1 and layout.pp == 1:
         yield Violation(
             rule="vpp needs pp",
@@ -253,7 +254,7 @@ def pipeline(case: Case) -> Iterator[Violation]:
             fix="set vpp to 1",
         )
     if layout.pipeline_layout is not None:
-        yield from _layout_string(case, layout.pipeline_layout)
+        yield from _stages(case, layout.pipeline_layout)
     elif layers % (layout.pp * layout.vpp):
         yield Violation(
             rule="pp * vpp divides num_hidden_layers",
@@ -322,8 +323,8 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _layout_string(case: Case, text: str) -> Iterator[Violation]:
-    layout, config = case.layout, case.config
+def _stages(case: Case, text: str) -> Iterator[Violation]:
+    layout, model_config = case.layout, case.model_config
 
     def violation(problem: str, allowed: str) -> Violation:
         return Violation(
@@ -346,34 +347,35 @@ def _layout_string(case: Case, text: str) -> Iterator[Violation]:
             f"{wanted} stages",
         )
         return
-    for problem in layout_problems(
+    for problem in stage_problems(
         stages,
-        num_layers=config.num_hidden_layers,
-        num_mtp_layers=config.mtp_num_hidden_layers,
+        num_layers=model_config.num_hidden_layers,
+        num_mtp_layers=model_config.mtp_num_hidden_layers,
         standalone_mtp=layout.standalone_mtp,
         pp=layout.pp,
     ):
         yield violation(
-            problem, f"E, {config.num_hidden_layers} t, {config.mtp_num_hidden_layers} m, L"
+            problem,
+            f"E, {model_config.num_hidden_layers} t, {model_config.mtp_num_hidden_layers} m, L",
         )
 
 
 def _matrix_widths(case: Case) -> Iterator[tuple[str, int, int]]:
     """(name, global width, ranks that split it) of every input or output of an FP8 product."""
-    config, tp, etp = case.config, case.layout.tp, case.layout.expert_tp
-    yield "hidden_size", config.hidden_size, 1
-    if config.num_gdn_layers:
-        in_proj = 2 * config.gdn_key_dim + 2 * config.gdn_value_dim  # without the logits b and a
-        yield "the GDN input projection", in_proj, tp
-        yield "the GDN output projection", config.gdn_value_dim, tp
-    heads, kv = config.num_attention_heads, config.num_key_value_heads
-    yield "the attention qkv projection", (2 * heads + 2 * kv) * config.head_dim, tp
-    yield "the attention output projection", heads * config.head_dim, tp
-    if config.is_moe:
-        yield "the experts", config.moe_intermediate_size, etp
-        yield "the shared expert", config.shared_expert_intermediate_size, tp
+    model_config, tp, etp = case.model_config, case.layout.tp, case.layout.expert_tp
+    yield "hidden_size", model_config.hidden_size, 1
+    if model_config.num_gdn_layers:
+        gdn = model_config.gdn_shape  # FP8 runs give the logits b and a another projection
+        yield "the GDN input projection", gdn.qkvz_width, tp
+        yield "the GDN output projection", gdn.value_width, tp
+    attention = model_config.attention_shape
+    yield "the attention qkv projection", attention.qkv_width, tp
+    yield "the attention output projection", attention.query_width, tp
+    if model_config.is_moe:
+        yield "the experts", model_config.moe_intermediate_size, etp
+        yield "the shared expert", model_config.shared_expert_intermediate_size, tp
     else:
-        yield "the feed-forward layer", config.intermediate_size, tp
+        yield "the feed-forward layer", model_config.intermediate_size, tp
 
 
 def _kv_heads_fit(heads: int, tp: int) -> bool:

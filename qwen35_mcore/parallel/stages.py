@@ -51,7 +51,7 @@ def _tokens(part: str, whole: str) -> Iterator[str]:
         position = match.end()
 
 
-def layout_problems(
+def stage_problems(
     stages: tuple[str, ...], *, num_layers: int, num_mtp_layers: int, standalone_mtp: bool, pp: int
 ) -> Iterator[str]:
     """What is wrong with the content of a layout, one sentence each.

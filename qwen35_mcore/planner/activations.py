@@ -43,7 +43,7 @@ def gdn(batch: Microbatch) -> Kept:
     before and after its norm."""
     config, tp, hidden = batch.config, batch.candidate.tp, batch.config.hidden_size
     heads = config.linear_num_value_heads
-    key, value = config.gdn_key_dim, config.gdn_value_dim
+    key, value = config.gdn_shape.key_width, config.gdn_shape.value_width
     projection = 2 * (2 * key + 2 * value + 2 * heads)
     convolved = 2 * (2 * key + value)
     chunks = heads * 2 * DELTA_RULE_CHUNK

@@ -246,8 +246,8 @@ class Model:
 
     def _gdn_exchange(self) -> float:
         config, tp = self.job.config, self.candidate.tp
-        into = 2 * config.gdn_key_dim + 2 * config.gdn_value_dim
-        sizes = (into, config.gdn_value_dim)
+        into = config.gdn_shape.qkvz_width
+        sizes = (into, config.gdn_shape.value_width)
         return sum(
             all_to_all(2 * self.batch.tokens * size / tp, self.groups.cp, self.job.gpu)
             for size in sizes

@@ -20,8 +20,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.data import read_sidecar
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.kernels.registry import KERNELS
-from qwen35_mcore.mcore import cpu_mode
-from qwen35_mcore.mcore.imports import config_from_arguments
+from qwen35_mcore.mcore import cpu_mode, imports
 from qwen35_mcore.mcore.megatron_errors import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, architecture_arguments
 from qwen35_mcore.parallel.layout import GDN_CONTEXT_PARALLEL
@@ -52,26 +51,22 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         DataError: a dataset or tokenizer that cannot train it.
         CheckpointError: no checkpoint where the run must start from one, or one of another model.
     """
-    from megatron.training import get_tokenizer
-    from megatron.training.arguments import parse_args
-    from megatron.training.global_vars import set_global_variables
-
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         with _argv(argv):
-            parse_args(_with_readable_help)  # prints the help and exits
+            imports.parse_args(_with_readable_help)  # prints the help and exits
     _run_alone_without_a_launcher()
     early, _ = _model_parser().parse_known_args(argv)
     if early.flavor is None and early.hf_config is None:
         early.hf_config = model_of_start(argv)
-    hf = choose_model(early.flavor, early.hf_config, early.override)
-    args = read_flags(argv, hf)
-    if hf.is_moe:
+    model_config = choose_model(early.flavor, early.hf_config, early.override)
+    args = read_flags(argv, model_config)
+    if model_config.is_moe:
         choose_dispatcher(args)
     check_flags(args)
-    _complete(args, hf)
-    start = check_run(args, hf)
-    _take_over_origin(args, start)
+    _complete(args, model_config)
+    start = check_run(args, model_config)
+    _take_over_carried(args, start)
     with as_config_errors(args):
         validated_config(args)
     if not args.skip_train:
@@ -79,43 +74,43 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     check_resume(args, start)
     try:
         with as_config_errors(args):
-            set_global_variables(args)
+            imports.set_global_variables(args)
     except ConfigError as error:
         raise tokenizer_error(args, error) from error
-    check_tokenizer(args, hf, get_tokenizer())
-    carry_tokenizer(args, hf, start, get_tokenizer())
-    return args, hf
+    check_tokenizer(args, model_config, imports.get_tokenizer())
+    carry_tokenizer(args, model_config, start, imports.get_tokenizer())
+    return args, model_config
 
 
-def read_flags(argv: list[str], hf: Qwen35Config, on_cpu: bool | None = None) -> argparse.Namespace:
+def read_flags(
+    argv: list[str], model_config: Qwen35Config, on_cpu: bool | None = None
+) -> argparse.Namespace:
     """megatron's namespace: its defaults, `run_defaults` for the model, and the flags.
 
     Raises:
         ConfigError: a flag that does not exist, or whose class refuses it.
     """
-    from megatron.training.arguments import parse_args
-
     on_cpu = cpu_mode.is_needed() if on_cpu is None else on_cpu
 
     def add_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         raise_instead_of_usage(parser)
         megatrons = [action.dest for action in parser._actions]
         _add_model_arguments(parser)
-        parser.set_defaults(**run_defaults(hf, on_cpu), **architecture_arguments(hf))
+        parser.set_defaults(
+            **run_defaults(model_config, on_cpu), **architecture_arguments(model_config)
+        )
         check_classes_while_parsing(parser, megatrons, on_cpu=on_cpu)
         return parser
 
     with _argv(argv):
-        return parse_args(add_ours)
+        return imports.parse_args(add_ours)
 
 
 def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
     """The model's TransformerConfig (without YaRN); completes the namespace as megatron does."""
-    from megatron.training.arguments import validate_args
-
-    validate_args(args)
+    imports.validate_args(args)
     args.variable_seq_lengths = lengths_vary(args)
-    return config_from_arguments(args, Qwen35TransformerConfig)
+    return imports.core_transformer_config_from_args(args, Qwen35TransformerConfig)
 
 
 def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]) -> Qwen35Config:
@@ -134,13 +129,13 @@ def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]
             "--pretrained-checkpoint",
             fix="see `qwen35 flavors` for the names",
         )
-    hf = get_flavor(flavor) if flavor else Qwen35Config.from_hf(str(hf_config))
+    model_config = get_flavor(flavor) if flavor else Qwen35Config.from_hf(str(hf_config))
     changes = dict(_parse_override(item) for item in overrides)
     layers = changes.get("num_hidden_layers")
     if isinstance(layers, int) and "layer_types" not in changes:
-        whole = layers // len(hf.layer_types) + 1
-        changes["layer_types"] = (hf.layer_types * whole)[:layers]
-    return replace(hf, **changes) if changes else hf
+        whole = layers // len(model_config.layer_types) + 1
+        changes["layer_types"] = (model_config.layer_types * whole)[:layers]
+    return replace(model_config, **changes) if changes else model_config
 
 
 def _parse_override(item: str) -> tuple[str, Any]:
@@ -159,7 +154,7 @@ def _parse_override(item: str) -> tuple[str, Any]:
     return key, tuple(value) if isinstance(value, list) else value
 
 
-def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]:
+def run_defaults(model_config: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]:
     """Defaults for what the architecture leaves open, on this machine (or on the one named)."""
     defaults: dict[str, Any] = {
         "dist_ckpt_optim_fully_reshardable": True,  # the usual format cannot change TP or PP
@@ -167,14 +162,14 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
         "create_attention_mask_in_dataloader": False,
         "attention_softmax_in_fp32": True,
         "calculate_per_token_loss": True,  # else unequal masks weigh tokens by their rank
-        "rerun_mode": "disabled",  # see nonfinite
+        "rerun_mode": "disabled",  # its check of losses and gradients then includes the first step
         # without experts, too: megatron lets no sequences of several lengths beside allgather
         "moe_token_dispatcher_type": "alltoall",
     }
-    if hf.is_moe:
+    if model_config.is_moe:
         defaults |= {
             "moe_router_load_balancing_type": "global_aux_loss",
-            "moe_aux_loss_coeff": hf.router_aux_loss_coef,
+            "moe_aux_loss_coeff": model_config.router_aux_loss_coef,
             "moe_grouped_gemm": True,
         }
     if cpu_mode.is_needed() if on_cpu is None else on_cpu:
@@ -189,9 +184,9 @@ def run_defaults(hf: Qwen35Config, on_cpu: bool | None = None) -> dict[str, Any]
             "no_persist_layer_norm": True,
         }
     return defaults | {
-        "moe_permute_fusion": hf.is_moe,
-        "moe_router_fusion": hf.is_moe,
-        "moe_token_dispatcher_type": AUTO if hf.is_moe else "alltoall",
+        "moe_permute_fusion": model_config.is_moe,
+        "moe_router_fusion": model_config.is_moe,
+        "moe_token_dispatcher_type": AUTO if model_config.is_moe else "alltoall",
         # the float32 copies of 248k logits per token cost more than several layers
         "cross_entropy_loss_fusion": True,
         "cross_entropy_fusion_impl": cross_entropy_default(),
@@ -219,21 +214,23 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--gdn-kernel",
         choices=KERNELS,
         default="auto",
-        help="Kernels of the GatedDeltaNet. auto says what it chose and why.",
+        help="Kernels of the GatedDeltaNet. auto prints what it chose and why.",
     )
     group.add_argument(
         "--gdn-context-parallel",
         choices=GDN_CONTEXT_PARALLEL,
         default=GDN_CONTEXT_PARALLEL[0],
-        help="How context-parallel ranks share a GatedDeltaNet: by heads of the whole sequence, or "
-        "by tokens, passing states, which the number of heads does not bound.",
+        help="How context-parallel ranks share a GatedDeltaNet. all_to_all: each rank takes some "
+        "heads of the whole sequence. state_passing: each rank keeps its tokens and passes states "
+        "on; the number of heads sets no limit.",
     )
     group.add_argument(
         "--moe-experts",
         choices=("auto", "grouped_mm", "te"),
         default="auto",
-        help="Routed experts on a GPU: one grouped_mm kernel, bf16 also in an FP8 run, or "
-        "Transformer Engine's, in FP8 where the run is. auto: grouped_mm wherever it can run.",
+        help="Routed experts on a GPU. grouped_mm: one kernel for all experts, bf16 also in an FP8 "
+        "run. te: Transformer Engine's, in FP8 where the run is. auto: grouped_mm wherever it can "
+        "run.",
     )
     group.add_argument(
         "--loss-per-microbatch",
@@ -248,8 +245,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument(
         "--accept-untested-megatron",
         action="store_true",
-        help="On a release of megatron-core that this package was not tested with, replace also "
-        "the parts that no probe can judge; see `qwen35 doctor --patches`.",
+        help="On a release of megatron-core that this package was not tested with, also apply the "
+        "patches that no probe can judge; see `qwen35 doctor --patches`.",
     )
     group.add_argument(
         "--float32-main-params",
@@ -281,10 +278,10 @@ def _run_alone_without_a_launcher() -> None:
         os.environ.setdefault("MASTER_PORT", "0")  # any free one: nobody else has to find it
 
 
-def _complete(args: argparse.Namespace, hf: Qwen35Config) -> None:
+def _complete(args: argparse.Namespace, model_config: Qwen35Config) -> None:
     """What no default can say, because it depends on other flags."""
-    args.qwen35_hf_config = json.dumps(hf.to_hf(), sort_keys=True)
-    if args.tensor_model_parallel_size > 1 and hf.is_moe:
+    args.qwen35_hf_config = json.dumps(model_config.to_hf(), sort_keys=True)
+    if args.tensor_model_parallel_size > 1 and model_config.is_moe:
         args.sequence_parallel = True  # megatron refuses to train MoE under TP without it
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # megatron insists: it orders communication before the computation that overlaps it
@@ -292,10 +289,10 @@ def _complete(args: argparse.Namespace, hf: Qwen35Config) -> None:
     _tokenizer_from_sidecar(args)
 
 
-def _take_over_origin(args: argparse.Namespace, start: Start | None) -> None:
-    args.qwen35_origin = start.origin if start is not None else ""
-    if start is not None and start.origin and args.save and args.rank == 0:
-        take_over(start.origin, start.folder.parent, Path(args.save))
+def _take_over_carried(args: argparse.Namespace, start: Start | None) -> None:
+    args.qwen35_origin = start.carried if start is not None else ""
+    if start is not None and start.carried and args.save and args.rank == 0:
+        take_over(start.carried, start.folder.parent, Path(args.save))
 
 
 def _tokenizer_from_sidecar(args: argparse.Namespace) -> None:

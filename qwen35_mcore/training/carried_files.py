@@ -1,4 +1,4 @@
-"""What a run carries along for its export, in folders beside its checkpoints.
+"""What a run keeps unconverted for its export, in folders beside its checkpoints.
 
 An import's folder (the vision tower, the tokenizer's files) is named in ``qwen35_origin``, and the
 folder of the tokenizer that made the data in ``qwen35_tokenizer``. A run that starts from another

@@ -37,7 +37,9 @@ class AsSaved(PreTrainedTokenizerFast):
 '''
 
 
-def carry_tokenizer(args: Namespace, hf: Qwen35Config, start: Start | None, built: Any) -> None:
+def carry_tokenizer(
+    args: Namespace, model_config: Qwen35Config, start: Start | None, built: Any
+) -> None:
     """Keep the run's Hugging Face tokenizer in ``--save``, and name it in the checkpoints.
 
     The tokenizer that made the data wins over the one of the checkpoint that the run starts from;
@@ -71,8 +73,8 @@ def carry_tokenizer(args: Namespace, hf: Qwen35Config, start: Start | None, buil
                 "data's",
                 flush=True,
             )
-        known = {} if before is not None else hf.carried
-        store(name, save, partial(_write, tokenizer, args, hf, known))
+        known = {} if before is not None else model_config.carried
+        store(name, save, partial(_write, tokenizer, args, model_config, known))
     if start is not None and name:
         take_over(name, start.folder.parent, save)
 
@@ -134,8 +136,8 @@ def _of_the_start(start: Start | None) -> tuple[str, Path | None]:
     beside = start.folder.parent
     if start.tokenizer and (beside / start.tokenizer).is_dir():
         return start.tokenizer, beside / start.tokenizer
-    imported = beside / start.origin / "files"
-    return "", imported if start.origin and tokenizer_files(imported) else None
+    imported = beside / start.carried / "files"
+    return "", imported if start.carried and tokenizer_files(imported) else None
 
 
 def _loaded(folder: Path | str) -> Any:
@@ -157,12 +159,12 @@ def _name(tokenizer: Any) -> str:
 
 
 def _write(
-    tokenizer: Any, args: Namespace, hf: Qwen35Config, known: dict[str, Any], folder: Path
+    tokenizer: Any, args: Namespace, model_config: Qwen35Config, known: dict[str, Any], folder: Path
 ) -> None:
     """Write files of which transformers makes the same tokenizer beside this model's config."""
     folder.mkdir()
     config = folder / "config.json"
-    config.write_text(json.dumps(hf.to_hf()))
+    config.write_text(json.dumps(model_config.to_hf()))
     if not any(same_ids(_loaded(folder), tokenizer) for _ in _attempts(tokenizer, args, folder)):
         print(
             f"tokenizer: transformers does not load {tokenizer.name_or_path} as it is beside a "

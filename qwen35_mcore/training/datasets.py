@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.training import get_args, get_tokenizer
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from qwen35_mcore.mcore.imports import (
+    BlendedMegatronDatasetBuilder,
+    GPTDataset,
+    GPTDatasetConfig,
+    MockGPTDataset,
+    get_args,
+    get_blend_and_blend_per_split,
+    get_tokenizer,
+    is_first_or_last_pipeline_stage,
+    mpu,
+)
 
 
 def datasets(sample_counts: list[int], vp_stage: int | None = None) -> Any:

@@ -7,16 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import mpu
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.core.utils import (
+
+from qwen35_mcore.mcore.imports import (
     flatten_batch_for_packed_sequences,
+    get_args,
     get_attr_wrapped_model,
     get_batch_on_this_tp_rank,
+    get_timers,
+    is_first_or_last_pipeline_stage,
+    mpu,
+    mtp_on_this_rank,
 )
-from megatron.training import get_args, get_timers
-from megatron.training.utils import is_first_or_last_pipeline_stage
-
 from qwen35_mcore.training.checks.data import check_batch
 from qwen35_mcore.training.loss import loss_function
 from qwen35_mcore.training.packed_documents import batch_on_this_cp_rank, packed_sequences

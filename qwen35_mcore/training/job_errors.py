@@ -1,7 +1,7 @@
-"""One error for the whole job, whichever ranks see it.
+"""One error message for the whole job, whichever ranks see the error.
 
-Every rank runs the same checks, so a mistake is found by all of them; printing it once per rank
-buries it. The launcher's store, which exists before any process group, says who prints.
+Every rank runs the same checks, so all of them find the same mistake; one message per rank would
+bury it. The launcher's store, which exists before any process group, decides who prints.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _KEY = "qwen35_mcore/error"
 
 @contextlib.contextmanager
 def reported_once() -> Iterator[None]:
-    """Run a training script: a `Qwen35Error` ends every rank with its exit status and one message,
-    as does what megatron raises before training is under way (`start_errors`).
+    """Run a training script: a `Qwen35Error` ends every rank with its exit status and one message.
+    So does what megatron raises before the first step is done (`start_errors`).
 
-    Once a rank has reported an error, what its absence causes elsewhere (a closed connection in
-    the middle of a collective) ends in silence with status 1; any other exception passes. Ctrl-C is
-    one line. QWEN35_TRACEBACK=1 prints the traceback of every error.
+    Once a rank has reported an error, the other ranks lose their connections to it; they end with
+    status 1 and print nothing. Any other exception passes. Ctrl-C prints one line.
+    QWEN35_TRACEBACK=1 prints the traceback of every error.
     """
     try:
         yield

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training import get_args
+
+from qwen35_mcore.mcore.imports import get_args, get_rerun_state_machine
+from qwen35_mcore.mcore.non_finite import non_finite
+
+MESSAGE = "found NaN or infinity in local forward loss"
 
 
 def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, ...]:
@@ -26,9 +28,21 @@ def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, .
     """
     loss = torch.sum(output.float().view(-1) * loss_mask.view(-1).float())
     if get_args().check_for_nan_in_loss_and_grad:
-        validate = partial(get_rerun_state_machine().validate_result, result=loss, fatal=True)
-        validate(rejection_func=torch.isnan, message="found NaN in local forward loss")
-        validate(rejection_func=torch.isinf, message="found Inf in local forward loss")
+        _check(loss)
     tokens = loss_mask.sum().detach().to(torch.int)
     report = torch.stack([loss.detach(), tokens.to(loss.dtype)])
     return loss, tokens, {"lm loss": report}
+
+
+def _check(loss: torch.Tensor) -> None:
+    """Megatron's machine decides what follows: with --rerun-mode it runs the step again to find out
+    why; by default it raises. A GPU waits once for this."""
+    try:
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=lambda loss: not loss.isfinite(),
+            message=MESSAGE,
+            fatal=True,
+        )
+    except RuntimeError:
+        raise non_finite(MESSAGE, loss.item()) from None

@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.mcore.imports import (
-    PackedSeqParams,
-    get_batch_on_this_cp_rank,
-    zigzag_of_documents,
-)
+from qwen35_mcore.mcore.gdn_heads import zigzag_of_documents
+from qwen35_mcore.mcore.imports import PackedSeqParams, get_batch_on_this_cp_rank
 
 TOKEN_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 FP8_ROWS = 32

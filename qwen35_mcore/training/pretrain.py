@@ -22,12 +22,9 @@ with quiet_imports():
     if cpu_mode.is_needed():
         cpu_mode.enable_training()
 
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
     from qwen35_mcore.config.flops import training_flops
     from qwen35_mcore.config.model_config import Qwen35Config
+    from qwen35_mcore.mcore.imports import ModelType, pretrain, pretrain_cfg_container_from_args
     from qwen35_mcore.mcore.patches.install import install
     from qwen35_mcore.model.build import make_model_provider
     from qwen35_mcore.training.arguments import parse_arguments

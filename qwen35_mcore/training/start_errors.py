@@ -1,8 +1,8 @@
-"""What megatron, Transformer Engine or torch raise before training is under way, as one error.
+"""What megatron, Transformer Engine or torch raise before the first step is done, as one error.
 
-Where a run fails says what the user can do. While the model, the datasets and the first step are
-built it is a flag or the machine, and an error names both; afterwards it is a bug or a fault of the
-hardware, whose traceback stays as it is. Memory that runs out gets advice at any time.
+While the model, the datasets and the first step are set up, the cause is a flag or the machine, and
+the error names both. After that it is a bug or a fault of the hardware, and its traceback is
+printed as it is. Memory that runs out, and a gradient that is not finite, get advice at any time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import traceback
 from pathlib import Path
 
 from qwen35_mcore.errors import Qwen35Error
+from qwen35_mcore.mcore import imports
 from qwen35_mcore.mcore.megatron_errors import failed_assertion, first_raised, named_values
 
 TRACEBACK = "QWEN35_TRACEBACK"
@@ -31,7 +33,7 @@ PHASES = {
     "build_train_valid_test_data_iterators": "building the datasets",
     "train_step": "the first step",
 }
-"""By the function of megatron's that is on the stack; the innermost one counts."""
+"""What the run was doing, by megatron's innermost function of these on the stack."""
 
 
 def traceback_wanted() -> bool:
@@ -40,9 +42,9 @@ def traceback_wanted() -> bool:
 
 
 class StartError(Qwen35Error):
-    """A run that cannot begin, in megatron's words. The whole traceback is in a file."""
+    """A run that cannot start, with megatron's own message. The whole traceback is in a file."""
 
-    exit_status = 1  # not always the user's: a job may be queued again
+    exit_status = 1  # not always the user's mistake: a job may be queued again
 
 
 class OutOfMemoryError(StartError):
@@ -50,7 +52,7 @@ class OutOfMemoryError(StartError):
 
 
 def explained(error: Exception) -> Qwen35Error | None:
-    """One error for what ended a run, or None where its traceback says more.
+    """One error for the exception that ended a run, or None where its traceback says more.
 
     Writes the traceback to a file that the error names.
     """
@@ -59,6 +61,8 @@ def explained(error: Exception) -> Qwen35Error | None:
         return None
     if _is_out_of_memory(error):
         return _out_of_memory(error, args)
+    if _megatrons_functions(error)[-1:] == ["validate_result"]:
+        return _rejected(error)
     phase = _phase(error, args)
     if phase is None:
         return None
@@ -69,29 +73,45 @@ def explained(error: Exception) -> Qwen35Error | None:
         f"{phase} failed: {type(first).__name__}: {text}\n  at: {_place(first)}",
         got=named_values(args, f"{condition} {text}") or _command_line(),
         allowed=condition if condition != text else None,
-        fix="correct or drop the flag that it is about; if it is about none, the whole traceback "
-        f"is in {_write_traceback(error, args)}",
+        fix="correct or drop the flag that the message names; if it names none, the whole "
+        f"traceback is in {_write_traceback(error, args)}",
     )
 
 
 def _arguments() -> argparse.Namespace | None:
     """megatron's arguments, once they are checked and registered."""
-    training = sys.modules.get("megatron.training.global_vars")
-    return getattr(training, "_GLOBAL_ARGS", None)
+    if "megatron.training" in sys.modules:
+        with contextlib.suppress(AssertionError):  # not yet
+            return imports.get_args()
+    return None
 
 
 def _phase(error: Exception, args: argparse.Namespace) -> str | None:
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = [
-        frame.f_code.co_name
-        for frame in frames
-        if frame.f_globals.get("__name__", "").startswith("megatron.")
-    ]
+    names = _megatrons_functions(error)
     known = [name for name in names if name in PHASES]
     if not known or "evaluate" in names:
         return None
     later = "train" in names and args.curr_iteration > args.iteration
     return None if later else PHASES[known[-1]]
+
+
+def _megatrons_functions(error: BaseException) -> list[str]:
+    """Names of the functions of megatron's on the stack, the innermost one last."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [
+        frame.f_code.co_name
+        for frame in frames
+        if frame.f_globals.get("__name__", "").startswith("megatron.")
+    ]
+
+
+def _rejected(error: Exception) -> Qwen35Error:
+    """What --check-for-nan-in-loss-and-grad finds in the gradients, which megatron checks."""
+    from qwen35_mcore.mcore.non_finite import non_finite
+
+    text = " ".join(str(error).split())
+    result = re.search(r"Unexpected result (.*) \(message='(.*)'\)", text)
+    return non_finite(result[2], result[1]) if result else non_finite(text, None)
 
 
 def _place(error: BaseException) -> str:

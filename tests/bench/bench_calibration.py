@@ -27,7 +27,7 @@ from megatron.core.transformer.spec_utils import build_module
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.model.build import build_model
-from qwen35_mcore.model.spec_providers import get_backend
+from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import gated_attention_spec, gated_delta_net_spec, layer_spec
 from tests.bench.common import cut_config, gpu_config, median_ms, start
 from tests.helpers.toys import random_tokens
@@ -81,15 +81,15 @@ LENGTH = 4096
 
 def time_layer(part: str, flavor: str, experts: int | None, batch: int, precision: str) -> Any:
     """A row of the file's "layers"."""
-    hf = cut_config(flavor, 4, experts)
+    model_config = cut_config(flavor, 4, experts)
     config = gpu_config(
-        hf,
+        model_config,
         FP8[precision],
         moe_router_force_load_balancing=True,
         moe_experts="grouped_mm" if precision == "bf16" else "auto",
     )
-    forward, module = _part(part, hf, config, batch)
-    x = torch.randn(LENGTH, batch, hf.hidden_size, device="cuda", dtype=torch.bfloat16)
+    forward, module = _part(part, model_config, config, batch)
+    x = torch.randn(LENGTH, batch, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
     x.requires_grad_()
 
     def run() -> torch.Tensor:
@@ -115,7 +115,7 @@ def time_layer(part: str, flavor: str, experts: int | None, batch: int, precisio
     both = median_ms(lambda: run().backward(gradient), repeats=15)["ms"]
     return {
         "part": part,
-        "hidden": hf.hidden_size,
+        "hidden": model_config.hidden_size,
         "flavor": flavor,
         "overrides": {} if experts is None else {"num_experts": experts},
         "local_experts": experts,
@@ -129,28 +129,31 @@ def time_layer(part: str, flavor: str, experts: int | None, batch: int, precisio
 
 
 def _part(
-    part: str, hf: Qwen35Config, config: Any, batch: int
+    part: str, model_config: Qwen35Config, config: Any, batch: int
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.nn.Module]:
-    backend, groups = get_backend(config), ProcessGroupCollection.use_mpu_process_groups()
+    spec_provider = get_spec_provider(config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     if part in ("gdn", "attention"):
         spec = gated_delta_net_spec if part == "gdn" else gated_attention_spec
         module = build_module(
-            spec(backend), config=config, layer_number=1, pg_collection=groups
+            spec(spec_provider), config=config, layer_number=1, pg_collection=groups
         ).cuda()
         rotary = RotaryEmbedding(
-            hf.head_dim, hf.rope_parameters.partial_rotary_factor, rotary_base=hf.rope_theta
+            model_config.head_dim,
+            model_config.rope_parameters.partial_rotary_factor,
+            rotary_base=model_config.rope_theta,
         )(LENGTH)
         return lambda x: module(x, attention_mask=None, rotary_pos_emb=rotary)[0], module
     if part in ("moe", "mlp"):
-        spec = layer_spec(hf.layer_types[0], config, backend)
+        spec = layer_spec(model_config.layer_types[0], config, spec_provider)
         layer = build_module(spec, config=config, layer_number=1, pg_collection=groups).cuda()
         layer.self_attention = None
         if part == "mlp":
             return lambda x: layer.mlp(x)[0], layer
         return lambda x: layer.mlp(layer.pre_mlp_layernorm(x))[0], layer
     # the output layer and the loss, as GPTModel runs them on the last stage
-    model = build_model(hf, config, pre_process=False).cuda()
-    labels = random_tokens(hf, batch, LENGTH, seed=1)[:, :LENGTH].cuda()
+    model = build_model(model_config, config, pre_process=False).cuda()
+    labels = random_tokens(model_config, batch, LENGTH, seed=1)[:, :LENGTH].cuda()
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         logits, _ = model.output_layer(x)
@@ -170,9 +173,9 @@ def measure_run(
     precision: str,
 ) -> Any:
     """A row of the file's "runs": the third of three training steps."""
-    hf = cut_config(flavor, layers, experts, mtp=True)
+    model_config = cut_config(flavor, layers, experts, mtp=True)
     config = gpu_config(
-        hf,
+        model_config,
         FP8[precision],
         moe_router_force_load_balancing=True,
         gradient_accumulation_fusion=True,
@@ -181,8 +184,8 @@ def measure_run(
     )
     left_over = torch.cuda.memory_allocated()  # what autograd still holds of the run before
     layout = Layout(dtype=torch.bfloat16)
-    wrapped, optimizer = wrap([build_model(hf, config).cuda()], config, layout, 1e-4)
-    tokens = random_tokens(hf, batch * microbatches, LENGTH, seed=1).cuda()
+    wrapped, optimizer = wrap([build_model(model_config, config).cuda()], config, layout, 1e-4)
+    tokens = random_tokens(model_config, batch * microbatches, LENGTH, seed=1).cuda()
     mask = torch.ones(tokens.shape[0], LENGTH, device="cuda")
     data, result = Batch(tokens, mask), Result()
 
@@ -248,7 +251,7 @@ def main() -> None:
         "--append", action="store_true", help="Keep the rows of an existing file of the same card."
     )
     parser.add_argument(
-        "--match", default="", help="Only cases in whose description this regular expression is."
+        "--match", default="", help="Only cases whose description matches this regular expression."
     )
     args = parser.parse_args()
     start()

@@ -20,13 +20,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 
-from checkpoint_tools.hf_write import Output, index_content, plan_shards, write_shard
-from checkpoint_tools.names import Naming, rows
-from checkpoint_tools.storage import ChecksumWriter
+from checkpoint_tools.files.checksums import ChecksumWriter
+from checkpoint_tools.hf.write import index_content, plan_shards, write_shard
+from checkpoint_tools.table.names import Naming, rows
+from checkpoint_tools.table.transforms import LazyTensor
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
@@ -69,21 +72,19 @@ def write_source(folder: Path, config: Qwen35Config, experts: str) -> int:
         for start in range(0, count, block.numel()):
             yield block[: min(block.numel(), count - start)]
 
-    outputs = []
-    for row in rows(config, Naming.default(config, experts)):  # type: ignore[arg-type]
-        for spec in row.hf:
-            count = torch.Size(spec.shape).numel()
-            outputs.append(
-                Output(spec.name, torch.bfloat16, spec.shape, lambda n=count: pieces(n))  # type: ignore[misc]
-            )
+    tensors = [
+        LazyTensor(spec.name, torch.bfloat16, spec.shape, partial(pieces, prod(spec.shape)))
+        for row in rows(config, Naming.default(config, experts))  # type: ignore[arg-type]
+        for spec in row.hf
+    ]
     folder.mkdir(parents=True)
-    shards = plan_shards(outputs, 2_500_000_000, "model")
+    shards = plan_shards(tensors, 2_500_000_000)
     for name, shard in shards.items():
         with open(folder / name, "wb", buffering=0) as file:
             write_shard(ChecksumWriter(file), shard)
     (folder / "model.safetensors.index.json").write_bytes(index_content(shards))
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    return sum(output.nbytes for output in outputs)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def measure(command: list[object], source: Path) -> Phase:

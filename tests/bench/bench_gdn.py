@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 
 from qwen35_mcore.config.flops import gdn_layer_flops
-from qwen35_mcore.model.spec_providers import get_backend
+from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import gated_delta_net_spec
 from tests.bench.common import (
     BANDWIDTH,
@@ -48,7 +48,7 @@ def build_native(config: Any) -> torch.nn.Module:
 
 
 def build_ours(config: Any) -> torch.nn.Module:
-    return _build(gated_delta_net_spec(get_backend(config)), config)
+    return _build(gated_delta_net_spec(get_spec_provider(config)), config)
 
 
 def _build(spec: Any, config: Any) -> torch.nn.Module:
@@ -79,22 +79,26 @@ def make_step(module: Any, x: torch.Tensor, grad: torch.Tensor) -> Any:
     return step
 
 
-def floor_ms(hf: Any, tokens: int) -> float:
-    operations = 3 * gdn_layer_flops(hf, tokens) / (RATE_TFLOPS * 1e9)
-    channels = 2 * hf.hidden_size + 2 * hf.gdn_conv_dim + 3 * hf.gdn_value_dim
+def floor_ms(model_config: Any, tokens: int) -> float:
+    operations = 3 * gdn_layer_flops(model_config, tokens) / (RATE_TFLOPS * 1e9)
+    channels = (
+        2 * model_config.hidden_size
+        + 2 * model_config.gdn_shape.conv_width
+        + 3 * model_config.gdn_shape.value_width
+    )
     return max(operations, 3 * 2 * tokens * channels / BANDWIDTH * 1e3)
 
 
 def bench(flavor: str, length: int, batch: int, args: Any) -> None:
-    hf = cut_config(flavor, 1)
-    config = gpu_config(hf)
+    model_config = cut_config(flavor, 1)
+    config = gpu_config(model_config)
     native = build_native(config)
     torch.manual_seed(0)
-    x = torch.randn(length, batch, hf.hidden_size, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(length, batch, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
     x.requires_grad_()
     grad = torch.randn_like(x)
-    tokens, floor = length * batch, floor_ms(hf, length * batch)
-    model_flops = 3 * gdn_layer_flops(hf, tokens)
+    tokens, floor = length * batch, floor_ms(model_config, length * batch)
+    model_flops = 3 * gdn_layer_flops(model_config, tokens)
     results, times, kernels = {}, {}, {}
     for name in args.which:
         # Read by FLA at every call, by us when a layer is built.
@@ -103,9 +107,9 @@ def bench(flavor: str, length: int, batch: int, args: Any) -> None:
         if name.startswith("ours"):
             module = build_ours(config)
             copy_weights(native, module)
-            kernels[name] = module.kernel.reason
-            if name.endswith(FLASH_QLA) and module.kernel.gates_in_kernel:
-                sys.exit(f"FlashQLA cannot run here: {module.kernel.reason}")
+            kernels[name] = module.kernels.reason
+            if name.endswith(FLASH_QLA) and module.kernels.gates_in_kernel:
+                sys.exit(f"FlashQLA cannot run here: {module.kernels.reason}")
         step = make_step(module, x, grad)
         results[name] = [t.detach().clone() for t in step()]
         timing = median_ms(step)

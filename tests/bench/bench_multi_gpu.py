@@ -1,4 +1,4 @@
-"""One call on the GPUs of one host: are parallel runs right, how fast, do they resume, as planned?
+"""Test and time parallel training on the GPUs of one host.
 
     python -m tests.bench.bench_multi_gpu --gpus 8 --json results.jsonl --time-limit 560
     python -m tests.bench.bench_multi_gpu --gpus 8 --only 'train/*/balanced/bf16' plan --json ...
@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="Only print the names of the steps.")
     parser.add_argument("--json", type=Path, help="Append one JSON line per result to this file.")
     parser.add_argument("--time-limit", type=float, metavar="S", help="Seconds for everything.")
-    parser.add_argument("--gpu", help="The planner's name of the card, where it knows it not.")
+    parser.add_argument("--gpu", help="The planner's name of the card, if it cannot tell.")
     parser.add_argument("--folder", type=Path, help="Keep logs and checkpoints in this new folder.")
     args = parser.parse_args(argv)
     if args.cpu == (args.gpus is not None):

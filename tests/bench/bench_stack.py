@@ -20,7 +20,7 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from qwen35_mcore.config.flops import forward_flops
-from qwen35_mcore.model.spec_providers import get_backend
+from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import decoder_block_spec
 from tests.bench import graphs
 from tests.bench.common import (
@@ -37,11 +37,11 @@ from tests.bench.common import (
 )
 
 
-def build(which: str, hf: Any, config: Any) -> torch.nn.Module:
+def build(which: str, model_config: Any, config: Any) -> torch.nn.Module:
     if which == "native":
         spec = get_transformer_block_with_experimental_attention_variant_spec(config)
     else:
-        spec = decoder_block_spec(hf, config, get_backend(config))
+        spec = decoder_block_spec(model_config, config, get_spec_provider(config))
     return TransformerBlock(config=config, spec=spec, pre_process=True, post_process=True).cuda()
 
 
@@ -51,9 +51,9 @@ def gdn_kernel(block: Any) -> str | None:
     return None if kernel is None else kernel.reason
 
 
-def layer_flops(hf: Any, tokens: int, length: int) -> int:
+def layer_flops(model_config: Any, tokens: int, length: int) -> int:
     """Model operations of forward and backward, without embedding and output layer."""
-    flops = forward_flops(hf, tokens, seq_length=length)
+    flops = forward_flops(model_config, tokens, seq_length=length)
     return 3 * (flops.gdn + flops.attention + flops.feed_forward)
 
 
@@ -72,17 +72,19 @@ def make_step(block: Any, x: torch.Tensor, rotary: torch.Tensor, grad: torch.Ten
 def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
     flavor, layers, experts, length, batch = case.split(",")
     length, batch = int(length), int(batch)
-    hf = cut_config(flavor, int(layers), int(experts))
+    model_config = cut_config(flavor, int(layers), int(experts))
     run = graphs.PARTS if args.graph == "parts" else {}
     config = gpu_config(
-        hf, fp8, moe_router_force_load_balancing=True, moe_experts=args.experts, **run
+        model_config, fp8, moe_router_force_load_balancing=True, moe_experts=args.experts, **run
     )
     torch.manual_seed(0)
-    block = build(which, hf, config)
-    x = torch.randn(length, batch, hf.hidden_size, device="cuda", dtype=torch.bfloat16)
+    block = build(which, model_config, config)
+    x = torch.randn(length, batch, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
     x.requires_grad_()
     rotary = RotaryEmbedding(
-        hf.head_dim, hf.rope_parameters.partial_rotary_factor, rotary_base=hf.rope_theta
+        model_config.head_dim,
+        model_config.rope_parameters.partial_rotary_factor,
+        rotary_base=model_config.rope_theta,
     )
     step = make_step(block, x, rotary(length), torch.randn_like(x))
     stream, peak = graphs.first_steps(step)
@@ -91,7 +93,7 @@ def bench(case: str, which: str, fp8: str | None, args: Any) -> float:
     elif args.graph == "parts":
         graphs.parts(block, rotary, length, batch)
     timing = median_ms(step, repeats=args.repeats)
-    tokens, flops = length * batch, layer_flops(hf, length * batch, length)
+    tokens, flops = length * batch, layer_flops(model_config, length * batch, length)
     tflops = flops / timing["ms"] / 1e9
     row = {
         "what": "stack",

@@ -71,7 +71,9 @@ def cut_config(
     )
 
 
-def gpu_config(hf: Qwen35Config, fp8: str | None = None, **run: Any) -> Qwen35TransformerConfig:
+def gpu_config(
+    model_config: Qwen35Config, fp8: str | None = None, **run: Any
+) -> Qwen35TransformerConfig:
     """bf16 on Transformer Engine; ``fp8`` is a recipe of megatron's ``--fp8-recipe``."""
     settings = fast_settings() | {
         "params_dtype": torch.bfloat16,
@@ -84,7 +86,7 @@ def gpu_config(hf: Qwen35Config, fp8: str | None = None, **run: Any) -> Qwen35Tr
     }
     if fp8:
         settings["fp8_recipe"] = fp8
-    return transformer_config(hf, **settings | run)
+    return transformer_config(model_config, **settings | run)
 
 
 def fast_settings() -> dict[str, Any]:

@@ -111,22 +111,38 @@ def run_layer(
     kernels: Any, key_heads: int, value_heads: int, length: int, group: Any = None
 ) -> None:
     """One forward and backward of everything between the GDN's projections."""
-    from qwen35_mcore.kernels.heads import Heads
+    from qwen35_mcore.config.shapes import GdnShape
+    from qwen35_mcore.kernels.base import DeltaRuleInputs
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype).requires_grad_()
 
-    heads = Heads(key_heads, value_heads, HEAD_SIZE, HEAD_SIZE)
+    shape = GdnShape(
+        key_heads=key_heads,
+        value_heads=value_heads,
+        key_head_dim=HEAD_SIZE,
+        value_head_dim=HEAD_SIZE,
+    )
     context, device = None, torch.device("cpu")
     if group is not None:
         context = kernels.cp_context(length, group, TAPS, device)
         length //= group.size()
-    x_sbc, weight_cw = empty(length, 1, sum(heads.sections)), empty(sum(heads.convolved), TAPS)
-    q, k, v, z, b, a = kernels.prologue(x_sbc, weight_cw, heads, cp_context=context)
+    x_sbc, weight_cw = empty(length, 1, shape.in_proj_width), empty(shape.conv_width, TAPS)
+    q, k, v, z, b, a = kernels.prologue(x_sbc, weight_cw, shape, cp_context=context)
     log, bias = (empty(value_heads, dtype=torch.float32) for _ in range(2))
-    normalized = context is None and kernels.normalizes(heads)
+    normalized = context is None and kernels.normalizes(shape)
     out, _ = kernels.gated_delta_rule(
-        q, k, v, a, b, log, bias, qk_normalized=normalized, cp_context=context
+        DeltaRuleInputs(
+            q_bshk=q,
+            k_bshk=k,
+            v_bshv=v,
+            a_bsh=a,
+            b_bsh=b,
+            A_log=log,
+            dt_bias=bias,
+            qk_normalized=normalized,
+            cp_context=context,
+        )
     )
     kernels.epilogue(out, z, empty(HEAD_SIZE), 1e-6).float().sum().backward()
 
@@ -173,7 +189,7 @@ def main() -> None:
         raise ConfigError("--folder must be new", got=str(args.folder))
     os.environ["TRITON_HOME"] = str(args.folder.resolve())
     counts = pretend()
-    from qwen35_mcore.kernels.fla import FlaKernels
+    from qwen35_mcore.kernels.fla_kernels import FlaKernels
 
     kernels = FlaKernels("compiled ahead")
     replace_what_needs_a_gpu()

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from checkpoint_tools.cli import parse_size
+from checkpoint_tools.cli import app, parse_size
+from tests.cli.test_docs import commands, parse_click
 from tests.helpers.ckpt_cli import ROOT, ckpt, ckpt_process, ok, refused
 from tests.helpers.hf_toy import write_toy
 
@@ -55,6 +57,13 @@ def test_usage_names_arguments_as_the_readme_does(command: str, usage: str) -> N
     assert f"Missing argument '{usage.split()[0]}'" in missing.err
     readme = (ROOT / "checkpoint_tools" / "README.md").read_text()
     assert re.search(rf"^qwen35-ckpt {command} +{' +'.join(usage.split())} ", readme, re.MULTILINE)
+
+
+def test_commands_of_the_readme_parse() -> None:
+    words = commands("checkpoint_tools/README.md")
+    assert {command[1] for command in words} == {"import", "export", "verify", "inspect"}
+    for command in words:
+        parse_click(typer.main.get_command(app), command)
 
 
 def test_no_such_option_is_exit_2(moe: Path) -> None:

@@ -12,21 +12,27 @@ from pathlib import Path
 import pytest
 
 from qwen35_mcore import data
+from tests.helpers.ckpt_cli import Outcome, qwen35
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
+def run(*arguments: str | Path, status: int = 0) -> Outcome:
+    """The command in this process: its own imports megatron-core for many seconds."""
+    done = qwen35("data", "tokenize", *arguments)
+    assert done.code == status, done.err
+    assert "Traceback" not in done.err
+    return done
+
+
+def run_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "qwen35_mcore.cli", "data", "tokenize", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
 
 
 @pytest.fixture
@@ -40,7 +46,9 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_files_and_folders_with_workers(tmp_path: Path, corpus: Path) -> None:
     prefix = tmp_path / "new" / "out"
-    done = run(corpus, "--output-prefix", prefix, "--json-key", "body", "--workers", 2)
+    done = run_process(corpus, "--output-prefix", prefix, "--json-key", "body", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     assert done.stdout == f"wrote {prefix}.bin: 3 documents, 15 tokens\n"
     sidecar = data.check_dataset(prefix, vocab_size=257, eod_id=256)
     assert sidecar is not None
@@ -52,16 +60,16 @@ def test_what_is_read_and_left_out_is_said(tmp_path: Path, corpus: Path) -> None
         (corpus / name).write_text("no document")
     (corpus / "lines.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n')
     done = run(corpus, "--output-prefix", tmp_path / "out")
-    assert done.stdout.endswith(
+    assert done.out.endswith(
         ": 2 documents, 11 tokens; left out: 1 empty documents, 1 blank lines\n"
     )
     assert (
         "reading 2 files: 1 .jsonl, 1 .txt; left out: 1 .jsonl.xz, 1 .md, 1 .sha256, 1 hidden, "
-        "1 no suffix\n" in done.stderr
+        "1 no suffix\n" in done.err
     )
-    assert "unpack what is packed otherwise than .gz and .zst: .jsonl.xz with unxz" in done.stderr
+    assert "unpack what is packed otherwise than .gz and .zst: .jsonl.xz with unxz" in done.err
     asked = run(corpus / "README.md", "--output-prefix", tmp_path / "md", status=2)
-    assert "fix: pass --format text" in asked.stderr
+    assert "fix: pass --format text" in asked.err
     run(corpus / "README.md", "--output-prefix", tmp_path / "md", "--format", "text")
     split = ("--split-text", "bytes:16", "--quiet")
     (corpus / "note.txt").write_text("a note\n" * 4)
@@ -88,16 +96,22 @@ def test_errors_are_one_message(tmp_path: Path, corpus: Path) -> None:
             r"^error: the output prefix is a folder\n.*\n.*\n  fix: .*/corpus/NAME$",
         ),
     ):
-        assert re.search(message, run(*arguments, status=2).stderr, re.MULTILINE)
+        assert re.search(message, run(*arguments, status=2).err, re.MULTILINE)
         assert sorted(tmp_path.iterdir()) == [corpus]
+
+
+def test_a_real_process_says_the_same(corpus: Path) -> None:
+    done = run_process(corpus / "none", "--output-prefix", corpus / "out")
+    assert done.returncode == 2
+    assert re.match(r"error: input '.*none' does not exist", done.stderr)
 
 
 def test_overwrite_is_asked_for(tmp_path: Path, corpus: Path) -> None:
     arguments = (corpus / "note.txt", "--output-prefix", tmp_path / "out")
     run(*arguments)
-    assert "out.bin exists already" in run(*arguments, status=2).stderr
+    assert "out.bin exists already" in run(*arguments, status=2).err
     (corpus / "note.txt").write_text("another note")
-    assert run(*arguments, "--overwrite", "--quiet").stdout == ""
+    assert run(*arguments, "--overwrite", "--quiet").out == ""
     assert json.loads((tmp_path / "out.json").read_text())["text_bytes"] == 12
 
 
@@ -109,7 +123,7 @@ def test_options_that_errors_advise_exist() -> None:
         )
     )
     assert len(advised) == 7
-    usage = run("--help").stdout
+    usage = run("--help").out
     assert not {option for option in advised if option not in usage}
 
 

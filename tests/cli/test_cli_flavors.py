@@ -11,6 +11,7 @@ import pytest
 
 from qwen35_mcore.config.counts import count_parameters
 from qwen35_mcore.config.flavors import FLAVORS
+from tests.helpers.ckpt_cli import ok, qwen35, refused
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow")
@@ -22,7 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -104,7 +105,7 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -116,10 +117,8 @@ def test_tokenize_reaches_the_data_pipeline(tmp_path: Path) -> None:
     text.write_text("hello")
     prefix = tmp_path / "out" / "set"
     arguments = ("data", "tokenize", str(text), "--output-prefix", str(prefix), "--quiet")
-    assert run(*arguments, "--no-append-eod").returncode == 0
+    ok(qwen35(*arguments, "--no-append-eod"))
     without_eod = prefix.with_suffix(".bin").stat().st_size
-    again = run(*arguments)
-    assert again.returncode == 2
-    assert "overwrite" in again.stderr
-    assert run(*arguments, "--overwrite").returncode == 0
+    refused(qwen35(*arguments), "overwrite")
+    ok(qwen35(*arguments, "--overwrite"))
     assert prefix.with_suffix(".bin").stat().st_size == without_eod * 6 // 5

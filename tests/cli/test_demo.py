@@ -53,7 +53,6 @@ def loss_curve(examples: None) -> ModuleType:
     return loss_curve
 
 
-@pytest.mark.slow
 def test_trains_resumes_and_draws(
     tmp_path: Path, environment: dict[str, str], loss_curve: ModuleType
 ) -> None:

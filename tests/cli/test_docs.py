@@ -1,5 +1,8 @@
-"""Every command of the READMEs works: flags that exist, a layout that is allowed, folders that are
-there; plans are made as in a fresh clone."""
+"""Every command and Python block of every markdown file works in a fresh clone.
+
+What needs a cluster or minutes is parsed by the parser that would run it; `make demo` and the
+walk-through of examples/ have tests of their own, which run them.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +12,78 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
 from qwen35_mcore import data
 from qwen35_mcore.config.flavors import FLAVORS
-from tests.helpers.flag_words import without_gpu_flags
+from tests.helpers import documents
+from tests.helpers.click_words import click_command, parse_click
+from tests.helpers.documents import ROOT, commands, fragments
+from tests.helpers.flag_words import GPU_FLAGS, without_gpu_flags
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "examples/README.md", "launch/README.md")
-TRAINING = ("qwen35_mcore.training.pretrain", "examples/pretrain_qwen35.py")
-NOT_OURS = ("pip", "tensorboard", "...")
-PARSE = """
+LANGUAGES = (*documents.SHELL, "python", "json", "")
+TRAINS = ("examples/pretrain_qwen35.py", "qwen35_mcore.training.pretrain")
+PARSE_RUNS = """
 import json, os, sys
 from qwen35_mcore.mcore import cpu_mode
 if cpu_mode.is_needed():
     cpu_mode.enable_training()
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.training.global_vars import destroy_global_vars
-from qwen35_mcore.training.arguments import parse_arguments
-for world, argv in json.load(sys.stdin):
+from qwen35_mcore.training.arguments import choose_model, parse_arguments, read_flags
+for world, model, as_written, on_cpu in json.load(sys.stdin):
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
-    parse_arguments(argv)
+    if model is not None:
+        read_flags(as_written, choose_model(*model, []), on_cpu=False)
+    parse_arguments(on_cpu)
     destroy_global_vars()
     destroy_num_microbatches_calculator()
 """
+PARSE_SCRIPTS = """
+import argparse, json, runpy, sys
+from qwen35_mcore.mcore import cpu_mode
+if cpu_mode.is_needed():
+    cpu_mode.enable_training()
+class Parsed(Exception): pass
+def parse_args(parser, args=None, namespace=None):
+    if whole:
+        parse(parser, args, namespace)
+    else:
+        unknown = {word for word in flags if word not in parser._option_string_actions}
+        assert not unknown, unknown
+    raise Parsed
+parse, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, parse_args
+for where, whole, words in json.load(sys.stdin):
+    flags = [word for word in words if word.startswith("--")]
+    is_module = words[0] == "-m"
+    sys.argv = words[1:] if is_module else words
+    try:
+        (runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")
+    except Parsed:
+        continue
+    except (SystemExit, Exception) as error:
+        sys.exit(f"{where}: {' '.join(words)}: {error!r}")
+    sys.exit(f"{where}: {' '.join(words)}: it parsed nothing")
+"""
 
 
-def commands(*documents: str) -> list[list[str]]:
-    """The words of every command in a ```bash block, without the variables that are set for it."""
-    found = []
-    for document in documents or DOCUMENTS:
-        text = (ROOT / document).read_text()
-        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                while words and re.match(r"[A-Z_]+=", words[0]):
-                    del words[0]
-                found += [words] if words else []
-    return found
-
-
-def parse_click(command: Any, words: list[str]) -> None:
-    """Parse without running; raises a usage error where the command would not run."""
-    context = command.make_context(words[0], words[1:])
-    while hasattr(command, "resolve_command"):
-        rest = [*context._protected_args, *context.args]
-        name, command, rest = command.resolve_command(context, rest)
-        context = command.make_context(name, rest, parent=context)
-
-
-def training_run(words: list[str]) -> tuple[int, list[str]] | None:
-    """World size and flags of a command that trains."""
-    if words[:2] == ["bash", "examples/02_train.sh"]:
-        script = (ROOT / words[1]).read_text().replace("\\\n", " ").replace("$run", "runs/demo")
-        line = next(line for line in script.splitlines() if line.startswith("exec python"))
-        flags = shlex.split(line)[8:-1]  # without the launcher and "$@"
-        return 2, [*flags, *words[2:]]
-    if words[0] != "torchrun":
-        return None
-    script_at = next(at for at, word in enumerate(words) if word in TRAINING)
-    launched = [word for word in words[1:script_at] if word != "-m"]
-    launcher = dict(zip(launched[::2], launched[1::2], strict=True))
-    nodes, processes = launcher.get("--nnodes", "1"), launcher["--nproc-per-node"]
-    return int(nodes) * int(processes), words[script_at + 1 :]
+def run_python(code: str, folder: Path, given: object = None) -> None:
+    """Run code on the CPU, in a folder that holds nothing of this repository."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(given),
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -96,27 +104,70 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_command_lines_parse() -> None:
-    from checkpoint_tools.cli import app as checkpoint_app
-    from qwen35_mcore.cli import app
+# commands of this package, parsed by click
 
-    known = {"qwen35": app, "qwen35-ckpt": checkpoint_app}
-    ours = [words for words in commands() if words[0] in known]
-    assert {words[0] for words in ours} == set(known)
-    for words in ours:
-        parse_click(typer.main.get_command(known[words[0]]), words)
+
+def test_command_lines_parse() -> None:
+    ours = commands("qwen35", "qwen35-ckpt")
+    assert {command.program for command in ours} == {"qwen35", "qwen35-ckpt"}
+    for command in ours:
+        parse_click(click_command(command.program), command.words)
 
 
 def test_a_flag_that_does_not_exist_is_found() -> None:
-    from qwen35_mcore.cli import app
-
     with pytest.raises(Exception, match="no-such-flag"):
-        parse_click(typer.main.get_command(app), ["qwen35", "flavors", "--no-such-flag"])
+        parse_click(click_command("qwen35"), ["qwen35", "flavors", "--no-such-flag"])
 
 
-@pytest.mark.slow
+# training, parsed by torchrun's parser and Megatron's
+
+
+def torchrun_job(words: list[str]) -> tuple[int, list[str]]:
+    """World size and flags of a training run that torchrun starts with these arguments."""
+    from torch.distributed.run import parse_args
+
+    args = parse_args(words)
+    assert args.training_script in TRAINS, words
+    nodes = int(args.nnodes.partition(":")[0])
+    return nodes * int(args.nproc_per_node), args.training_script_args
+
+
+def script_command(script: str, last: str) -> list[str]:
+    """The words of the line of a script of examples/ that begins so, without its ``"$@"``."""
+    text = (ROOT / script).read_text().replace("\\\n", " ")
+    text = text.replace("$run", "runs/demo").replace("$(dirname $0)", "examples")
+    text = text.replace('"$(dirname "$0")/', '"examples/')
+    line = next(line for line in text.splitlines() if line.startswith(last))
+    words = shlex.split(line)
+    assert words[-1] == "$@"
+    return words[:-1]
+
+
+def training_runs() -> list[tuple[int, list[str]]]:
+    runs = [torchrun_job(command.words[1:]) for command in commands("torchrun")]
+    for _, words in commands("bash"):
+        if words[1] == "examples/02_train.sh":
+            start = script_command(words[1], "exec python -m qwen35_mcore.training.launch ")
+            runs.append(torchrun_job([*start[4:], *words[2:]]))
+    return runs
+
+
+def parse_training(runs: list[tuple[int, list[str]]], workspace: Path) -> None:
+    """Megatron's parser and checks take every run's flags, with its number of ranks; flags that
+    a run on a CPU refuses are parsed as on a GPU first."""
+    given = []
+    for world, flags in runs:
+        model, as_written = None, list(flags)
+        if set(GPU_FLAGS) & set(flags):
+            named = dict(pairwise(flags))
+            model = named.get("--flavor"), named.get("--hf-config")
+        without_gpu_flags(flags)
+        given.append((world, model, as_written, flags))
+    run_python(PARSE_RUNS, workspace, given)
+
+
 def test_training_commands_parse(workspace: Path) -> None:
-    runs = [run for words in commands() if (run := training_run(words))]
+    runs = training_runs()
     assert len(runs) >= 6
     for _, flags in runs:
         if "--pretrained-checkpoint" in flags:  # its file would have to be there
@@ -127,38 +178,34 @@ def test_training_commands_parse(workspace: Path) -> None:
     parse_training(runs, workspace)
 
 
-def parse_training(runs: list[tuple[int, list[str]]], workspace: Path) -> None:
-    """Megatron's parser and checks take every run's flags, with its number of ranks."""
-    for _, flags in runs:
-        without_gpu_flags(flags)
-    done = subprocess.run(
-        [sys.executable, "-c", PARSE],
-        input=json.dumps(runs),
-        cwd=workspace,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_tokenizing_script_parses() -> None:
+    scripts = [c.words for c in commands("bash") if c.words[1] == "examples/01_data.sh"]
+    assert scripts
+    for words in scripts:
+        line = [*script_command(words[1], "qwen35 data tokenize "), *words[2:]]
+        parse_click(click_command("qwen35"), line)
 
 
-@pytest.mark.slow
+# plans: made, and started with stand-ins for torchrun and sbatch
+
+
 def test_plans_are_made_and_started_as_written(workspace: Path) -> None:
     """In order, in a folder that holds nothing of this repository; then every command that starts
     a plan finds one for its number of GPUs, and Megatron takes the flags."""
     start = [sys.executable, "-m", "qwen35_mcore.cli"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "DATA": "data/corpus", "SAVE": "run"}
-    for words in commands():
-        if words[:2] == ["qwen35", "plan"]:
+    paths = {"DATA": "data/corpus", "SAVE": "run", "REPO": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | paths
+    for where, words in commands("qwen35"):
+        if words[1] == "plan":
             done = subprocess.run(
                 [*start, *words[1:]], cwd=workspace, env=env, capture_output=True, text=True
             )
             # --explain ends with 1 where the layout cannot run
-            assert done.returncode in ((0, 1) if "--explain" in words else (0,)), done.stderr
+            expected = (0, 1) if "--explain" in words else (0,)
+            assert done.returncode in expected, (where, done.stderr)
             assert done.stderr == ""
     runs = []
-    for words in commands():
+    for _, words in commands():
         if words[:2] == ["bash", "launch/train.sh"]:
             runs.append(started_here(words, workspace, env))
         elif words[0] == "sbatch":
@@ -169,6 +216,11 @@ def test_plans_are_made_and_started_as_written(workspace: Path) -> None:
     for _, flags in runs:
         flags += ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
     parse_training(runs, workspace)
+
+
+def plan_folder(name: str, workspace: Path) -> Path:
+    """A plan that an earlier command wrote, or one of the repository's."""
+    return workspace / name if (workspace / name).exists() else ROOT / name
 
 
 def started_here(words: list[str], folder: Path, env: dict[str, str]) -> tuple[int, list[str]]:
@@ -184,7 +236,9 @@ def started_here(words: list[str], folder: Path, env: dict[str, str]) -> tuple[i
     )
     assert done.returncode == 0, done.stderr
     given = shlex.split(done.stdout)
-    flags = given[given.index("qwen35_mcore.training.pretrain") + 1 :]
+    assert given[:2] == ["-m", "qwen35_mcore.training.launch"]
+    ranks, flags = torchrun_job(given[2:])
+    assert ranks == gpus
     at = flags.index("--data-path")
     return gpus, flags[:at] + flags[at + 2 :]
 
@@ -197,7 +251,7 @@ def run_sh(words: list[str], folder: Path, env: dict[str, str]) -> list[str]:
     (bin_folder / "sbatch").chmod(0o755)
     path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [ROOT / words[0], *words[1:]],
+        [plan_folder(words[0], folder), *words[1:]],
         cwd=folder,
         env=env | {"PATH": path},
         capture_output=True,
@@ -212,10 +266,97 @@ def submitted(words: list[str], folder: Path) -> tuple[int, list[str]]:
     script_at = next(at for at, word in enumerate(words) if word.endswith("launch/slurm.sbatch"))
     options = dict(word.split("=", 1) for word in words[:script_at])
     gpus = int(options["--nodes"]) * int(options["--gpus-per-node"])
-    preset = ROOT / words[script_at + 1]
+    preset = plan_folder(words[script_at + 1], folder)
     assert json.loads((preset / "plan.json").read_text())["gpus"] == gpus
     layout = shlex.split((preset / "layout.args").read_text(), comments=True)
     return gpus, [*layout, *words[script_at + 2 :]]
+
+
+# other programs
+
+
+def test_scripts_parse(tmp_path: Path) -> None:
+    """Scripts and modules of the repository take their arguments, by their own parser."""
+    given = []
+    for whole, found in ((True, commands("python")), (False, fragments("python"))):
+        for where, words in found:
+            if words[1] != "-m":
+                words[1] = str(ROOT / words[1])
+            elif words[2] in ("qwen35_mcore.training.launch", "tests.distributed.cases"):
+                continue  # torchrun's arguments, or none
+            given.append((where, whole, words[1:]))
+    run_python(PARSE_SCRIPTS, tmp_path, given)
+
+
+def test_modules_and_scripts_exist() -> None:
+    for where, words in (*commands("python"), *fragments("python")):
+        name = words[1] if words[1] != "-m" else f"{words[2].replace('.', '/')}.py"
+        assert name in documents.tracked(), (where, words)
+
+
+def test_make_knows_the_targets() -> None:
+    for where, words in (*commands("make"), *fragments("make")):
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, env=env, capture_output=True)
+        assert done.returncode == 0, (where, words)
+
+
+def test_pip_installs_what_is_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for where, words in (*commands("pip"), *fragments("pip")):
+        assert words[1:5] == ["install", "-c", "constraints.txt", "-e"], where
+        wanted = re.fullmatch(r"\.(?:\[(.*)\])?", words[5])
+        assert wanted, where
+        assert set((wanted[1] or "").split(",")) - {""} <= set(extras["optional-dependencies"])
+
+
+def test_pytest_finds_what_is_named() -> None:
+    for where, words in (*commands("pytest"), *fragments("pytest")):
+        assert all(word in documents.tracked() for word in words[1:] if "/" in word), where
+
+
+def test_the_environment_is_the_one_that_make_makes() -> None:
+    for command in (*commands("source"), *fragments("source")):
+        assert command.words == ["source", ".venv/bin/activate"]
+    assert re.search(r"^VENV \?= \.venv$", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+def test_python_runs(tmp_path: Path) -> None:
+    """What README.md computes is looked at in tests/unit/test_public_interface.py."""
+    for block in documents.blocks():
+        if block.language == "python" and not block.where.startswith("README.md:"):
+            run_python(block.text, tmp_path)
+
+
+# nothing is left out
+
+COVERED: dict[str, Callable[..., None]] = {
+    "qwen35": test_command_lines_parse,
+    "qwen35-ckpt": test_command_lines_parse,
+    "torchrun": test_training_commands_parse,
+    "python": test_scripts_parse,
+    "make": test_make_knows_the_targets,
+    "pip": test_pip_installs_what_is_there,
+    "pytest": test_pytest_finds_what_is_named,
+    "source": test_the_environment_is_the_one_that_make_makes,
+    "sbatch": test_plans_are_made_and_started_as_written,
+    "run.sh": test_plans_are_made_and_started_as_written,
+    "bash examples/01_data.sh": test_the_tokenizing_script_parses,
+    "bash examples/02_train.sh": test_training_commands_parse,
+    "bash launch/train.sh": test_plans_are_made_and_started_as_written,
+}
+
+
+def test_every_command_has_a_case() -> None:
+    assert "checkpoint_tools/README.md" in documents.documents()
+    for where, words in commands():
+        program = " ".join(words[:2]) if words[0] == "bash" else Path(words[0]).name
+        assert program in COVERED, f"{where}: no case of {Path(__file__).name} covers {words}"
+
+
+def test_every_block_says_what_it_is() -> None:
+    for block in documents.blocks():
+        assert block.language in LANGUAGES, block.where
 
 
 def test_the_demo_prints_a_documented_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,20 +365,3 @@ def test_the_demo_prints_a_documented_command(monkeypatch: pytest.MonkeyPatch) -
 
     printed = demo.GPU_COMMANDS[demo.GPU_COMMANDS.index("torchrun") :]
     assert printed in (ROOT / "examples/README.md").read_text()
-
-
-def test_every_command_is_checked_or_known() -> None:
-    for words in commands():
-        if words[0] in ("bash", "python"):
-            if words[1] == "-m":
-                assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").exists()
-            else:
-                assert (ROOT / words[1]).exists(), words
-        elif words[0] == "make":
-            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
-        elif words[0] == "sbatch" or words[0].endswith("/run.sh"):
-            assert any((ROOT / word).exists() for word in words), words
-        elif words[0] == "source":  # made by make
-            assert words == ["source", ".venv/bin/activate"]
-        else:
-            assert words[0] in ("qwen35", "qwen35-ckpt", "torchrun", *NOT_OURS), words

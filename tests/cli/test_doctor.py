@@ -22,6 +22,7 @@ from qwen35_mcore.doctor.report import print_report, to_json
 from qwen35_mcore.doctor.rules import judge
 from qwen35_mcore.doctor.snapshot import Level
 from qwen35_mcore.kernels import reference
+from qwen35_mcore.kernels.base import DeltaRuleInputs
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
 from qwen35_mcore.versions import MEGATRON_CORE, PYTHON, TRANSFORMER_ENGINE
 from tests.helpers.machines import kernels
@@ -40,9 +41,8 @@ def test_the_cpu_kernels_pass_the_gradient_check() -> None:
 class WithoutDecayGradient(TorchKernels):
     """A delta rule whose output is right and whose decay learns nothing."""
 
-    def gated_delta_rule(self, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        q, k, v, a, *rest = tensors
-        return super().gated_delta_rule(q, k, v, a.detach(), *rest, **options)
+    def gated_delta_rule(self, inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor | None]:
+        return super().gated_delta_rule(dataclasses.replace(inputs, a_bsh=inputs.a_bsh.detach()))
 
 
 class NotCausal(TorchKernels):
@@ -98,7 +98,6 @@ def run_doctor(*flags: str, path: Path | None = None) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.slow
 def test_the_command_on_this_machine() -> None:
     done = run_doctor("--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -112,7 +111,6 @@ def test_the_command_on_this_machine() -> None:
     assert all(q["error"] <= q["allowed"] for q in report["gradient_check"]["quantities"])
 
 
-@pytest.mark.slow
 def test_packages_that_are_broken_in_every_way_are_findings(tmp_path: Path) -> None:
     (tmp_path / "psutil.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     (tmp_path / "torch").mkdir()
@@ -134,7 +132,7 @@ def test_unknown_flags_are_a_usage_error() -> None:
 
 
 def test_a_worker_that_never_ends_is_a_finding() -> None:
-    found = supervise.examine(timeout=0.2)
+    found = supervise.examine(timeout=0.0)
     assert not found.ok
     assert "did not end within" in found.findings[0].what
     assert to_json(found)["gradient_check_skipped"]
@@ -161,11 +159,12 @@ def test_the_report_for_people_has_every_finding_and_its_fix(
         "1 x NVIDIA H100 80GB HBM3 (79 GiB)",
         "issue 640",
         "fix: pip install tilelang",
-        "the fla kernels are wrong on this machine: d a 4.0e-01",
+        "the fla kernels compute wrong results on this machine",
+        "relative errors against float64 d a 4.0e-01",
         "not installed: apex",
     ):
         assert expected in text
-    assert "nothing stands in the way" not in text
+    assert "ready to train" not in text
 
 
 def test_a_gradient_that_is_not_finite_is_wrong_and_null_in_json() -> None:

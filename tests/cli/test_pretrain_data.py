@@ -37,7 +37,7 @@ def test_an_evaluation_without_data(source: str) -> None:
         at = arguments.index("--split")
         arguments = arguments[:at] + arguments[at + 2 :]
     message = error_of(arguments)
-    assert "the run would evaluate, and there are no validation data" in message
+    assert "the run evaluates but has no validation data" in message
     assert "--eval-iters 100 every 1000 steps" in message
     assert "pass --eval-iters 0" in message
     script_server().run([*arguments, "--eval-iters", "0"])

@@ -20,8 +20,8 @@ from qwen35_mcore.mcore import cpu_mode
 from tests.helpers.pretrain_runs import script_server, small_dataset
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 30.0
-"""Far below gloo's time-out: a rank alone that waits for the others fails the test."""
+START_TIMEOUT_S = 300.0
+"""Below gloo's time-out: a rank alone that waits for the others fails the test."""
 
 
 def flags(*more: str) -> list[str]:
@@ -259,7 +259,7 @@ DENSE = ["--flavor", "tiny-dense", "--use-distributed-optimizer"]
 
 def test_a_checkpoint_of_another_model(checkpoint: Path) -> None:
     message = error_of(flags("--use-distributed-optimizer", "--load", str(checkpoint)))
-    assert f"the checkpoint in {checkpoint / 'iter_0000001'} is of another model" in message
+    assert f"the checkpoint in {checkpoint / 'iter_0000001'} is of a different model" in message
     assert re.search(r"got: .*num_experts 0", message)
     assert re.search(r"allowed: .*num_experts 8", message)
     message = error_of(
@@ -330,14 +330,13 @@ def test_other_ranks_are_silent() -> None:
     assert run.output() == ""
 
 
-@pytest.mark.slow
 def test_under_torchrun() -> None:
     """One message for two ranks, and it is the end of torchrun's own report."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     script = [str(ROOT / "examples" / "pretrain_qwen35.py"), *flags(EP, "3")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *script], env=environment, capture_output=True, text=True, timeout=240
+        [*command, *script], env=environment, capture_output=True, text=True, timeout=600
     )
     output = done.stdout + done.stderr
     assert len(re.findall(r"^error: ", output, re.MULTILINE)) == 1

@@ -226,7 +226,7 @@ def test_a_crash_after_a_checkpoint_is_queued_again_and_forgets_earlier_ones(
 
 
 def test_one_dead_rank_ends_the_others(played: Played) -> None:
-    training = "time.sleep(60 if rank == '0' else 0); sys.exit(7)"
+    training = "time.sleep(3600 if rank == '0' else 0); sys.exit(7)"
     job = played.run(training, env={"MAX_FAILURES": "1", "PREFLIGHT": "skip"})
     assert (job.status, job.starts) == (1, 1)
 
@@ -248,7 +248,7 @@ def test_before_the_time_limit_it_saves_and_is_queued_again(played: Played) -> N
 
 
 def test_a_save_that_does_not_end_is_given_up_in_time(played: Played) -> None:
-    hangs = "print('training', flush=True); save(5); time.sleep(120 if start == 0 else 0)"
+    hangs = "print('training', flush=True); save(5); time.sleep(3600 if start == 0 else 0)"
     end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 62), "PREFLIGHT": "skip"}
     job = played.run(hangs, at_start=played.stop_when_training, env=end)
     assert (job.status, job.starts) == (0, 2), job.output
@@ -277,7 +277,7 @@ def test_a_sigterm_to_every_process_lets_the_ranks_save(played: Played) -> None:
     assert "training is finished at iteration 10" in job.output
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_job_stopped_at_its_time_limit_ends_with_the_losses_of_one_that_was_not(
     tmp_path: Path, preset: Path, slurm: Slurm
 ) -> None:
@@ -294,7 +294,7 @@ def test_a_job_stopped_at_its_time_limit_ends_with_the_losses_of_one_that_was_no
 
     env = {"PRESET": str(preset), "DATA": small_dataset(), "SAVE": str(stopped)}
     env["PREFLIGHT"] = "skip"
-    job = slurm.sbatch(*TRAIN, nodes=2, per_node=1, env=env, at_start=stop, timeout=200)
+    job = slurm.sbatch(*TRAIN, nodes=2, per_node=1, env=env, at_start=stop)
     assert (job.status, job.starts) == (0, 2), job.output
     saved = int(job.output.partition("status 0 at iteration ")[2].partition(":")[0])
     assert 2 <= saved < STEPS

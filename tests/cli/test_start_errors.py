@@ -161,7 +161,6 @@ def launched(folder: Path, text: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
 def test_the_launcher_adds_nothing_to_an_error(tmp_path: Path) -> None:
     process = launched(tmp_path, REPORTS)
     assert process.communicate()[0] == "error: a flag is wrong\n  fix: drop it\n"
@@ -187,7 +186,6 @@ def test_what_the_launcher_fails_at_is_one_error(
     assert "Traceback" not in message
 
 
-@pytest.mark.slow
 def test_the_launcher_names_a_rank_that_was_killed(tmp_path: Path) -> None:
     process = launched(tmp_path, DIES)
     output = process.communicate()[0]
@@ -196,7 +194,6 @@ def test_the_launcher_names_a_rank_that_was_killed(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGKILL
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )

@@ -19,7 +19,7 @@ from tests.helpers.training import Layout, build_chunks, config_for, initialize
 
 
 def imported_logits(
-    hf: Qwen35Config, checkpoint: str, tokens: torch.Tensor, layout: Layout
+    model_config: Qwen35Config, checkpoint: str, tokens: torch.Tensor, layout: Layout
 ) -> dict[str, Any]:
     """Load strictly and run forward.
 
@@ -28,20 +28,20 @@ def imported_logits(
         asked for and the checkpoint lacks, and those that the checkpoint has beyond the model.
     """
     initialize(layout)
-    chunks = build_chunks(hf, config_for(hf, layout), layout)
+    chunks = build_chunks(model_config, config_for(model_config, layout), layout)
     not_asked, lacking = _load(chunks, checkpoint)
     return {"logits": _logits(chunks, tokens), "lacking": lacking, "not_asked": not_asked}
 
 
 def native_logits(
-    hf: Qwen35Config, checkpoint: str, tokens: torch.Tensor, layout: Layout
+    model_config: Qwen35Config, checkpoint: str, tokens: torch.Tensor, layout: Layout
 ) -> dict[str, Any]:
     """The same with megatron-core's own GatedDeltaNet in place of this package's."""
     ours = specs.gated_delta_net_spec
     specs.gated_delta_net_spec = _native_spec
     native_gdn.HAVE_FLA, native_gdn.l2norm = True, _l2norm
     try:
-        return imported_logits(hf, checkpoint, tokens, layout)
+        return imported_logits(model_config, checkpoint, tokens, layout)
     finally:
         specs.gated_delta_net_spec = ours
         native_gdn.HAVE_FLA, native_gdn.l2norm = False, None

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint_tools import direct_file
-from checkpoint_tools.direct_file import DirectFile
-from checkpoint_tools.storage import ChecksumWriter
+from checkpoint_tools.files import direct_file
+from checkpoint_tools.files.checksums import ChecksumWriter
+from checkpoint_tools.files.direct_file import DirectFile
 
 BUFFER = 2 * 4096
 SIZES = st.lists(st.integers(0, 3 * BUFFER), max_size=6)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_tools.names import Naming, hf_to_mcore, rows
+from checkpoint_tools.table.names import Naming, hf_to_mcore, rows
 from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ok, refused
 from tests.helpers.hf_toy import read_all
@@ -141,7 +141,7 @@ def test_a_run_from_an_import_needs_no_flags(toys: dict[str, Path], tmp_path: Pa
     """The run folder holds a copy of the origin folder, as the training script leaves it."""
     import shutil
 
-    from checkpoint_tools.mcore_io import MegatronCheckpoint
+    from checkpoint_tools.mcore.read import MegatronCheckpoint
 
     source = toys["qwen3_5_moe"]
     ok(ckpt("import", source, tmp_path / "m"))

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import checkpoint as dcp
 
-from checkpoint_tools.crc import combine, crc32
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.storage import MappedFile, as_bytes
-from checkpoint_tools.torch_blob import archive_for, map_tensor
-from checkpoint_tools.transforms import Box
+from checkpoint_tools.files.checksums import ChecksumWriter
+from checkpoint_tools.mcore.archive import MappedFile, map_tensor
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from checkpoint_tools.mcore.write import Item, Target, write_tensors
+from checkpoint_tools.table.transforms import Box
 from tests.helpers.ckpt_cli import ckpt, ok
 
 TENSORS = [
@@ -29,36 +29,38 @@ TENSORS = [
 ]
 
 
-@given(first=st.binary(max_size=300), second=st.binary(max_size=300))
-def test_checksums_of_parts_make_the_checksum_of_the_whole(first: bytes, second: bytes) -> None:
-    whole = combine(zlib.crc32(first), zlib.crc32(second), len(second))
-    assert whole == zlib.crc32(first + second)
-
-
-@given(data=st.binary(max_size=10_000), start=st.integers(0, 2**32 - 1))
-def test_checksums_are_those_of_zip_archives(data: bytes, start: int) -> None:
-    assert crc32(data, start) == zlib.crc32(data, start)
+@given(parts=st.lists(st.binary(max_size=300)))
+def test_checksums_are_those_of_zip_archives(parts: list[bytes]) -> None:
+    file = io.BytesIO()
+    stream = ChecksumWriter(file)
+    assert [stream.write(part) for part in parts] == [len(part) for part in parts]
+    assert (file.getvalue(), stream.count) == (b"".join(parts), sum(map(len, parts)))
+    assert stream.crc == zlib.crc32(file.getvalue())
 
 
 def test_checksum_of_a_long_part() -> None:
-    first, second = b"head", bytes(2**22)
-    assert combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+    data = bytes(range(256)) * 2**13
+    stream = ChecksumWriter(io.BytesIO())
+    stream.write(b"head")
+    stream.write(data)
+    assert stream.crc == zlib.crc32(b"head" + data)
 
 
 @pytest.mark.parametrize("tensor", TENSORS, ids=lambda tensor: str(tensor.dtype))
-def test_a_written_archive_is_one_that_torch_and_zip_accept(
-    tensor: torch.Tensor, tmp_path: Path
-) -> None:
-    data = as_bytes(tensor)
-    archive = archive_for(tuple(tensor.shape), tensor.dtype)
-    content = archive.head + bytes(data) + archive.tail(zlib.crc32(data))
-    loaded = torch.load(io.BytesIO(content), weights_only=True)
+def test_a_written_tensor_is_one_that_torch_and_zip_accept(tensor: torch.Tensor) -> None:
+    """Of a box of a larger tensor the file holds the box alone."""
+    whole = torch.stack([tensor, torch.zeros_like(tensor)])
+    file = io.BytesIO()
+    shape = tuple(tensor.shape)
+    item = Item(Target("key", tensor.dtype, shape), Box.whole(shape), lambda: whole[0])
+    assert write_tensors(ChecksumWriter(file), [item]) == [[0, len(file.getvalue())]]
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     assert loaded.dtype == tensor.dtype
     assert torch.equal(loaded, tensor)
-    assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    assert zipfile.ZipFile(file).testzip() is None
     saved = io.BytesIO()
     torch.save(tensor, saved)
-    assert len(content) == len(saved.getvalue())
+    assert len(file.getvalue()) == len(saved.getvalue())
 
 
 @pytest.mark.parametrize("tensor", TENSORS, ids=lambda tensor: str(tensor.dtype))
@@ -83,7 +85,7 @@ def test_torchs_own_reader_and_writer(toys: dict[str, Path], tmp_path: Path) -> 
     }
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "m" / "release"), no_dist=True)
     for key, tensor in state.items():
-        whole = Box((0,) * tensor.dim(), tuple(tensor.shape))
+        whole = Box.whole(tuple(tensor.shape))
         assert torch.equal(ours.read(key, whole), tensor), key
     theirs = tmp_path / "iter_0000001"
     dcp.save(state, storage_writer=dcp.FileSystemWriter(theirs), no_dist=True)
@@ -91,5 +93,5 @@ def test_torchs_own_reader_and_writer(toys: dict[str, Path], tmp_path: Path) -> 
     read = MegatronCheckpoint(theirs)
     assert read.tensors.keys() == state.keys()
     for key, tensor in state.items():
-        whole = Box((0,) * tensor.dim(), tuple(tensor.shape))
+        whole = Box.whole(tuple(tensor.shape))
         assert torch.equal(read.read(key, whole), tensor), key

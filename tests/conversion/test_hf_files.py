@@ -1,4 +1,4 @@
-"""The safetensors header and index readers: exact about good files, calm about any bytes."""
+"""Reading shards and their index: exact about good files, calm about any bytes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from checkpoint_tools.hf_io import HFCheckpoint, read_header
-from checkpoint_tools.hf_write import Output, plan_shards, write_shard
-from checkpoint_tools.storage import ChecksumWriter, MappedFile, checksum, split_rows
-from checkpoint_tools.transforms import Box
+from checkpoint_tools.files.checksums import ChecksumWriter, checksum
+from checkpoint_tools.hf.read import HFCheckpoint
+from checkpoint_tools.hf.write import plan_shards, write_shard
+from checkpoint_tools.table.transforms import Box, LazyTensor, split_rows
 from qwen35_mcore.errors import CheckpointError
+from tests.helpers.kinds import examples
 
-FUZZ = settings(
-    max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 junk_json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (
@@ -48,12 +47,13 @@ def read_bytes(folder: Path, content: bytes) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(content)
     try:
-        tensors = read_header(MappedFile(path))
+        hf = HFCheckpoint(folder)
     except CheckpointError:
         return
-    assert sum(tensor.nbytes for tensor in tensors.values()) <= len(content)
-    for name in tensors:
-        list(HFCheckpoint(folder).pieces(name))
+    tensors = hf.lazy(hf.tensors)
+    assert sum(tensor.nbytes for tensor in tensors) <= len(content)
+    for tensor in tensors:
+        list(tensor.pieces())
 
 
 @FUZZ
@@ -116,12 +116,15 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path, name: Any) -> 
         HFCheckpoint(tmp_path)
 
 
-def test_duplicate_names_in_a_header(tmp_path: Path) -> None:
-    entry = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
-    header = f'{{"a":{entry},"a":{entry}}}'.encode()
+@pytest.mark.parametrize("second", [[0, 1], [2, 3]])
+def test_tensors_that_overlap_or_leave_a_hole(tmp_path: Path, second: list[int]) -> None:
+    entry = {"dtype": "U8", "shape": [1]}
+    header = json.dumps(
+        {"a": entry | {"data_offsets": [0, 1]}, "b": entry | {"data_offsets": second}}
+    ).encode()
     path = tmp_path / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
-    with pytest.raises(CheckpointError, match="invalid JSON"):
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(second[1]))
+    with pytest.raises(CheckpointError, match="cannot use a checkpoint file"):
         HFCheckpoint(tmp_path)
 
 
@@ -136,9 +139,9 @@ def test_what_we_write_safetensors_reads(tmp_path: Path) -> None:
         "scalar": torch.tensor(2.5),
     }
 
-    def output(name: str) -> Output:
+    def lazy(name: str) -> LazyTensor:
         tensor = tensors[name]
-        return Output(
+        return LazyTensor(
             name,
             tensor.dtype,
             tuple(tensor.shape),
@@ -148,7 +151,7 @@ def test_what_we_write_safetensors_reads(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with open(path, "wb", buffering=0) as file:
         stream = ChecksumWriter(file)
-        write_shard(stream, map(output, tensors))
+        write_shard(stream, map(lazy, tensors))
     assert (stream.count, stream.crc) == (path.stat().st_size, checksum(path))
     for loaded in (load_file(path), _read_ours(tmp_path)):
         assert loaded.keys() == tensors.keys()
@@ -160,26 +163,26 @@ def test_what_we_write_safetensors_reads(tmp_path: Path) -> None:
 def _read_ours(folder: Path) -> dict[str, torch.Tensor]:
     hf = HFCheckpoint(folder)
     return {
-        name: torch.cat([piece.reshape(-1) for piece in hf.pieces(name)]).reshape(hf.shape(name))
-        for name in hf.names()
+        one.name: torch.cat([piece.reshape(-1) for piece in one.pieces()]).reshape(one.shape)
+        for one in hf.lazy(hf.tensors)
     }
 
 
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12), limit=st.integers(1, 60))
 def test_shards_keep_order_and_limit(sizes: list[int], limit: int) -> None:
-    outputs = [
-        Output(f"t{i}", torch.uint8, (size,), lambda: iter(())) for i, size in enumerate(sizes)
+    tensors = [
+        LazyTensor(f"t{i}", torch.uint8, (size,), lambda: iter(())) for i, size in enumerate(sizes)
     ]
-    shards = plan_shards(outputs, limit, "model")
-    assert [o for shard in shards.values() for o in shard] == outputs
+    shards = plan_shards(tensors, limit)
+    assert [one for shard in shards.values() for one in shard] == tensors
     for shard in shards.values():
-        assert len(shard) == 1 or sum(output.nbytes for output in shard) <= limit
+        assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard) <= limit
     assert sorted(shards) == list(shards)
 
 
 @given(shape=st.lists(st.integers(1, 6), min_size=0, max_size=3), limit=st.integers(1, 100))
 def test_pieces_of_a_box_are_the_box_in_order(shape: list[int], limit: int) -> None:
     tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    whole = Box((0,) * len(shape), tuple(shape))
+    whole = Box.whole(tuple(shape))
     parts = [box.of(tensor).reshape(-1) for box in split_rows(whole, 8, limit)]
     assert torch.equal(torch.cat(parts), tensor.reshape(-1))

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.mcore.read import MegatronCheckpoint
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 from qwen35_mcore.training.checks.hf_start import import_start, model_of_start
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.hf_toy import rewrite, write_toy
-from tests.helpers.pretrain_runs import Run, script_server, small_dataset
+from tests.helpers.pretrain_runs import script_server, small_dataset
 
 KIND = "qwen3_5_moe"
 
@@ -44,16 +44,6 @@ def arguments(source: Path | str, save: Path | None, load: Path | None = None) -
         load=load and str(load),
         ckpt_step=None,
     )
-
-
-def statuses(run: Run) -> list[int]:
-    """Exit statuses of ranks of which none ends another."""
-    deadline = time.monotonic() + 120
-    while len(run.statuses) < len(run.pids):
-        assert time.monotonic() < deadline, run.output()
-        run.poll()
-        time.sleep(0.05)
-    return [run.statuses[pid] for pid in run.pids]
 
 
 def at_once(count: int, source: Path, save: Path) -> list[Any]:
@@ -108,7 +98,7 @@ def test_a_failed_import_is_one_error_on_all_ranks(source: Path, tmp_path: Path)
     rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n[:4] != "mtp."})
     command = flags(folder, tmp_path / "run", "--train-iters", "1")
     run = script_server().start(command, 2)
-    assert statuses(run) == [2, 2]
+    assert run.wait() == [2, 2]
     assert run.output().count("error: ") == 1
     assert "Traceback" not in run.output()
     assert f"importing {folder} failed: " in run.output()

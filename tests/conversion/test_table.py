@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint_tools.names import Naming, Row, hf_to_mcore, mcore_to_hf, rows
-from checkpoint_tools.transforms import Box
+from checkpoint_tools.table.names import Naming, Row, hf_to_mcore, mcore_to_hf, rows
+from checkpoint_tools.table.transforms import Box
 from qwen35_mcore.config.flavors import FLAVORS
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters
 from qwen35_mcore.errors import CheckpointError
+from tests.helpers.kinds import examples
 from tests.helpers.random_configs import configs
 from tests.helpers.toys import toy_config
 
@@ -32,7 +33,7 @@ def random_side(table: list[Row], side: str) -> dict[str, torch.Tensor]:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(config=configs(), experts=experts, layout=layouts)
 def test_every_element_is_in_exactly_one_box_on_both_sides(
     config: Qwen35Config, experts: Any, layout: Any
@@ -47,7 +48,7 @@ def test_every_element_is_in_exactly_one_box_on_both_sides(
             assert all(bool((count == 1).all()) for count in counts), row.mcore[0].name
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(config=configs(), experts=experts)
 def test_there_and_back_is_the_identity_from_both_sides(config: Qwen35Config, experts: Any) -> None:
     table = rows(config, Naming.default(config, experts))

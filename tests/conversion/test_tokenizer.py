@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.names import Naming, hf_to_mcore, rows
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from checkpoint_tools.table.names import Naming, hf_to_mcore, rows
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.data import tokenize
 from qwen35_mcore.training.carried_files import store

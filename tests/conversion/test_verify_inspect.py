@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_tools.names import Naming, hf_to_mcore, rows
+from checkpoint_tools.table.names import Naming, hf_to_mcore, rows
 from tests.helpers.ckpt_cli import ckpt, ok, refused
 from tests.helpers.hf_toy import read_all, rewrite
 from tests.helpers.mcore_toy import write_training_checkpoint

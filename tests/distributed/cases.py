@@ -1,6 +1,6 @@
 """The parallel modes that are proven equal to the serial run.
 
-``python -m tests.distributed.cases`` runs them and prints the README's table.
+``python -m tests.distributed.cases`` runs them and prints the table of README.md beside this file.
 """
 
 from __future__ import annotations

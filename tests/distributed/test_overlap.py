@@ -15,10 +15,10 @@ from tests.helpers.toys import random_tokens, toy_config
 from tests.helpers.training import Batch, Layout, build_chunks, config_for, initialize
 
 
-def never_called(hf: Qwen35Config, layout: Layout, tokens: torch.Tensor) -> list[str]:
+def never_called(model_config: Qwen35Config, layout: Layout, tokens: torch.Tensor) -> list[str]:
     """Modules with parameters of their own that one forward pass does not call."""
     initialize(layout)
-    [model] = build_chunks(hf, config_for(hf, layout), layout)
+    [model] = build_chunks(model_config, config_for(model_config, layout), layout)
     waiting = {
         name: module
         for name, module in model.named_modules()
@@ -39,6 +39,8 @@ def never_called(hf: Qwen35Config, layout: Layout, tokens: torch.Tensor) -> list
 def test_every_parameter_is_read_by_a_call(
     pool: WorkerPool, model: dict[str, Any], run: dict[str, Any]
 ) -> None:
-    hf = toy_config(**model)
-    tokens = random_tokens(hf, 2, 32, seed=1)
-    assert pool.run(never_called, 1, hf=hf, layout=Layout(run=run), tokens=tokens) == [[]]
+    model_config = toy_config(**model)
+    tokens = random_tokens(model_config, 2, 32, seed=1)
+    assert pool.run(
+        never_called, 1, model_config=model_config, layout=Layout(run=run), tokens=tokens
+    ) == [[]]

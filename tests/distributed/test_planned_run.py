@@ -17,7 +17,7 @@ from qwen35_mcore.planner.prediction import predict
 from tests.helpers.pretrain_runs import script_server, small_dataset
 from tests.helpers.run_results import logged_scalars
 
-STEPS = 5
+STEPS = 3
 ON_A_GPU = ("--bf16", "--attention-backend")
 """Left out here: float32 for equality, and a CPU has one attention."""
 MODEL_AND_BATCH = ("--flavor", "--seq-length", "--micro-batch-size", "--global-batch-size")
@@ -51,7 +51,6 @@ def losses(
     }
 
 
-@pytest.mark.slow
 def test_the_twin_of_a_plan_trains_like_one_process(tmp_path: Path) -> None:
     """Two pipeline ranks of two stages each with MTP, experts over two ranks, two data parallel
     ranks, recomputation: the shape of a large plan with tiny-moe's widths."""

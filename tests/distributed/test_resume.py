@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_tools.mcore_io import MegatronCheckpoint
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from tests.helpers.kinds import kinds
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
 from tests.helpers.run_results import (
     LOGGED,
@@ -19,7 +20,7 @@ from tests.helpers.run_results import (
     printed_losses,
 )
 
-STEPS, HALF = 20, 10
+STEPS, HALF = 12, 6
 ONE = (1, ())
 EP2 = (2, ("--expert-model-parallel-size", "2"))
 TP2 = (2, ("--tensor-model-parallel-size", "2"))
@@ -36,7 +37,7 @@ def flags(*more: str) -> list[str]:
         *("--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "4"),
         *("--train-iters", str(STEPS), "--lr", "1e-3", "--min-lr", "1e-4"),
         *("--lr-decay-style", "cosine", "--lr-warmup-iters", str(HALF)),
-        *("--log-interval", "1", "--eval-interval", "5", "--eval-iters", "1"),
+        *("--log-interval", "1", "--eval-interval", "3", "--eval-iters", "1"),
         *("--num-workers", "0", "--save-interval", str(HALF)),
         *more,
     ]
@@ -49,7 +50,7 @@ def run(layout: Layout, *more: str) -> Run:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 steps without a stop, EP2 with MTP; holds checkpoints of steps 10 and 20 and the log."""
+    """All steps without a stop, EP2 with MTP; holds checkpoints of half and all, and the log."""
     folder = tmp_path_factory.mktemp("straight")
     run(EP2, "--use-distributed-optimizer", *saved_in(folder))
     return folder
@@ -133,13 +134,12 @@ def assert_same_run_state(a: Path, b: Path) -> None:
     assert states == checkpoint_random_states(b)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [ONE, TP2, PP2, UNEVEN, ALL],
-    ids=["tp1-ep1", "tp2", "pp2", "pp2-uneven", "tp2-pp2-ep2"],
-)
-def test_resume_at_another_layout(straight: Path, tmp_path: Path, layout: Layout) -> None:
-    check_other_layout(straight, HALF, layout, tmp_path, "--use-distributed-optimizer")
+LAYOUTS = {"tp1-ep1": ONE, "tp2": TP2, "pp2": PP2, "pp2-uneven": UNEVEN, "tp2-pp2-ep2": ALL}
+
+
+@pytest.mark.parametrize("layout", kinds(LAYOUTS, ("pp2-uneven", "tp2-pp2-ep2")))
+def test_resume_at_another_layout(straight: Path, tmp_path: Path, layout: str) -> None:
+    check_other_layout(straight, HALF, LAYOUTS[layout], tmp_path, "--use-distributed-optimizer")
 
 
 @pytest.fixture(scope="module")
@@ -157,30 +157,23 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return start
 
 
-@pytest.mark.parametrize(
-    ("saved", "loaded", "more"),
-    [
-        (ONE, EP2, ["--use-distributed-optimizer"]),
-        (ONE, EP2, ["--use-distributed-optimizer", "--bf16"]),
-        (EP2, ONE, ["--use-distributed-optimizer", "--bf16"]),
-        (ONE, EP2, []),
-        (EP2, ONE, []),
-        (EP2, PP2, []),
-    ],
-    ids=[
-        "one-to-ep2",
-        "one-to-ep2-bf16",
-        "ep2-to-one-bf16",
-        "one-to-ep2-plain",
-        "ep2-to-one-plain",
-        "ep2-to-pp2-plain",
-    ],
-)
+CROSSINGS: dict[str, tuple[Layout, Layout, list[str]]] = {
+    "one-to-ep2": (ONE, EP2, ["--use-distributed-optimizer"]),
+    "one-to-ep2-bf16": (ONE, EP2, ["--use-distributed-optimizer", "--bf16"]),
+    "ep2-to-one-bf16": (EP2, ONE, ["--use-distributed-optimizer", "--bf16"]),
+    "one-to-ep2-plain": (ONE, EP2, []),
+    "ep2-to-one-plain": (EP2, ONE, []),
+    "ep2-to-pp2-plain": (EP2, PP2, []),
+}
+
+
+@pytest.mark.parametrize("crossing", kinds(CROSSINGS, ("one-to-ep2-bf16", "ep2-to-one-plain")))
 def test_state_crosses_the_optimizer_boundary(
-    started: Callable[..., Path], tmp_path: Path, saved: Layout, loaded: Layout, more: list[str]
+    started: Callable[..., Path], tmp_path: Path, crossing: str
 ) -> None:
     """Megatron keeps experts in a second optimizer, except at TP1 EP1; plain means without the
     distributed optimizer."""
+    saved, loaded, more = CROSSINGS[crossing]
     folder = started(saved, *more)
     resave(folder, 2, loaded, tmp_path, *more)
     assert_same_tensors(iteration(folder, 2), iteration(tmp_path, 2))

@@ -176,7 +176,7 @@ def test_the_sharding_of_the_optimizer(half: Path, tmp_path: Path) -> None:
     assert "pass --use-distributed-optimizer, or pass --no-load-optim" in message
     run(half, *CONSTANT[1:], "--train-iters", "4", "--no-load-optim")
     message = error_of(half, *CONSTANT[1:], "--train-iters", "6", "--decoupled-lr", "1e-4")
-    assert "--decoupled-lr cannot come or go" in message
+    assert "--decoupled-lr cannot be added or dropped" in message
     assert "drop --decoupled-lr" in message
 
 

@@ -165,6 +165,6 @@ def in_background(*more: str) -> None:
     """As a process of its own: the worker starts others, which a fork of ours cannot."""
     command = [sys.executable, "-m", "qwen35_mcore.training.pretrain", *flags(*more)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "successfully saved checkpoint from iteration       4" in done.stdout

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.kernels.base import DeltaRuleInputs
 from qwen35_mcore.kernels.state_passing import Zigzag
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
 from qwen35_mcore.model.transformer_config import transformer_config
@@ -43,14 +44,16 @@ def outputs_and_gradients(case: dict[str, Tensor], context: Zigzag | None) -> di
     mixed = kernels.causal_conv1d(leaves["x"], leaves["conv"], cp_context=context)
     q, k, v = mixed.split([KEY_HEADS * KEY, KEY_HEADS * KEY, HEADS * VALUE], dim=-1)
     out, _ = kernels.gated_delta_rule(
-        q.unflatten(-1, (KEY_HEADS, KEY)),
-        k.unflatten(-1, (KEY_HEADS, KEY)),
-        v.unflatten(-1, (HEADS, VALUE)),
-        leaves["a"],
-        leaves["b"],
-        leaves["A_log"],
-        leaves["dt_bias"],
-        cp_context=context,
+        DeltaRuleInputs(
+            q_bshk=q.unflatten(-1, (KEY_HEADS, KEY)),
+            k_bshk=k.unflatten(-1, (KEY_HEADS, KEY)),
+            v_bshv=v.unflatten(-1, (HEADS, VALUE)),
+            a_bsh=leaves["a"],
+            b_bsh=leaves["b"],
+            A_log=leaves["A_log"],
+            dt_bias=leaves["dt_bias"],
+            cp_context=context,
+        )
     )
     (out * case["weight"]).sum().backward()
     return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
@@ -104,8 +107,8 @@ def packed_sequences() -> str:
 
     layout = Layout(cp=2, run={"gdn_context_parallel": "state_passing"})
     initialize(layout)
-    hf = toy_config(moe=False)
-    [model] = build_chunks(hf, config_for(hf, layout), layout)
+    model_config = toy_config(moe=False)
+    [model] = build_chunks(model_config, config_for(model_config, layout), layout)
     bounds = torch.tensor([0, 32, 64], dtype=torch.int32)
     packed = PackedSeqParams(
         qkv_format="thd",
@@ -116,7 +119,7 @@ def packed_sequences() -> str:
     )
     gdn = model.decoder.layers[0].self_attention
     with pytest.raises(ConfigError) as error:
-        gdn(torch.randn(32, 1, hf.hidden_size), packed_seq_params=packed)
+        gdn(torch.randn(32, 1, model_config.hidden_size), packed_seq_params=packed)
     return str(error.value)
 
 
@@ -127,16 +130,16 @@ def test_packed_sequences_are_refused(pool: WorkerPool) -> None:
 
 
 def test_only_the_all_to_all_needs_a_key_head_for_every_rank() -> None:
-    hf = toy_config(linear_num_key_heads=2, linear_num_value_heads=4)
+    model_config = toy_config(linear_num_key_heads=2, linear_num_value_heads=4)
     run = LOCAL | {"params_dtype": torch.float32}
     passing = run | {"gdn_context_parallel": "state_passing"}
-    config = transformer_config(hf, **passing, context_parallel_size=4)
+    config = transformer_config(model_config, **passing, context_parallel_size=4)
     assert config.experimental_attention_variant == "gated_delta_net"
     assert (config.linear_num_key_heads, config.linear_num_value_heads) == (2, 4)
     with pytest.raises(AssertionError, match="linear_num_key_heads"):
-        transformer_config(hf, **run, context_parallel_size=4)
+        transformer_config(model_config, **run, context_parallel_size=4)
     tp4 = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
     with pytest.raises(AssertionError, match="linear_num_key_heads"):
-        transformer_config(hf, **passing, **tp4, context_parallel_size=2)
+        transformer_config(model_config, **passing, **tp4, context_parallel_size=2)
     with pytest.raises(ConfigError, match="all_to_all or state_passing"):
-        transformer_config(hf, **run, gdn_context_parallel="state-passing")
+        transformer_config(model_config, **run, gdn_context_parallel="state-passing")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.kinds import kinds
 from tests.helpers.pretrain_runs import script_server, small_dataset
 from tests.helpers.run_results import logged_scalars
 
@@ -58,13 +59,9 @@ CASES = {
     "CP2 x PP2, documents": (4, 1, (*CP2, *PP2, *PACKED)),
 }
 """Ranks, samples that are forwarded at once, flags."""
-QUICK = ("DP2", "CP2, documents")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
-)
+@pytest.mark.parametrize("name", kinds(CASES, ("DP2", "CP2, documents")))
 def test_the_log_equals_one_process(name: str, start: Path, tmp_path: Path) -> None:
     world, at_once, parallel = CASES[name]
     alone = PACKED if "documents" in name else ()

@@ -1,4 +1,5 @@
-"""Run `qwen35-ckpt`: as a real process, or in this one where a process per case takes too long."""
+"""Run `qwen35-ckpt` and `qwen35` in this process, where one for each case takes too long; or
+`qwen35-ckpt` as a real one."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -27,10 +29,21 @@ def ckpt(*arguments: object) -> Outcome:
     """The command in this process, through its own entry point."""
     from checkpoint_tools.cli import main
 
+    return _called(main, "qwen35-ckpt", *arguments)
+
+
+def qwen35(*arguments: object) -> Outcome:
+    """The same of `qwen35`."""
+    from qwen35_mcore.cli import main
+
+    return _called(main, "qwen35", *arguments)
+
+
+def _called(main: Callable[[], None], name: str, *arguments: object) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with (
-        patch.object(sys, "argv", ["qwen35-ckpt", *map(str, arguments)]),
+        patch.object(sys, "argv", [name, *map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -51,7 +64,7 @@ def ckpt_process(*arguments: object, **environment: str) -> Outcome:
         text=True,
         cwd=ROOT,
         env=os.environ | environment,
-        timeout=300,
+        timeout=600,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -1,9 +1,10 @@
 """One persistent pool of processes that rebuilds its parallel state per case.
 
-Starting a process with torch and megatron imported takes longer than most cases, so the workers
-stay. A case is a module-level function; it runs in the first ``world_size`` workers, each inside a
-fresh process group (gloo, or NCCL with a GPU for each worker), and what it returns comes back in
-rank order, on the CPU.
+Importing torch and megatron takes longer than most cases. On GPUs the workers stay; on a CPU they
+are forks of one process that has imported both (`tests.helpers.imported`), and end with a case of
+several ranks: gloo's threads outlive their group, and poll. A case is a module-level
+function; it runs in the first ``world_size`` workers, each inside a fresh process group (gloo, or
+NCCL with a GPU for each worker), and what it returns comes back in rank order, on the CPU.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ import psutil
 import torch
 
 MAX_WORLD_SIZE = 4
-CASE_TIMEOUT_S = 240
+CASE_TIMEOUT_S = 600
 PRINT_STACKS = signal.SIGRTMIN  # LLVM, which Triton compiles with, takes SIGUSR1 for itself
-MOST_THREADS = 300  # gloo's stay after their group is destroyed, and poll: 60 more with each case
 
 
 class CaseError(AssertionError):
@@ -70,17 +70,18 @@ class WorkerPool:
             CaseError: with the traceback of the first rank that failed; the pool is rebuilt then,
                 since the other ranks may hang in a collective.
         """
-        if any(self._is_worn_out(process) for process, _ in self._workers):
+        if not all(process.is_alive() for process, _ in self._workers):
             self.close()
-        if not self._workers:
-            self._workers = [_start_worker(self._gpu(r), self.log) for r in range(self.size)]
+        started = range(len(self._workers), self.size if self.on_gpus else world_size)
+        self._workers += [_start_worker(self._gpu(rank), self.log) for rank in started]
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world_size):
                 call = (case, kwargs, rank, world_size, os.path.join(folder, "store"))
                 self._workers[rank][1].send_bytes(_pack(call))
             results, failures = self._answers(world_size)
-        if failures:
+        if failures or (world_size > 1 and not self.on_gpus):
             self.close()
+        if failures:
             # a lost connection is what the other ranks see of the failure
             first = min(failures, key=lambda rank: "Connection" in failures[rank])
             raise CaseError(f"rank {first} of {world_size}:\n{failures[first]}")
@@ -117,10 +118,6 @@ class WorkerPool:
             if (process := self._workers[rank][0]).is_alive():
                 os.kill(process.pid, PRINT_STACKS)
                 time.sleep(0.5)
-
-    def _is_worn_out(self, process: Any) -> bool:
-        """Whether a worker died, or has more threads than it can use."""
-        return not process.is_alive() or (not self.on_gpus and _threads(process.pid) > MOST_THREADS)
 
     def _gpu(self, rank: int) -> int | None:
         return rank if self.on_gpus else None
@@ -161,7 +158,10 @@ def _unpack(data: bytes) -> Any:
 
 
 def _start_worker(gpu: int | None, log: Path | None) -> tuple[Any, Connection]:
-    context = multiprocessing.get_context("spawn")
+    # a fork cannot use a GPU that the process it comes from has touched
+    context: Any = multiprocessing.get_context("forkserver" if gpu is None else "spawn")
+    if gpu is None:
+        context.set_forkserver_preload(["tests.helpers.imported"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, gpu, log))  # no daemon: saving forks
     process.start()
@@ -223,10 +223,6 @@ def take_first_configurations() -> None:
             return tune(self, *args, **kwargs)
 
         Autotuner.run = run
-
-
-def _threads(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/task"))
 
 
 def _run_case(backend: str, case: Any, kwargs: Any, rank: int, world_size: int, store: str) -> Any:

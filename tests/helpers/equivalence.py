@@ -142,7 +142,9 @@ def initial_weights(pool: WorkerPool, config: Qwen35Config) -> dict[str, torch.T
     """Global weights of a serial initialisation, moved off the values that hide mistakes."""
     batch = Batch(random_tokens(config, 1, LENGTH, seed=0))
     layout = Layout(run={"gdn_kernel": "torch"})  # the one that runs in float32 everywhere
-    [result] = pool.run(train, 1, hf=config, layout=layout, weights=None, batches=[batch], lr=0.0)
+    [result] = pool.run(
+        train, 1, model_config=config, layout=layout, weights=None, batches=[batch], lr=0.0
+    )
     generator = torch.Generator().manual_seed(9)
     weights = assemble([result.parameters])
     for key, value in weights.items():
@@ -191,7 +193,7 @@ def run_case(pool: WorkerPool, case: Case, train: Callable[..., Result] = train)
     results: list[Result] = pool.run(
         train,
         case.world,
-        hf=case.config,
+        model_config=case.config,
         layout=case.layout,
         weights=initial_weights(pool, case.config),
         batches=batches(case),

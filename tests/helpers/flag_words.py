@@ -31,14 +31,16 @@ def megatron_parser() -> ArgumentParser:
     return add_megatron_arguments(ArgumentParser(allow_abbrev=False))
 
 
-def checking_parser(hf: Qwen35Config, *, on_cpu: bool) -> ArgumentParser:
+def checking_parser(model_config: Qwen35Config, *, on_cpu: bool) -> ArgumentParser:
     """megatron's parser with a run's defaults, refusing what the table refuses."""
     parser = megatron_parser()
     raise_instead_of_usage(parser)
     flags = [action.dest for action in parser._actions]
     parser.add_argument("--gdn-kernel", default="auto")
     parser.add_argument("--moe-experts", default="auto")
-    parser.set_defaults(**run_defaults(hf, on_cpu), **architecture_arguments(hf))
+    parser.set_defaults(
+        **run_defaults(model_config, on_cpu), **architecture_arguments(model_config)
+    )
     check_classes_while_parsing(parser, flags, on_cpu=on_cpu)
     return parser
 
@@ -91,8 +93,15 @@ def following_the_advice(parser: ArgumentParser, given: list[str]) -> tuple[list
     raise AssertionError(f"the advice leads on and on: {given}")
 
 
+GPU_FLAGS = ("--attention-backend", "--cuda-graph-impl", "--cuda-graph-modules")
+"""Flags of plans and documents that are refused where there is no GPU."""
+
+
 def without_gpu_flags(words: list[str]) -> None:
     """Take out of a plan's command line what is refused where there is no GPU."""
-    if "--attention-backend" in words:
-        at = words.index("--attention-backend")
-        del words[at : at + 2]
+    for flag in GPU_FLAGS:
+        if flag in words:
+            at = words.index(flag)
+            del words[at]
+            while at < len(words) and not words[at].startswith("-"):
+                del words[at]

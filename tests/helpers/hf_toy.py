@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from checkpoint_tools.names import Naming, rows
+from checkpoint_tools.table.names import Naming, rows
 from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.hf_reference import modeling
 from tests.helpers.toys import toy_config

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.manifest import write_file
-from checkpoint_tools.mcore_keys import COMMON_STATE
-from checkpoint_tools.mcore_write import (
+from checkpoint_tools.files.checksums import ChecksumWriter
+from checkpoint_tools.files.paths import write_file
+from checkpoint_tools.mcore.keys import COMMON_STATE
+from checkpoint_tools.mcore.write import (
     Item,
     MetadataBuilder,
     Target,
     write_objects,
     write_tensors,
 )
-from checkpoint_tools.storage import ChecksumWriter
-from checkpoint_tools.transforms import Box
+from checkpoint_tools.table.transforms import Box
 from qwen35_mcore.config.model_config import Qwen35Config
 
 ITERATION = 7

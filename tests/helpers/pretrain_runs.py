@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
+import math
 import multiprocessing
 import os
 import shutil
@@ -23,7 +25,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-RUN_TIMEOUT_S = 120.0
+RUN_TIMEOUT_S = 600.0
+"""No measure of speed: what has not ended by then hangs."""
+OTHERS_END_S = 60.0
+"""How long other ranks may take to notice a failure, before they are killed."""
 
 
 @dataclass
@@ -36,12 +41,14 @@ class Run:
     statuses: dict[int, int] = field(default_factory=dict)
 
     def wait(self, timeout: float = RUN_TIMEOUT_S) -> list[int]:
-        """Exit status of every rank; negative for a signal. The first failure ends the others."""
-        deadline = time.monotonic() + timeout
+        """Exit status of every rank; negative for a signal. Ranks that wait for one that failed are
+        killed."""
+        deadline, failed = time.monotonic() + timeout, math.inf
         while len(self.statuses) < len(self.pids):
             self.poll()
             if any(self.statuses.values()):
-                time.sleep(0.5)
+                failed = min(failed, time.monotonic())
+            if time.monotonic() > failed + OTHERS_END_S:
                 self.kill()
             if time.monotonic() > deadline:
                 self.kill()
@@ -152,6 +159,9 @@ def _free_port() -> int:
 def _serve(connection: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     script = _import_script()
+    import megatron.core.tokenizers.text  # noqa: F401 (megatron imports it in every run)
+
+    gc.freeze()  # what is imported is not looked through again in every run
     while True:
         try:
             request, argument = connection.recv()

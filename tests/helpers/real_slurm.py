@@ -86,7 +86,7 @@ class RealSlurm:
     def command(self, *words: str, **options: object) -> str:
         """Standard output of one of SLURM's commands, which has to succeed."""
         done = subprocess.run(
-            words, env=self.env, capture_output=True, text=True, timeout=60, **options
+            words, env=self.env, capture_output=True, text=True, timeout=300, **options
         )
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout
@@ -99,7 +99,7 @@ class RealSlurm:
             env=self.env | env,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -160,7 +160,7 @@ class RealSlurm:
         )
         return done.stdout.split() == ["2", "idle"]
 
-    def _until(self, is_so: Callable[[], bool], timeout: float = 60) -> None:
+    def _until(self, is_so: Callable[[], bool], timeout: float = 300) -> None:
         deadline = time.monotonic() + timeout
         while not is_so():
             assert time.monotonic() < deadline, self.logs()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint_tools.mcore_io import MegatronCheckpoint
-from checkpoint_tools.transforms import Box
+from checkpoint_tools.mcore.read import MegatronCheckpoint
+from checkpoint_tools.table.transforms import Box
 
 LOGGED = ("lm loss", "mtp_1 loss", "grad-norm", "learning-rate", "lm loss validation")
 MAIN_PARAMETER = re.compile(r"^optimizer\.state\.(?:fp32_)?param\.")
@@ -48,7 +48,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     checkpoint = MegatronCheckpoint(folder)
     tensors = {
-        key: checkpoint.read(key, Box((0,) * len(tensor.shape), tensor.shape)).clone()
+        key: checkpoint.read(key, Box.whole(tensor.shape)).clone()
         for key, tensor in checkpoint.tensors.items()
     }
     for key, main in tensors.items():

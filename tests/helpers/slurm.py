@@ -109,7 +109,7 @@ class Slurm:
         cwd: Path = ROOT,
         at_start: Callable[[int, subprocess.Popen[str]], None] | None = None,
         most_starts: int = 10,
-        timeout: float = 30,
+        timeout: float = 600,
     ) -> Job:
         """Run launch/slurm.sbatch until it is not queued again.
 
@@ -119,7 +119,7 @@ class Slurm:
             cwd: where the user submits.
             at_start: called with the number of the start and the running batch shell.
             most_starts: a job that is queued more often fails the test.
-            timeout: seconds for each start, after which the test fails.
+            timeout: seconds for each start, after which it hangs and the test fails.
         """
         spooled = self.folder / "slurm_script"  # SLURM runs a copy, from the submission's folder
         spooled.write_bytes((ROOT / "launch" / "slurm.sbatch").read_bytes())
@@ -194,7 +194,7 @@ def signal_before_time_limit(job: subprocess.Popen[str]) -> None:
     job.send_signal(signal.Signals[f"SIG{match[1]}"])
 
 
-def wait_for(path: Path, text: str, job: subprocess.Popen[str], timeout: float = 200) -> None:
+def wait_for(path: Path, text: str, job: subprocess.Popen[str], timeout: float = 600) -> None:
     """Until a file holds a text; the job must not end before."""
     deadline = time.monotonic() + timeout
     while not path.exists() or text not in path.read_text(errors="replace"):
@@ -225,5 +225,5 @@ def train_sh(
         | env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )

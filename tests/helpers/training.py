@@ -142,16 +142,16 @@ def initialize(layout: Layout, seed: int = 123) -> None:
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # the last case's may have another shape
 
 
-def config_for(hf: Qwen35Config, layout: Layout) -> Qwen35TransformerConfig:
+def config_for(model_config: Qwen35Config, layout: Layout) -> Qwen35TransformerConfig:
     """What a user's run on a CPU gets who asks for this layout: defaults, flags and megatron's
     completion of them, with the layout's ``run`` on top."""
     with _world(), contextlib.redirect_stdout(io.StringIO()):
-        args = read_flags(_flags(layout), hf, on_cpu=True)
+        args = read_flags(_flags(layout), model_config, on_cpu=True)
         for name, value in layout.run.items():
             setattr(args, _ARGUMENTS.get(name, name), value)
         check_flags(args)
         config = validated_config(args)
-    apply_yarn(config, hf.yarn)
+    apply_yarn(config, model_config.yarn)
     for name, value in layout.run.items():
         assert getattr(config, name) == value, name
     return config
@@ -200,7 +200,7 @@ def _world() -> Iterator[None]:
 
 
 def build_chunks(
-    hf: Qwen35Config, config: Qwen35TransformerConfig, layout: Layout
+    model_config: Qwen35Config, config: Qwen35TransformerConfig, layout: Layout
 ) -> list[torch.nn.Module]:
     """This rank's model chunks, unwrapped."""
     chunks = []
@@ -208,13 +208,15 @@ def build_chunks(
         vp_stage = stage if layout.vpp else None
         first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        chunk = build_model(hf, config, pre_process=first, post_process=last, vp_stage=vp_stage)
+        chunk = build_model(
+            model_config, config, pre_process=first, post_process=last, vp_stage=vp_stage
+        )
         chunks.append(chunk.cuda())
     return chunks
 
 
 def train(
-    hf: Qwen35Config,
+    model_config: Qwen35Config,
     layout: Layout,
     weights: dict[str, torch.Tensor] | None,
     batches: list[Batch],
@@ -226,8 +228,8 @@ def train(
     MTPLossLoggingHelper.tracker.clear()
     for patch in MTP_LOSS_LOG:
         patch.apply()
-    config = config_for(hf, layout)
-    chunks = build_chunks(hf, config, layout)
+    config = config_for(model_config, layout)
+    chunks = build_chunks(model_config, config, layout)
     if weights is not None:
         load_global(chunks, weights)
     wrapped, optimizer = wrap(chunks, config, layout, lr)

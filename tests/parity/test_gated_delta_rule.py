@@ -12,19 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen35_mcore.kernels import reference
-from qwen35_mcore.kernels.facts import gather_facts
-from qwen35_mcore.kernels.fla import FlaKernels
+from qwen35_mcore.kernels.base import DeltaRuleInputs, Kernels
+from qwen35_mcore.kernels.facts import Workload, gather_facts
+from qwen35_mcore.kernels.fla_kernels import FlaKernels
 from qwen35_mcore.kernels.fla_rules import fla_support
 from qwen35_mcore.kernels.registry import select_kernels
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
 from tests.helpers import hf_reference
+from tests.helpers.kinds import examples
 
-PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
+PROPERTY = examples(30, derandomize=True)
 GRADIENTS = ("q", "k", "v", "g", "beta", "state")
 
 
@@ -252,6 +254,7 @@ def test_equals_transformers(theirs: str, ratio: int) -> None:
 
 
 RAW = ("q", "k", "v", "a", "b", "A_log", "dt_bias")
+FIELDS = ("q_bshk", "k_bshk", "v_bshv", "a_bsh", "b_bsh", "A_log", "dt_bias")
 
 
 def raw_case(tokens: int, head_dim: int, device: str) -> dict[str, Tensor]:
@@ -276,15 +279,19 @@ def raw_case(tokens: int, head_dim: int, device: str) -> dict[str, Tensor]:
 
 
 def run_layer_rule(
-    backend: Any,
+    kernels: Kernels,
     case: dict[str, Tensor],
     dtype: torch.dtype | None,
     d_o: Tensor,
     bounds: Any,
 ) -> dict[str, Any]:
     leaves = {n: (x.to(dtype) if dtype else x).detach().requires_grad_() for n, x in case.items()}
-    inputs = [leaves[name] for name in RAW]
-    o, final = backend.gated_delta_rule(*inputs, cu_seqlens=bounds, output_final_state=True)
+    inputs = DeltaRuleInputs(
+        **dict(zip(FIELDS, (leaves[name] for name in RAW), strict=True)),
+        cu_seqlens=bounds,
+        output_final_state=True,
+    )
+    o, final = kernels.gated_delta_rule(inputs)
     torch.autograd.backward([o, final], [d_o.to(o.dtype), torch.ones_like(final)])
     return {"o": o, "final": final, **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
 
@@ -334,7 +341,7 @@ def test_extreme_gates() -> None:
 @pytest.mark.parametrize("lengths", [[256], [100, 1, 155]], ids=["one", "packed"])
 def test_fla_equals_reference(lengths: list[int], gates_in_kernel: bool) -> None:
     device, head_dim = "cuda", 64
-    support = fla_support(gather_facts(torch.device(device)), torch.bfloat16)
+    support = fla_support(gather_facts(torch.device(device)), Workload(torch.bfloat16))
     assert support.ok, support
     fla = FlaKernels(support.reason, gates_in_kernel=gates_in_kernel)
     bounds = torch.tensor(boundaries(lengths), device=device) if len(lengths) > 1 else None
@@ -359,7 +366,7 @@ def test_fla_equals_reference(lengths: list[int], gates_in_kernel: bool) -> None
 @pytest.mark.parametrize("lengths", [[130], [60, 2, 68]], ids=["one", "packed"])
 def test_fla_conv_and_norm_equal_reference(lengths: list[int]) -> None:
     device, channels = "cuda", 64
-    fla = select_kernels("fla", device, torch.bfloat16)
+    fla = select_kernels("fla", device, Workload(torch.bfloat16))
     exact = TorchKernels("exact")
     tokens = sum(lengths)
     bounds = torch.tensor(boundaries(lengths), device=device) if len(lengths) > 1 else None

@@ -116,7 +116,7 @@ def test_flas_gate_at_its_extremes(gates_in_kernel: bool, monkeypatch: pytest.Mo
     decay's gradient by the decay itself, up to 3,600 here, and where a head forgets at once nothing
     else is left (d_A_log at rate 60: 1.1e-2, beside 5.4 at rate 0.02; error 5e-3 in both)."""
     monkeypatch.setenv("FLA_FLASH_QLA", "0")  # it would compile for minutes
-    from qwen35_mcore.kernels.fla import FlaKernels
+    from qwen35_mcore.kernels.fla_kernels import FlaKernels
     from qwen35_mcore.kernels.torch_kernels import TorchKernels
     from tests.parity.test_gated_delta_rule import (
         exact_rule,
@@ -193,14 +193,14 @@ def test_the_gates_of_an_fp8_run_are_as_good_as_bfloat16(recipe: str) -> None:
     from tests.bench.bench_gdn import build_ours
     from tests.bench.common import cut_config, gpu_config
 
-    hf = cut_config("35b-a3b", 1)
-    heads = hf.linear_num_value_heads
+    model_config = cut_config("35b-a3b", 1)
+    heads = model_config.linear_num_value_heads
     torch.manual_seed(0)
-    x = torch.randn(LENGTH, BATCH, hf.hidden_size, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(LENGTH, BATCH, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
     grad = torch.randn(LENGTH, BATCH, 2 * heads, device="cuda", dtype=torch.bfloat16)
 
     def error(fp8: str | None, apart: bool) -> dict[str, float]:
-        config = gpu_config(hf, fp8, gdn_gates_apart=apart)
+        config = gpu_config(model_config, fp8, gdn_gates_apart=apart)
         module, inputs = build_ours(config), x.detach().requires_grad_()
         with get_fp8_context(config):
             if apart:
@@ -257,24 +257,24 @@ def test_model_in_bfloat16_is_near_float32() -> None:
     from tests.helpers.toys import narrow_config, random_tokens
     from tests.helpers.training import LOCAL
 
-    hf = narrow_config()
+    model_config = narrow_config()
     _forget_attention_backend()
     exact_config = transformer_config(
-        hf,
+        model_config,
         **LOCAL,
         params_dtype=torch.float32,
         gdn_kernel="torch",
         moe_router_load_balancing_type="none",
     )
-    exact = build_model(hf, exact_config).cuda()
+    exact = build_model(model_config, exact_config).cuda()
     _forget_attention_backend()
-    fast = build_model(hf, gpu_config(hf)).cuda()
+    fast = build_model(model_config, gpu_config(model_config)).cuda()
     weights = {}
     for shard in local_shards([exact]):
         tensor = weights.setdefault(shard.key, torch.empty(shard.global_shape, device="cuda"))
         tensor[window(shard)] = shard.data
     load_global([fast], weights)
-    tokens = random_tokens(hf, 2, 256, seed=3).cuda()
+    tokens = random_tokens(model_config, 2, 256, seed=3).cuda()
     positions = torch.arange(256, device="cuda").expand(2, -1)
     losses = {}
     for name, model in (("exact", exact), ("fast", fast)):

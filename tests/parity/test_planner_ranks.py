@@ -25,8 +25,8 @@ CASES = {
 def built_parameters(flavor: str, layout: Layout) -> tuple[int, int]:
     """Elements of dense and of expert parameters on this rank."""
     initialize(layout)
-    hf = get_flavor(flavor)
-    chunks = build_chunks(hf, config_for(hf, layout), layout)
+    model_config = get_flavor(flavor)
+    chunks = build_chunks(model_config, config_for(model_config, layout), layout)
     named = [pair for chunk in chunks for pair in chunk.named_parameters()]
     expert = sum(p.numel() for name, p in named if ".experts." in name)
     return sum(p.numel() for _, p in named) - expert, expert

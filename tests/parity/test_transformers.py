@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_tools.names import hf_to_mcore
+from checkpoint_tools.table.names import hf_to_mcore
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from tests.helpers.distributed import WorkerPool
@@ -140,7 +140,7 @@ def comparison(request: pytest.FixtureRequest, pool: WorkerPool) -> Comparison:
     [result] = pool.run(
         train,
         1,
-        hf=config,
+        model_config=config,
         layout=Layout(run={"moe_router_load_balancing_type": "none"}),  # the reference has none
         weights=weights,
         batches=[Batch(tokens)],

@@ -18,14 +18,15 @@ import torch
 from qwen35_mcore.kernels.fused_triton import epilogue, prologue
 from qwen35_mcore.kernels import swiglu_triton
 from qwen35_mcore.kernels.expert_gradient_triton import add_weight_gradient
-from qwen35_mcore.kernels.heads import Heads
+from qwen35_mcore.config.shapes import GdnShape
 
-heads, length, batch = Heads(4, 8, 128, 128), 256, 2
+length, batch = 256, 2
+shape = GdnShape(key_heads=4, value_heads=8, key_head_dim=128, value_head_dim=128)
 def empty(*shape):
     return torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True)
 for cu_seqlens in (None, torch.tensor([0, 200, 256], dtype=torch.int32)):
-    x = empty(length, 1 if cu_seqlens is not None else batch, sum(heads.sections))
-    q, k, v, z, b, a = prologue(x, empty(sum(heads.convolved), 4), heads, cu_seqlens)
+    x = empty(length, 1 if cu_seqlens is not None else batch, shape.in_proj_width)
+    q, k, v, z, b, a = prologue(x, empty(shape.conv_width, 4), shape, cu_seqlens)
     y = epilogue(v, z, empty(128), 1e-6)
     (q.sum() + k.sum() + y.sum() + a.sum() + b.sum()).backward()
 ends = torch.tensor([100, 256], dtype=torch.int32)

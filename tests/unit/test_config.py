@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     Qwen3_5Config,
@@ -26,6 +26,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from qwen35_mcore.errors import ConfigError
 from tests.helpers.hf_configs import of_type, text_level, text_only, vision_language, without
+from tests.helpers.kinds import examples
 
 HF_CLASSES = {
     "qwen3_5": Qwen3_5Config,
@@ -245,7 +246,7 @@ def configs(draw: st.DrawFn) -> Qwen35Config:
 
 
 class TestObject:
-    @settings(max_examples=200, deadline=None)
+    @examples(200)
     @given(configs())
     def test_from_hf_inverts_to_hf_also_through_a_file(self, config: Qwen35Config) -> None:
         assert Qwen35Config.from_hf(config.to_hf()) == config
@@ -253,7 +254,7 @@ class TestObject:
         assert Qwen35Config.from_hf(through_json) == config
         assert hash(Qwen35Config.from_hf(through_json)) == hash(config)
 
-    @settings(max_examples=50, deadline=None)
+    @examples(50)
     @given(configs())
     def test_dropping_the_wrapper_keeps_the_text_model(self, config: Qwen35Config) -> None:
         text = config.to_text_only()
@@ -285,9 +286,14 @@ class TestObject:
     def test_derived_sizes(self) -> None:
         config = Qwen35Config.from_hf(text_only())
         assert config.rotary_dim == 16
-        assert config.gdn_key_dim == 2 * 24
-        assert config.gdn_value_dim == 6 * 40
-        assert config.gdn_conv_dim == 2 * 48 + 240
+        gdn, attention = config.gdn_shape, config.attention_shape
+        assert (gdn.key_width, gdn.value_width) == (2 * 24, 6 * 40)
+        assert (gdn.conv_width, gdn.qkvz_width) == (2 * 48 + 240, 2 * 48 + 2 * 240)
+        assert gdn.in_proj_width == gdn.qkvz_width + 2 * 6
+        assert replace(gdn, gates_apart=True).in_proj_width == gdn.qkvz_width
+        assert gdn.split(2) == replace(gdn, key_heads=1, value_heads=3)
+        assert (attention.query_width, attention.kv_width) == (6 * 32, 3 * 32)
+        assert attention.qkv_width == (2 * 6 + 2 * 3) * 32
         assert config.rope_theta == 1e7
         assert config.yarn is None
         assert (config.num_gdn_layers, config.num_attention_layers) == (2, 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
@@ -18,6 +18,7 @@ from qwen35_mcore.config.flavors import FLAVORS, get_flavor
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.hf_reference import modeling
+from tests.helpers.kinds import examples
 
 # component of a transformers parameter, by the first of these that its name contains
 COMPONENTS = {
@@ -56,7 +57,7 @@ def test_every_component_equals_transformers_build(name: str) -> None:
     assert counts.total_without_mtp == sum(ours.values())
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     kinds=st.lists(st.sampled_from(LayerKind), min_size=1, max_size=5),
     ratio=st.integers(1, 4),

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import BuiltinFunctionType
 
-import pytest
 import torch
 
 from tests.helpers.distributed import WorkerPool
@@ -80,7 +79,6 @@ print("compared:", len(torch.load(folder / "before.pt")))
 """
 
 
-@pytest.mark.slow
 def test_models_of_transformers_are_bit_equal(tmp_path: Path) -> None:
     """Built, and loaded by way of the meta device: loss, logits, buffers and gradients."""
     done = subprocess.run(

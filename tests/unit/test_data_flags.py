@@ -100,7 +100,7 @@ def test_data_that_can_train(more: dict[str, Any]) -> None:
     check(**more)
 
 
-NO_DATA = "there are no validation data"
+NO_DATA = "the run evaluates but has no validation data"
 WEIGHT = "has a weight that is not a positive number"
 TURN = "does not name weights and datasets in turn"
 SPLIT = "--split is not the shares"
@@ -112,8 +112,8 @@ SPLIT = "--split is not the shares"
         ({"data_path": ["big"], "split": "100,0,0", **EVALUATED}, NO_DATA),
         ({"train_data_path": ["big"], **EVALUATED}, NO_DATA),
         ({"train_data_path": ["big"], **WHOLE}, NO_DATA),
-        ({"data_path": ["big"], "split": "0,100,0", **EVALUATED}, "there are no training data"),
-        ({"valid_data_path": ["big"], **EVALUATED}, "there are no training data"),
+        ({"data_path": ["big"], "split": "0,100,0", **EVALUATED}, "the run has no training data"),
+        ({"valid_data_path": ["big"], **EVALUATED}, "the run has no training data"),
         *[
             ({"data_path": ["big"], "split": split}, SPLIT)
             for split in ("", "a,b", "0,0,0", "-90,5,5", "80,10,5,5", "1..2,1", "nan,1", "1e2,1,1")

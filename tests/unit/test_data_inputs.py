@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen35_mcore import data
@@ -17,6 +17,7 @@ from qwen35_mcore.data import readers
 from qwen35_mcore.data.sources import expand_inputs
 from qwen35_mcore.data.text_split import parse_text_split
 from qwen35_mcore.errors import DataError
+from tests.helpers.kinds import examples
 from tests.helpers.text_data import make_bpe, texts_of, tokenize, write_jsonl, write_parquet
 
 
@@ -139,7 +140,7 @@ class TestTextSplit:
         assert texts_of(tmp_path / "out") == ["one\ntwo", "three", "four"]
         assert report.documents == 3
 
-    @settings(max_examples=30, deadline=None)
+    @examples(30)
     @given(st.text(alphabet="ab\né☃🎈", max_size=200), st.integers(16, 40))
     def test_bytes(self, tmp_path_factory: pytest.TempPathFactory, text: str, size: int) -> None:
         """The pieces are the text, none is longer, and only a longer line is cut within."""

@@ -48,11 +48,11 @@ ERRORS = {
     ),
     "older megatron-core": (
         packages(megatron_core=Package(version="0.18.4")),
-        *("megatron-core", "0.18.4", "megatron-core>=0.19,<0.20"),
+        *("megatron-core", "0.18.4", "megatron-core==0.19.2"),
     ),
     "newer megatron-core": (
         packages(LAPTOP, megatron_core=Package(version="0.20.0rc1")),
-        *("megatron-core", "0.20.0rc1", "<0.20"),
+        *("megatron-core", "0.20.0rc1", "==0.19.2"),
     ),
     "no megatron-core": (packages(megatron_core=None), "megatron-core", "not", "pip install"),
     "megatron-core from source": (
@@ -124,6 +124,10 @@ def test_a_machine_on_which_training_fails_is_wrong_or_is_slow(
 
 
 MILD = {
+    "untested megatron-core of the same series": (
+        packages(megatron_core=Package(version="0.19.3")),
+        *("megatron-core", Level.WARNING),
+    ),
     "untested Transformer Engine": (
         packages(transformer_engine=Package(version="2.21.0")),
         *("te-version", Level.WARNING),

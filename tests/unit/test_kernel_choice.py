@@ -6,21 +6,23 @@ import dataclasses
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from qwen35_mcore import kernels as kernels_package
 from qwen35_mcore.errors import KernelError
 from qwen35_mcore.kernels import facts as kernel_facts
 from qwen35_mcore.kernels import registry
-from qwen35_mcore.kernels.base import Kernels
-from qwen35_mcore.kernels.facts import KernelFacts, gather_facts
+from qwen35_mcore.kernels.base import REGISTERED, DeltaRuleInputs, Kernels
+from qwen35_mcore.kernels.facts import KernelFacts, Workload, gather_facts
 from qwen35_mcore.kernels.fla_rules import flash_qla_support
 from qwen35_mcore.kernels.registry import select_kernels, supports
 
-BF16 = torch.bfloat16
+BF16, FP32 = Workload(torch.bfloat16), Workload(torch.float32)
 CPU = KernelFacts(device_type="cpu", fla="0.6.0", triton="3.6.0")
 HOPPER = KernelFacts(
     device_type="cuda",
@@ -77,6 +79,38 @@ def test_importing_the_choice_does_not_import_fla() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+NEW_KERNELS = """
+from qwen35_mcore.kernels.base import register
+from qwen35_mcore.kernels.facts import Support
+from qwen35_mcore.kernels.torch_kernels import TorchKernels
+
+@register
+class NewKernels(TorchKernels):
+    name = "new"
+    made_for = "cuda"
+    automatic = False
+
+    @classmethod
+    def support(cls, facts, workload):
+        return Support(facts.device_type == "cuda", "it needs a CUDA device")
+"""
+
+
+def test_new_kernels_are_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernels_package, "__path__", [*kernels_package.__path__, str(tmp_path)])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "new_kernels.py").write_text(NEW_KERNELS)
+    try:
+        registry.import_kernels()
+        assert select_kernels("new", "cuda", BF16, facts=HOPPER).name == "new"
+        assert registry.choose_kernels("auto", HOPPER, BF16).kernels is REGISTERED["fla"]
+        with pytest.raises(KernelError, match="it needs a CUDA device"):
+            select_kernels("new", "cpu", FP32, facts=CPU)
+    finally:
+        REGISTERED.pop("new", None)
+        sys.modules.pop(f"{kernels_package.__name__}.new_kernels", None)
+
+
 @pytest.mark.parametrize(
     ("changes", "dims", "reason", "fix"),
     [
@@ -100,7 +134,7 @@ def test_importing_the_choice_does_not_import_fla() -> None:
 def test_fla_refuses_with_reason_and_fix(
     changes: dict[str, Any], dims: tuple[int, int], reason: str, fix: str
 ) -> None:
-    answer = supports("fla", but(HOPPER, **changes), BF16, key_dim=dims[0], value_dim=dims[1])
+    answer = supports("fla", but(HOPPER, **changes), Workload(torch.bfloat16, *dims))
     assert not answer.ok
     assert reason in answer.reason
     assert answer.fix is not None
@@ -108,7 +142,7 @@ def test_fla_refuses_with_reason_and_fix(
 
 
 def test_fla_refuses_float32() -> None:
-    assert "TF32" in supports("fla", HOPPER, torch.float32).reason
+    assert "TF32" in supports("fla", HOPPER, FP32).reason
 
 
 @pytest.mark.parametrize(
@@ -134,8 +168,8 @@ def test_flash_qla_takes_only_what_it_can() -> None:
     facts = but(HOPPER, flash_qla="0.1.3")
     assert flash_qla_support(facts, BF16).ok
     assert not flash_qla_support(HOPPER, BF16).ok
-    assert not flash_qla_support(facts, BF16, key_dim=64).ok
-    assert not flash_qla_support(facts, torch.float32).ok
+    assert not flash_qla_support(facts, Workload(torch.bfloat16, 64, 128)).ok
+    assert not flash_qla_support(facts, FP32).ok
     assert not flash_qla_support(but(facts, capability=(8, 0)), BF16).ok
     assert not flash_qla_support(but(facts, tilelang=None), BF16).ok
     off = flash_qla_support(but(facts, fla_switches=("FLA_FLASH_QLA=0",)), BF16)
@@ -144,17 +178,17 @@ def test_flash_qla_takes_only_what_it_can() -> None:
 
 def test_auto_on_cpu_is_torch_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="qwen35_mcore.kernels"):
-        backends = [select_kernels("auto", "cpu", torch.float32, facts=CPU) for _ in range(3)]
-    assert {b.name for b in backends} == {"torch"}
-    assert "auto on cpu" in backends[0].reason
+        chosen = [select_kernels("auto", "cpu", FP32, facts=CPU) for _ in range(3)]
+    assert {one.name for one in chosen} == {"torch"}
+    assert "auto on cpu" in chosen[0].reason
     assert [r.levelname for r in caplog.records] == ["INFO"]
     assert "GDN kernels: torch" in caplog.text
 
 
 def test_auto_on_cuda_is_fla(fake_fla: dict, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="qwen35_mcore.kernels"):
-        backend = select_kernels("auto", "cuda", BF16, facts=HOPPER)
-    assert backend.name == "fla"
+        kernels = select_kernels("auto", "cuda", BF16, facts=HOPPER)
+    assert kernels.name == "fla"
     assert "the backward by tilelang 0.1.15" in caplog.text
 
 
@@ -170,13 +204,13 @@ def test_torch_named_on_cuda_is_a_warning(caplog: pytest.LogCaptureFixture) -> N
     assert [r.levelname for r in caplog.records] == ["WARNING"]
 
 
-def test_a_named_backend_that_cannot_run_is_an_error() -> None:
+def test_named_kernels_that_cannot_run_are_an_error() -> None:
     with pytest.raises(KernelError, match="CUDA device"):
         select_kernels("fla", "cpu", BF16, facts=CPU)
     with pytest.raises(KernelError, match="unknown kernels"):
         select_kernels("flash", "cpu", BF16, facts=CPU)
     with pytest.raises(KernelError, match="floating point"):
-        select_kernels("torch", "cpu", torch.int32, facts=CPU)
+        select_kernels("torch", "cpu", Workload(torch.int32), facts=CPU)
 
 
 def test_fla_that_does_not_import_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,15 +242,19 @@ def test_versions_of_absent_and_bare_modules(
     assert kernel_facts._version_of("fla", "fla-core") is None
 
 
-def call_rule(backend: Kernels, **options: Any) -> Any:
-    q, a, head = torch.randn(1, 8, 2, 4), torch.randn(1, 8, 2), torch.randn(2)
-    return backend.gated_delta_rule(q, q, q, a, a, head, head, **options)
+def call_rule(kernels: Kernels, batch: int = 1, **options: Any) -> Any:
+    q, a, head = torch.randn(batch, 8, 2, 4), torch.randn(batch, 8, 2), torch.randn(2)
+    return kernels.gated_delta_rule(
+        DeltaRuleInputs(
+            q_bshk=q, k_bshk=q, v_bshv=q, a_bsh=a, b_bsh=a, A_log=head, dt_bias=head, **options
+        )
+    )
 
 
 def test_fla_gets_raw_gates(fake_fla: dict) -> None:
-    backend = select_kernels("fla", "cuda", BF16, facts=HOPPER)
+    kernels = select_kernels("fla", "cuda", BF16, facts=HOPPER)
     cu_seqlens = torch.tensor([0, 3, 8])
-    assert call_rule(backend, cu_seqlens=cu_seqlens, output_final_state=True) == ("o", None)
+    assert call_rule(kernels, cu_seqlens=cu_seqlens, output_final_state=True) == ("o", None)
     _, options = fake_fla["rule"]
     assert options["use_gate_in_kernel"]
     assert options["use_beta_sigmoid_in_kernel"]
@@ -228,26 +266,26 @@ def test_fla_gets_raw_gates(fake_fla: dict) -> None:
 
 
 def test_flash_qla_gets_ready_made_gates(fake_fla: dict) -> None:
-    backend = select_kernels("fla", "cuda", BF16, facts=but(HOPPER, flash_qla="0.1.3"))
-    assert "FlashQLA: yes" in backend.reason
-    call_rule(backend)
+    kernels = select_kernels("fla", "cuda", BF16, facts=but(HOPPER, flash_qla="0.1.3"))
+    assert "FlashQLA: yes" in kernels.reason
+    call_rule(kernels)
     _, options = fake_fla["rule"]
     assert options["g"] == "decay"
     assert (options["beta"] > 0).all()
     assert "use_gate_in_kernel" not in options
-    call_rule(backend, cp_context="context")
+    call_rule(kernels, cp_context="context")
     _, options = fake_fla["rule"]
     assert options["cp_context"] == "context"
     assert options["use_gate_in_kernel"]
 
 
 def test_fla_conv_and_norm_arguments(fake_fla: dict) -> None:
-    backend = select_kernels("fla", "cuda", BF16, facts=HOPPER)
+    kernels = select_kernels("fla", "cuda", BF16, facts=HOPPER)
     x = torch.randn(1, 8, 4)
-    assert backend.causal_conv1d(x, torch.randn(4, 4), cp_context="context") == "y"
+    assert kernels.causal_conv1d(x, torch.randn(4, 4), cp_context="context") == "y"
     assert fake_fla["conv"][1]["activation"] == "silu"
     assert fake_fla["conv"][1]["cp_context"] == "context"
-    assert backend.gated_rms_norm(x, x, torch.ones(4), 1e-5) == "normed"
+    assert kernels.gated_rms_norm(x, x, torch.ones(4), 1e-5) == "normed"
     assert fake_fla["norm"][1] == {"activation": "silu", "eps": 1e-5}
 
 
@@ -255,28 +293,29 @@ def test_fla_passes_states_of_one_sequence_at_a_time(
     fake_fla: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its context knows the parts of one, and the rows of a microbatch are sequences apart."""
-    backend = select_kernels("fla", "cuda", BF16, facts=HOPPER)
-    seen: list[tuple[int, ...]] = []
+    kernels = select_kernels("fla", "cuda", BF16, facts=HOPPER)
+    seen: list[torch.Tensor] = []
 
     def one(x: torch.Tensor, *_: Any, cp_context: str, **__: Any) -> tuple[torch.Tensor, None]:
         assert cp_context == "context"
-        seen.append(tuple(x.shape))
+        seen.append(x)
         return x + 1, None
 
     for name in ("_delta_rule", "_conv"):
-        monkeypatch.setattr(backend, name, one)
-    q, a, head = torch.randn(3, 8, 2, 4), torch.randn(3, 8, 2), torch.randn(2)
-    out, state = backend.gated_delta_rule(q, q, q, a, a, head, head, cp_context="context")
+        monkeypatch.setattr(kernels, name, one)
+    out, state = call_rule(kernels, batch=3, cp_context="context")
     assert state is None
-    assert torch.equal(out, q + 1)
+    assert [tuple(x.shape) for x in seen] == [(1, 8, 2, 4)] * 3
+    assert torch.equal(out, torch.cat(seen) + 1)
+    seen.clear()
     x = torch.randn(2, 8, 4)
-    assert torch.equal(backend.causal_conv1d(x, torch.ones(4, 4), cp_context="context"), x + 1)
-    assert seen == [(1, 8, 2, 4)] * 3 + [(1, 8, 4)] * 2
+    assert torch.equal(kernels.causal_conv1d(x, torch.ones(4, 4), cp_context="context"), x + 1)
+    assert [tuple(x.shape) for x in seen] == [(1, 8, 4)] * 2
 
 
-def test_torch_backend_computes_what_it_says() -> None:
-    backend = select_kernels("torch", "cpu", torch.float32, facts=CPU)
-    o, final = call_rule(backend, output_final_state=True)
+def test_torch_kernels_compute_what_they_say() -> None:
+    kernels = select_kernels("torch", "cpu", FP32, facts=CPU)
+    o, final = call_rule(kernels, output_final_state=True)
     assert o.shape == (1, 8, 2, 4)
     assert final.shape == (1, 2, 4, 4)
-    assert backend.causal_conv1d(torch.randn(1, 8, 4), torch.randn(4, 4)).shape == (1, 8, 4)
+    assert kernels.causal_conv1d(torch.randn(1, 8, 4), torch.randn(4, 4)).shape == (1, 8, 4)

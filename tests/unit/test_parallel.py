@@ -9,16 +9,17 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from qwen35_mcore.config.flavors import FLAVORS, get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.parallel.check import check_layout, require_layout
+from qwen35_mcore.parallel.check import check_layout, refuse_violations
 from qwen35_mcore.parallel.layout import ParallelLayout
-from qwen35_mcore.parallel.stages import layout_problems, parse_pipeline_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout, stage_problems
+from tests.helpers.kinds import examples
 
 MOE, DENSE = get_flavor("35b-a3b"), get_flavor("27b")
 THREE_KV = replace(get_flavor("tiny-dense"), num_attention_heads=12, num_key_value_heads=3)
@@ -180,17 +181,18 @@ def test_the_advice_on_sequence_length_works(length: int, cp: int, tp: int, sp: 
             assert violation.rule not in rules(DENSE, layout, seq_length=advised)
 
 
-def test_require_lists_every_violation_with_what_to_do() -> None:
+def test_the_error_lists_every_violation_with_what_to_do() -> None:
     layout = ParallelLayout(tp=3, ep=3, dp=1)
     violations = check_layout(MOE, layout, world_size=4, seq_length=100)
     assert len(violations) > 5
     with pytest.raises(ConfigError) as caught:
-        require_layout(MOE, layout, world_size=4, seq_length=100)
+        refuse_violations(violations)
     for violation in violations:
         for part in (violation.rule, violation.value, violation.allowed, violation.fix):
             assert part
             assert part in str(caught.value)
-    require_layout(MOE, ParallelLayout(pp=2, ep=8), world_size=16, seq_length=4096)
+    layout = ParallelLayout(pp=2, ep=8)
+    refuse_violations(check_layout(MOE, layout, world_size=16, seq_length=4096))
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "2", None])
@@ -248,7 +250,7 @@ class TestLayoutString:
         read = tuple("".join(letters[layer.name] for layer in stage) for stage in theirs)
         assert parse_pipeline_layout(text) == read
 
-    @settings(max_examples=300)
+    @examples(300)
     @given(data=st.data())
     def test_megatron_judges_the_same(self, data: st.DataObject) -> None:
         pp, vpp = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
@@ -272,7 +274,7 @@ class TestLayoutString:
         except AssertionError:
             accepted = False
         problems = list(
-            layout_problems(stages, num_layers=4, num_mtp_layers=mtp, standalone_mtp=True, pp=pp)
+            stage_problems(stages, num_layers=4, num_mtp_layers=mtp, standalone_mtp=True, pp=pp)
         )
         assert accepted == (not problems), problems
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +52,7 @@ def untested(monkeypatch: pytest.MonkeyPatch, **verdicts: Verdict) -> None:
             target=patch.target,
             why=patch.why,
             upstream=patch.upstream,
-            verdict=named.get(patch.name, Verdict.MENDED),
+            verdict=named.get(patch.name, Verdict.NO_FAULT),
         )
         for patch in PATCHES
     ]
@@ -78,3 +83,55 @@ def test_what_no_probe_can_judge_stops_the_run(
     assert not applied
     installation.install(step_flops, accept_untested=True)
     assert applied == ["bucket padding", "seed of data loaders"]
+
+
+def test_a_patch_without_its_target_is_one_error() -> None:
+    gone = dataclasses.replace(PATCHES[0], name="gone", target="megatron.training:no_such_name")
+    with pytest.raises(ConfigError, match=r"patch 'gone' finds no megatron.training:no_such_name"):
+        gone.apply()
+
+
+UNTESTED_RELEASE = """
+from qwen35_mcore.mcore import cpu_mode
+cpu_mode.enable_training()
+from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.mcore.patches.install import install
+try:
+    install(max)
+except ConfigError as error:
+    print(error)
+install(max, accept_untested=True)
+"""
+TEXT_OF_ANOTHER_RELEASE = """
+import inspect
+getsource = inspect.getsource
+inspect.getsource = lambda part: getsource(part).upper()
+"""
+
+
+@pytest.mark.slow
+def test_no_patch_is_silent_on_another_release(tmp_path: Path) -> None:
+    """The installed release under another number, its text written otherwise: probes that read
+    text cannot tell any more, the others find their faults."""
+    (tmp_path / "megatron_core-0.19.3.dist-info").mkdir()
+    (tmp_path / "megatron_core-0.19.3.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.19.3\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(TEXT_OF_ANOTHER_RELEASE)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", UNTESTED_RELEASE],
+        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "RANK": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    error, _, notice = done.stdout.partition("megatron-core 0.19.3 was not tested")
+    assert "got: megatron-core 0.19.3; cannot tell: " in error
+    assert f"pass {installation.ACCEPT_FLAG}" in error
+    reading = {patch.name for patch in PATCHES if "inspect" in patch.probe.__code__.co_names}
+    unsure = error.partition("cannot tell: ")[2].partition("\n")[0]
+    assert set(unsure.split(", ")) == reading
+    applied = {name for line in notice.splitlines() for name in line.partition(": ")[2].split(", ")}
+    assert applied >= {patch.name for patch in PATCHES}

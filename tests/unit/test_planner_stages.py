@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.parallel.stages import layout_problems, parse_pipeline_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout, stage_problems
 from qwen35_mcore.planner import split_search
 from qwen35_mcore.planner.layout_text import write_pipeline_layout
 from qwen35_mcore.planner.pipeline import simulate
@@ -67,7 +67,7 @@ class TestLayoutText:
 def test_megatron_reads_the_layout_as_meant(layers: int, pp: int, vpp: int, mtp: bool) -> None:
     plan = balance(hybrid(layers, mtp=mtp), pp=pp, vpp=vpp, microbatches=16, passes=50_000)
     assert parse_pipeline_layout(plan.layout) == plan.stages
-    problems = layout_problems(
+    problems = stage_problems(
         plan.stages, num_layers=layers, num_mtp_layers=int(mtp), standalone_mtp=False, pp=pp
     )
     assert not list(problems)

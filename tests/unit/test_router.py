@@ -15,11 +15,11 @@ def counted(passes: int) -> tuple[list[float], float]:
 
     layout = Layout(dtype=torch.bfloat16)
     initialize(layout)
-    hf = toy_config()
-    config = config_for(hf, layout)
-    [model] = build_chunks(hf, config, layout)
+    model_config = toy_config()
+    config = config_for(model_config, layout)
+    [model] = build_chunks(model_config, config, layout)
     router = Float16Module(config, model).module.decoder.layers[0].mlp.router
-    hidden = torch.randn(1, 1, hf.hidden_size, dtype=torch.bfloat16)
+    hidden = torch.randn(1, 1, model_config.hidden_size, dtype=torch.bfloat16)
     for _ in range(passes):
         router(hidden)
     return router.global_tokens_per_expert.tolist(), float(router.ga_steps)

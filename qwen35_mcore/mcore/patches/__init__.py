@@ -1,4 +1,4 @@
-"""What this package replaces in megatron-core, one file a patch.
+"""Faults of megatron-core that this package patches, one file for each; `table.PATCHES` lists them.
 
-Imports megatron-core and `mcore`.
+May import megatron-core and what lies in `mcore`.
 """

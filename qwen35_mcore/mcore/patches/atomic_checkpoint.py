@@ -1,12 +1,12 @@
 """Save so that a killed process never costs a checkpoint.
 
-Depends on megatron-core 0.19, which writes into the checkpoint's own folder and truncates the
-tracker before it writes it: killed while it saves an iteration that exists already, it leaves a
-tracker that points at a mixture of two checkpoints, or at nothing. Here a checkpoint is written
-beside its place and moved there when complete, and the tracker is replaced in one step.
+megatron-core writes into the checkpoint's own folder, and truncates the tracker before it writes
+it. A process that is killed while it saves an existing iteration again leaves a tracker that points
+at a mixture of two checkpoints, or at nothing. Here a checkpoint is written beside its place and
+moved there when it is complete, and the tracker is replaced in one step.
 
-It also announces a save where a run that has nothing left to do would replace the checkpoint that
-it started from by the same one. That save is left out, and the log says so.
+A run with no step left to take saves the checkpoint that it started from once more. Here that save
+is left out, and the log says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from qwen35_mcore.mcore.checkpoint_files import (
     replaced_when_closed,
     tracked_folder,
 )
-from qwen35_mcore.mcore.patches import nonfinite
+from qwen35_mcore.mcore.non_finite import refuse_to_save
 from qwen35_mcore.mcore.patches.patch import Patch
 from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
@@ -60,7 +60,7 @@ class _CheckpointBesideItsPlace:
         async_sharded_save: bool = False,
         **kwargs: Any,
     ) -> Any:
-        nonfinite.refuse_to_save(state)
+        refuse_to_save(state)
         kwargs["async_sharded_save"] = async_sharded_save
         if "://" in str(checkpoint_dir):  # an object store has no folders to move
             return self._module.save(state, checkpoint_dir, *args, **kwargs)

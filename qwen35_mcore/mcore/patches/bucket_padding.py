@@ -1,9 +1,9 @@
-"""Save optimizer state from where it is, with several gradient buckets.
+"""Save the right optimizer state where there are several gradient buckets.
 
-Depends on megatron-core 0.19: to save in the fully reshardable format it joins the buckets of a
-buffer without the padding between them, and then cuts parameters out at their positions with the
-padding. Behind a padded bucket (with ``--overlap-grad-reduce``, or with MTP on another pipeline
-stage than the embedding) moments and main parameters are saved shifted, without a word.
+To save in the fully reshardable format, megatron-core joins the buckets of a buffer without the
+padding between them, then cuts parameters out at their positions with the padding. Moments and main
+parameters behind a padded bucket are saved shifted, and nothing reports it. Buckets are padded with
+``--overlap-grad-reduce``, and with MTP on another pipeline stage than the embedding.
 """
 
 from __future__ import annotations

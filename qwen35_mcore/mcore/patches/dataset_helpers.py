@@ -1,4 +1,4 @@
-"""Start without compiling megatron's dataset helpers, which the wheel brings compiled."""
+"""Do not compile megatron's dataset helpers: its wheel contains them compiled, and no Makefile."""
 
 from __future__ import annotations
 

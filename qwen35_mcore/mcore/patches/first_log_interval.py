@@ -1,9 +1,9 @@
 """Losses and times in megatron's log line: means over the iterations since the line before.
 
-Depends on megatron-core 0.19: it prints a line after the first iteration of a process, started or
-resumed, and keeps that iteration in the sums for the next line. Where the first iteration ends an
-interval itself (always with ``--log-interval 1``), the next line then repeats it: the second loss
-is the mean of two, and the second time contains the compilation in the first step.
+megatron-core prints a line after the first iteration of a process and keeps that iteration in the
+sums for the next line. Where the first iteration ends an interval itself (always with
+``--log-interval 1``), the next line contains it again: the second loss is the mean of two, and the
+second time contains the compilation in the first step.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Start a bf16 run from the float32 values of a checkpoint (``--float32-main-params``).
 
-Depends on megatron-core 0.19. Its own ``--load-main-params-from-ckpt`` copies the loaded state
-into the optimizer's main parameters, but that state was read into tensors of the model's dtype and
-is rounded by then; and it insists on ``--no-load-optim``, with which a requeued job would lose its
-moments. Here the state is read into float32 tensors first, and only where megatron does not read
-an optimizer's state: a job that resumes is left alone.
+megatron-core's own ``--load-main-params-from-ckpt`` copies the loaded state into the optimizer's
+main parameters after it was rounded: it was read into tensors of the model's dtype. The flag also
+needs ``--no-load-optim``, with which a requeued job would lose its moments. Here the state is read
+into float32 tensors, and only where megatron reads no optimizer state: nothing changes for a job
+that resumes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Optimizer state of float32 parameters beside bfloat16 ones (A_log, dt_bias, the GDN norm).
 
-Depends on megatron-core 0.19: its distributed optimizer puts a group's float32 parameters first,
-but looks their state up by their order in the gradient buffers, where they come last. With both
-kinds in one group it saves and loads one parameter's moments under another one's name.
+megatron-core's distributed optimizer puts a group's float32 parameters first, but looks their state
+up by their order in the gradient buffers, where they come last. With both kinds in one group it
+saves and loads one parameter's moments under another one's name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
 
 from qwen35_mcore.mcore import cpu_mode
+from qwen35_mcore.mcore.cpu_stand_ins import with_cuda_type_names
 from qwen35_mcore.mcore.patches.patch import Patch
 from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
@@ -43,7 +44,7 @@ def _probe() -> Verdict:
     )
     build = DistributedOptimizer._build_model_and_main_param_groups
     if cpu_mode.is_needed():
-        build = cpu_mode.with_cuda_type_names(build)
+        build = with_cuda_type_names(build)
     build(
         buffers,
         {param: (index, param.dtype, 0) for index, param in enumerate((narrow, wide))},

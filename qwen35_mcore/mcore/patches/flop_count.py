@@ -65,7 +65,7 @@ def _probe() -> Verdict:
         training.num_floating_point_operations(args, 1)
     except AssertionError:
         return Verdict.FAULT
-    return Verdict.MENDED
+    return Verdict.NO_FAULT
 
 
 PATCH = Patch(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.mcore.imports import GPTModel
+from qwen35_mcore.mcore.imports import GPTModel, check_release
 from qwen35_mcore.mcore.patches import flop_count
-from qwen35_mcore.mcore.patches.probes import probe_all
+from qwen35_mcore.mcore.patches.probes import Probed, probe_all
 from qwen35_mcore.mcore.patches.table import PATCHES
 from qwen35_mcore.mcore.patches.verdict import Verdict
 from qwen35_mcore.versions import TESTED_MEGATRON_CORE, installed_megatron_core
@@ -21,15 +22,17 @@ def install(step_flops: Callable[[float, float], float], *, accept_untested: boo
     """Apply every patch that the installed megatron-core needs; call it once a process.
 
     On a tested release that is all of them. On another one a patch is applied where its probe shows
-    the fault.
+    the fault, and the first rank prints which are.
 
     Args:
         step_flops: see `flop_count.count_by`.
-        accept_untested: apply also what no probe can judge on an untested release.
+        accept_untested: on an untested release, apply also what no probe can judge.
 
     Raises:
-        ConfigError: a probe cannot tell on an untested release, and nobody accepted that.
+        ConfigError: megatron-core of another series; a probe that cannot tell on an untested
+            release, where nobody accepted that; or an attribute to replace that is not there.
     """
+    check_release()
     flop_count.count_by(step_flops)
     needed = {patch.name for patch in PATCHES}
     if installed_megatron_core() not in TESTED_MEGATRON_CORE:
@@ -58,4 +61,21 @@ def _needed_on_untested(accept: bool) -> set[str]:
             fix=f"install a tested release, or read `qwen35 doctor --patches` and pass "
             f"{ACCEPT_FLAG} to replace these parts all the same",
         )
-    return {one.name for one in probed if one.verdict is not Verdict.MENDED}
+    if os.environ.get("RANK", "0") == "0":
+        print(_notice(probed), flush=True)
+    return {one.name for one in probed if one.verdict is not Verdict.NO_FAULT}
+
+
+def _notice(probed: list[Probed]) -> str:
+    lines = [
+        f"megatron-core {installed_megatron_core()} was not tested with this package; patches:"
+    ]
+    for verdict, applied in (
+        (Verdict.FAULT, "applied, their faults are there"),
+        (Verdict.UNKNOWN, f"applied because of {ACCEPT_FLAG}, their probes cannot tell"),
+        (Verdict.NO_FAULT, "not applied, their faults are not there"),
+    ):
+        names = [one.name for one in probed if one.verdict is verdict]
+        if names:
+            lines.append(f"  {applied}: {', '.join(names)}")
+    return "\n".join(lines)

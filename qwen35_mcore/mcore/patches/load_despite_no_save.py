@@ -1,9 +1,9 @@
 """Load what a run does not save: ``--no-save-optim`` and ``--no-save-rng`` of a run that resumes.
 
-Depends on megatron-core 0.19: it asks a checkpoint for the state dict that it would save. With
-``--no-save-optim`` the optimizer's tensors are not asked for, and nothing notices: the run goes on
-with the checkpoint's step count, main parameters of random weights and moments of uninitialised
-memory. The first step puts these into the model. With ``--no-save-rng`` it exits with status 0.
+megatron-core asks a checkpoint for the state dict that the run would save. With ``--no-save-optim``
+it does not ask for the optimizer's tensors, and goes on with the checkpoint's step count, main
+parameters of random weights and moments of uninitialised memory; the first step puts these into the
+model. With ``--no-save-rng`` it exits with status 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _asking_for_everything(original: Any) -> Any:
     def generate_state_dict(args: Any, *rest: Any, **more: Any) -> dict[str, Any]:
         if (more.get("optim_sd_kwargs") or {}).get("is_loading"):
             args = copy.copy(args)
-            # what is to be loaded the caller says: it passes None for the rest
+            # the caller passes None for what is not to be loaded
             args.no_save_optim = args.no_save_rng = False
         return original(args, *rest, **more)
 

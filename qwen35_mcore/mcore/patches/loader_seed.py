@@ -1,4 +1,4 @@
-"""Keep the random state that a resumed run restored while its data loaders start."""
+"""Keep the restored random state of a resumed run while its data loaders start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The logged MTP loss: of all tokens of a step that count, whatever the parallel layout.
+"""Log the MTP loss as the mean over all tokens of a step that count, in any parallel layout.
 
 megatron logs the mean over ranks and microbatches of their mean losses, however many tokens each
 counted.
@@ -57,7 +57,7 @@ def _probe() -> Verdict:
 
 PATCHES = tuple(
     Patch(
-        name=f"MTP loss by tokens, {name.partition('_')[0]}",
+        name=f"MTP loss by tokens ({name.partition('_')[0]})",
         target=f"megatron.core.transformer.multi_token_prediction:MTPLossLoggingHelper.{name}",
         why="the logged MTP loss depends on the parallel layout where loss masks differ",
         replace=replace,

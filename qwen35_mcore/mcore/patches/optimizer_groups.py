@@ -1,11 +1,11 @@
-"""Load optimizer state into a run that groups its parameters otherwise, or sets them otherwise.
+"""Load optimizer state into a run with other parameter groups than the one that saved it.
 
-Depends on megatron-core 0.19. It builds one optimizer for everything at TP1 EP1 and two, dense and
-expert, otherwise; a checkpoint of one kind does not load into the other. It finds a parameter
-group of the checkpoint by its learning rates, so that no rate can change; and where it finds one,
-the checkpoint's Adam betas and epsilon silently win over the flags. The tensors of a checkpoint are
-global and fit any layout. Its parameter groups are small; here they are the run's own, and only
-the step count comes from the checkpoint.
+megatron-core builds one optimizer for everything at TP1 EP1, and one for dense and one for expert
+parameters otherwise; a checkpoint of one kind does not load into the other. It finds a parameter
+group of the checkpoint by its learning rates, so no rate can change at a resume. Where it finds a
+group, the checkpoint's Adam betas and epsilon replace those of the flags, and nothing reports it.
+The tensors of a checkpoint are global and fit any layout. Here the parameter groups are the run's
+own, and only the step count comes from the checkpoint.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _probe() -> Verdict:
         optimizer.load_state_dict({"optimizer": {"param_groups": []}, "param_state": {}, "more": 0})
     except RuntimeError:
         return Verdict.FAULT
-    return Verdict.MENDED
+    return Verdict.NO_FAULT
 
 
 PATCH = Patch(

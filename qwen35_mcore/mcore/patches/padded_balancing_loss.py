@@ -1,7 +1,7 @@
 """Transformer Engine's fused balancing loss beside a padding mask.
 
-With a mask megatron derives the number of tokens by a division, which gives a float32 tensor; the
-fused kernel takes int64 alone and raises. The number is whole.
+With a mask megatron computes the number of tokens by a division, which gives a float32 tensor of a
+whole number. The fused kernel takes int64 alone and raises.
 """
 
 from __future__ import annotations

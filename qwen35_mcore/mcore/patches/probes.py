@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 
+from qwen35_mcore.mcore.imports import wrong_release
 from qwen35_mcore.mcore.patches.verdict import Verdict
 
 TIMEOUT_S = 600
@@ -30,17 +31,19 @@ def probe_all() -> list[Probed]:
     """Every patch, probed.
 
     Raises:
-        RuntimeError: the process that runs the probes failed.
+        ConfigError: the process that runs the probes failed.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the probes of megatron-core failed:\n{done.stderr[-2000:]}")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+    except subprocess.SubprocessError as error:
+        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
+        raise wrong_release(f"`python -m {__name__}` fails: {reason}") from error
     rows = json.loads(done.stdout.splitlines()[-1])
     return [Probed(**row | {"verdict": Verdict(row["verdict"])}) for row in rows]
 

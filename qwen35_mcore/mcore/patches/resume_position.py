@@ -1,10 +1,9 @@
-"""Where a run that goes on from a checkpoint stands: in the schedule, in its length, in the data.
+"""The position of a run that resumes: in the schedule, in its length and in the data.
 
-Depends on megatron-core 0.19. With ``--no-load-optim`` it goes on at the checkpoint's iteration but
-starts the schedule of the learning rate anew. It derives the number of steps of ``--train-samples``
-from the batch size of this run, as if the steps behind had had it, and so the number of samples
-that the datasets must hold. With ``--ckpt-step`` it still loads the folder ``release`` where the
-tracker names that.
+With ``--no-load-optim`` megatron-core goes on at the checkpoint's iteration but starts the schedule
+of the learning rate anew. It computes the number of steps of ``--train-samples``, and the number of
+samples that the datasets must hold, as if all steps so far had had this run's batch size. With
+``--ckpt-step`` it still loads the folder ``release`` where the tracker names that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Resume with ``--optimizer sgd``.
 
-Depends on megatron-core 0.19: to load a checkpoint it first allocates the optimizer's state by a
-function that it has for Adam and for Lion, and calls None for SGD.
+To load a checkpoint megatron-core first allocates the optimizer's state by a function that it has
+for Adam and Lion. For SGD it calls None.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _probe() -> Verdict:
         return Verdict.FAULT
     except Exception:  # what follows wants a whole model
         return shows(not momentum.state)
-    return Verdict.MENDED
+    return Verdict.NO_FAULT
 
 
 PATCH = Patch(

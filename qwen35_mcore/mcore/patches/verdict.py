@@ -1,4 +1,4 @@
-"""What a probe can find."""
+"""The three answers of a probe."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ class Verdict(StrEnum):
     """What a probe finds on the installed release."""
 
     FAULT = "the fault is there"
-    MENDED = "the fault is not there"
+    NO_FAULT = "the fault is not there"
     UNKNOWN = "cannot tell"
 
 
 def shows(fault: bool) -> Verdict:
     """The verdict of a probe that saw, or did not see, the fault."""
-    return Verdict.FAULT if fault else Verdict.MENDED
+    return Verdict.FAULT if fault else Verdict.NO_FAULT

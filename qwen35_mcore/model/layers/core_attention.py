@@ -26,7 +26,7 @@ from qwen35_mcore.mcore.imports import (
 class CoreAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d)) v, causal; built and called like TEDotProductAttention.
 
-    No entry in checkpoints, as TEDotProductAttention has none: both backends load each other's.
+    No entry in checkpoints, as TEDotProductAttention has none: both providers load each other's.
     """
 
     def __init__(
@@ -91,13 +91,15 @@ class CoreAttention(torch.nn.Module):
             cu_seqlens = packed.cu_seqlens_q_padded.tolist()
         else:
             cu_seqlens = packed.cu_seqlens_q.tolist()
-        position, sequence = rank_layout(cu_seqlens, cp_size)
+        position, sequence = positions_and_sequences(cu_seqlens, cp_size)
         earlier = position[cp_rank][:, None] >= position.flatten()
         mask = earlier & (sequence[cp_rank][:, None] == sequence.flatten())
         return mask.to(query.device)
 
 
-def rank_layout(cu_seqlens: list[int], cp_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def positions_and_sequences(
+    cu_seqlens: list[int], cp_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Position within its sequence and number of the sequence of every token a rank holds.
 
     Args:

@@ -23,7 +23,8 @@ from qwen35_mcore.mcore.imports import (
     ShardedTensor,
     ShardedTensorFactory,
     TransformerConfig,
-    expert_rng,
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
 )
 
 
@@ -76,7 +77,7 @@ class GroupedExperts(MegatronModule):
             )
         )
         if config.perform_initialization:
-            with expert_rng():
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                 init_method(weight)
         weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = (
             True,

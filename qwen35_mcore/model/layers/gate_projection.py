@@ -1,4 +1,4 @@
-"""The decay and write-strength logits of a GatedDeltaNet, out of FP8's reach.
+"""A projection of their own, never in FP8, for a GatedDeltaNet's decay and write-strength logits.
 
 Two numbers per head and token steer what a head forgets and writes, and errors in them add up
 along the sequence. In an FP8 run they get a projection of their own in the parameters' dtype: 0.5 %

@@ -21,19 +21,19 @@ from typing import Any
 
 import torch
 
+from qwen35_mcore.config.shapes import GdnShape
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.kernels.heads import Heads
+from qwen35_mcore.kernels.base import DeltaRuleInputs
+from qwen35_mcore.kernels.facts import Workload
 from qwen35_mcore.kernels.registry import select_kernels
+from qwen35_mcore.mcore.gdn_heads import gather_heads, scatter_heads, without_fla_check
 from qwen35_mcore.mcore.imports import (
     CheckpointWithoutOutput,
     GatedDeltaNetSubmodules,
     McoreGatedDeltaNet,
     PackedSeqParams,
-    gather_heads,
     get_cuda_rng_tracker,
     get_parameter_local_cp,
-    scatter_heads,
-    without_fla_check,
 )
 from qwen35_mcore.model.layers.float32_parameters import KeepFloat32
 from qwen35_mcore.model.layers.gate_projection import GateProjection
@@ -86,37 +86,37 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
         self.gated_norm = GatedRMSNorm(config, self.value_head_dim, self.pg_collection.tp)
         self.gate_proj = (
             GateProjection(config, self.num_value_heads, self.pg_collection.tp)
-            if self.heads.gates_apart
+            if self.shape.gates_apart
             else None
         )
 
     def _setup_variant_attrs(self) -> None:
         super()._setup_variant_attrs()
-        self.kernel = select_kernels(
+        self.kernels = select_kernels(
             self.config.gdn_kernel,
-            device=torch.device(torch.cuda.current_device()),
-            dtype=self.config.params_dtype,
-            key_dim=self.key_head_dim,
-            value_dim=self.value_head_dim,
+            torch.device(torch.cuda.current_device()),
+            Workload(self.config.params_dtype, self.key_head_dim, self.value_head_dim),
         )
         self.passes_states = (
             self.cp_size > 1 and self.config.gdn_context_parallel == "state_passing"
         )
         # the ranks that share heads by an all-to-all
         self.head_group = _Alone() if self.passes_states else self.pg_collection.cp
-        self.heads = Heads(
-            key=self.num_k_heads_local_tp // self.head_group.size(),
-            value=self.num_v_heads_local_tp // self.head_group.size(),
-            key_size=self.key_head_dim,
-            value_size=self.value_head_dim,
-            gates_apart=self.config.gdn_gates_apart,
+        whole = GdnShape(
+            key_heads=self.num_key_heads,
+            value_heads=self.num_value_heads,
+            key_head_dim=self.key_head_dim,
+            value_head_dim=self.value_head_dim,
+            gates_apart=bool(self.config.gdn_gates_apart),
         )
-        if self.heads.gates_apart:
+        self.tp_shape = whole.split(self.tp_size)
+        self.shape = self.tp_shape.split(self.head_group.size())
+        if self.shape.gates_apart:
             self.in_proj_extra_dim = 0
             self.in_proj_split_names = self.in_proj_split_names[:4]
             self.in_proj_split_sections = self.in_proj_split_sections[:4]
-        # the base class insists on a kernel of this name; forward uses self.kernel
-        self.gated_delta_rule = self.kernel.gated_delta_rule
+        # the base class insists on a kernel of this name; forward uses self.kernels
+        self.gated_delta_rule = self.kernels.gated_delta_rule
 
     def reset_parameters(self) -> None:
         """float32 A_log and dt_bias; every tensor-parallel rank draws its own heads."""
@@ -154,22 +154,24 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
         projected_sbc, restore_index = gather_heads(
             projected_sbc, self.in_proj_split_sections, self.head_group, cu_seqlens, seq_len
         )
-        q, k, v, z_sbc, b, a = self.kernel.prologue(
-            projected_sbc, self._local_conv_weight(), self.heads, cu_seqlens, cp_context=context
+        q, k, v, z_sbc, b, a = self.kernels.prologue(
+            projected_sbc, self._local_conv_weight(), self.shape, cu_seqlens, cp_context=context
         )
         if self.gate_proj is not None:
             b, a = self._gates(hidden_states, cu_seqlens, seq_len)
-        out_bshv, _ = self.kernel.gated_delta_rule(
-            q,
-            k,
-            v,
-            a,
-            b,
-            get_parameter_local_cp(self.A_log, dim=0, cp_group=self.head_group),
-            get_parameter_local_cp(self.dt_bias, dim=0, cp_group=self.head_group),
-            cu_seqlens=cu_seqlens,
-            qk_normalized=context is None and self.kernel.normalizes(self.heads),
-            cp_context=context,
+        out_bshv, _ = self.kernels.gated_delta_rule(
+            DeltaRuleInputs(
+                q_bshk=q,
+                k_bshk=k,
+                v_bshv=v,
+                a_bsh=a,
+                b_bsh=b,
+                A_log=get_parameter_local_cp(self.A_log, dim=0, cp_group=self.head_group),
+                dt_bias=get_parameter_local_cp(self.dt_bias, dim=0, cp_group=self.head_group),
+                cu_seqlens=cu_seqlens,
+                qk_normalized=context is None and self.kernels.normalizes(self.shape),
+                cp_context=context,
+            )
         )
         return self._gate_and_project(out_bshv, z_sbc, restore_index)
 
@@ -226,7 +228,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
                 "packed sequences cannot pass states between context-parallel ranks",
                 fix="--gdn-context-parallel all_to_all",
             )
-        return self.kernel.cp_context(seq_len, self.pg_collection.cp, self.conv_kernel_dim, device)
+        return self.kernels.cp_context(seq_len, self.pg_collection.cp, self.conv_kernel_dim, device)
 
     def _local_conv_weight(self) -> torch.Tensor:
         """``[channels, width]`` of the channels this context-parallel rank works on."""
@@ -234,7 +236,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
             self.conv1d(),
             dim=0,
             cp_group=self.head_group,
-            split_sections=[self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp],
+            split_sections=list(self.tp_shape.qkv_widths),
         ).squeeze(1)
 
     def _gate_and_project(
@@ -243,7 +245,7 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
         """Norm, gate, way back from heads to sequence, and the output projection."""
 
         def norm(out_bshv: torch.Tensor, z_sbc: torch.Tensor) -> torch.Tensor:
-            y_sbc = self.kernel.epilogue(out_bshv, z_sbc, self.gated_norm(), self.gated_norm.eps)
+            y_sbc = self.kernels.epilogue(out_bshv, z_sbc, self.gated_norm(), self.gated_norm.eps)
             return scatter_heads(y_sbc, self.head_group, restore_index)
 
         if not self.recompute_norm_out:

@@ -15,7 +15,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
     """``linear(rms_norm(x))`` under the parameter names of TELayerNormColumnParallelLinear.
 
     Input ``[s, b, input_size]``, output ``[s, b, output_size / tp]``. Same names (``weight``,
-    ``layer_norm_weight``) so that checkpoints of the two backends are the same.
+    ``layer_norm_weight``) so that checkpoints of the two spec providers are the same.
     """
 
     def __init__(

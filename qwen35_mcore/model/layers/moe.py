@@ -22,7 +22,7 @@ from qwen35_mcore.model.layers.fixed_capacity import FixedCapacityDispatcher
 
 
 class TokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """All-to-all dispatcher that leaves the token counts on the device."""
+    """All-to-all dispatcher that keeps the token counts on the device."""
 
     tokens_per_expert: Any
 

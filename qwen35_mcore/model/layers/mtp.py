@@ -10,10 +10,12 @@ from qwen35_mcore.mcore.imports import MultiTokenPredictionLayer
 
 
 class MTPLayer(MultiTokenPredictionLayer):
-    """megatron moves the padding mask one position to the left, as it does the tokens. A document's
-    last token would then count as padding and the last position of its padding as a token; and
-    under sequence parallelism, where the mask is a part of the sequence and the tokens are all of
-    it, the parts would not fit. Here a position is padding for MTP where it is for the decoder.
+    """A position is padding for MTP where it is padding for the decoder.
+
+    megatron moves the padding mask one position to the left, together with the tokens. A document's
+    last token then counts as padding, and the last position of its padding as a token. Under
+    sequence parallelism the shapes do not fit either: the mask is a part of the sequence and the
+    tokens are all of it.
     """
 
     def _get_embeddings(

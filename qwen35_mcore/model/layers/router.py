@@ -17,22 +17,21 @@ GLOBAL_LOSS = "global_load_balancing_loss"
 class Router(TopKRouter):
     """megatron's TopKRouter with four corrections.
 
-    Padding: where losses are per token, megatron weighs a rank's balancing loss by its number of
-    tokens, for which it takes that of all ranks as soon as there is a padding mask (its sum over
-    the ranks is in place). Ranks that share a sequence hold different amounts of padding, so here
-    it is the mean over those ranks.
+    Padding: where losses are per token, megatron weighs a rank's balancing loss by the rank's
+    number of tokens. With a padding mask it takes the number of all ranks instead, because its sum
+    over the ranks is in place. Ranks that share a sequence hold different amounts of padding, so
+    this class uses the mean over those ranks.
 
-    The global loss's weight: a rank's part of it is a mean over the tokens of all ranks, and then
-    the gradients are averaged over data parallel ranks once more, so the coefficient would be
-    smaller the more of them there are. Here it is the coefficient that was asked for.
+    Weight of the global loss: a rank's part is a mean over the tokens of all ranks, and gradients
+    are then averaged over data parallel ranks as well, so that the coefficient shrinks with their
+    number. This class keeps the coefficient that was asked for.
 
-    The global loss in the log: megatron adds up what each forward pass saw, and the first pass of a
-    step has seen few tokens, more of them the more data parallel ranks there are. Here it is the
-    loss of all tokens of the step. What is trained is megatron's: each pass is balanced by the
-    tokens of all ranks in the step so far.
+    Log of the global loss: megatron adds up the loss that each forward pass saw, but the first
+    passes of a step have seen few tokens. This class logs the loss of all tokens of the step. What
+    is trained is megatron's: each pass is balanced by the tokens of all ranks in the step so far.
 
-    The global loss's counts stay float32: a model in bfloat16 would round them, and stop counting
-    passes at 256.
+    Counts of the global loss stay float32: bfloat16 would round them and stop counting passes at
+    256.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

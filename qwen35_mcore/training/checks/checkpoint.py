@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.mcore import imports
 from qwen35_mcore.mcore.checkpoint_files import (
     TRACKER,
     complete_checkpoints,
@@ -51,8 +52,8 @@ class Start:
         return self.iteration > 0
 
     @property
-    def origin(self) -> str:
-        """Name of the folder beside it that holds what its import carried along; often empty."""
+    def carried(self) -> str:
+        """Name of the folder beside it with what its import kept unconverted; often empty."""
         return str(getattr(self.saved, "qwen35_origin", ""))
 
     @property
@@ -61,7 +62,7 @@ class Start:
         return str(getattr(self.saved, "qwen35_tokenizer", ""))
 
 
-def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
+def check_start(args: Namespace, model_config: Qwen35Config) -> Start | None:
     """Check ``--load``, ``--pretrained-checkpoint`` and ``--ckpt-step``; None to start from random.
 
     ``--load`` may name an empty folder only where ``--save`` names the same one: that is how a job
@@ -86,7 +87,7 @@ def check_start(args: Namespace, hf: Qwen35Config) -> Start | None:
         )
     common = _common_state(folder)
     model = Qwen35Config.from_hf(json.loads(common["args"].qwen35_hf_config))
-    check_same_model(model, folder, hf)
+    check_same_model(model, folder, model_config)
     if not resumes or folder.name == "release" or args.finetune:
         return Start(folder, common, 0, loads_optimizer=False)
     iteration = args.override_ckpt_iteration
@@ -182,27 +183,26 @@ def _pretrained(path: Path) -> Path:
     return folder
 
 
-def check_same_model(saved: Qwen35Config, folder: Path, hf: Qwen35Config) -> None:
+def check_same_model(saved: Qwen35Config, folder: Path, model_config: Qwen35Config) -> None:
     """Check that a checkpoint's model is the run's.
 
     Raises:
         CheckpointError: they differ in the architecture.
     """
     names = [f.name for f in fields(Qwen35Config) if f.name not in MAY_DIFFER]
-    different = [name for name in names if getattr(saved, name) != getattr(hf, name)]
+    different = [name for name in names if getattr(saved, name) != getattr(model_config, name)]
     if different:
         raise CheckpointError(
-            f"the checkpoint in {folder} is of another model",
+            f"the checkpoint in {folder} is of a different model",
             got=_values(saved, different),
-            allowed=_values(hf, different),
+            allowed=_values(model_config, different),
             fix="choose the --flavor, --hf-config and --override it was trained with, or another "
             "checkpoint",
         )
 
 
 def _common_state(folder: Path) -> dict[str, Any]:
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
+    load_common_state_dict = imports.load_common_state_dict
     try:
         with warnings.catch_warnings():  # torch doubts that one process is meant
             warnings.simplefilter("ignore")
@@ -223,8 +223,8 @@ def _common_state(folder: Path) -> dict[str, Any]:
     return common
 
 
-def _values(config: Qwen35Config, names: list[str]) -> str:
-    return ", ".join(f"{name} {_plain(getattr(config, name))}" for name in names)
+def _values(model_config: Qwen35Config, names: list[str]) -> str:
+    return ", ".join(f"{name} {_plain(getattr(model_config, name))}" for name in names)
 
 
 def _plain(value: Any) -> str:

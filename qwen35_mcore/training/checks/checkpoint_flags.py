@@ -1,4 +1,4 @@
-"""Flags about checkpoints that megatron would drop in silence, or trip over after hours."""
+"""Checkpoint flags that megatron would ignore without a message, or fail on after hours."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def _check_start(args: Namespace) -> None:
             continue
         if value < 1:
             raise ConfigError(
-                f"{_name(name)} names an iteration, and they count from 1",
+                f"{_name(name)} must be an iteration, and iterations count from 1",
                 got=f"{_name(name)} {value}",
                 fix="drop the flag; to begin at iteration 0 with a checkpoint's weights pass "
                 "--finetune",
             )
         if not args.load:
             raise ConfigError(
-                f"{_name(name)} is about the checkpoints of --load",
+                f"{_name(name)} needs --load, whose checkpoints it selects from",
                 got="no --load",
                 fix=f"pass --load, or drop {_name(name)}",
             )

@@ -19,7 +19,7 @@ TOKENIZER_ADVICE = (
 )
 
 
-def check_datasets(args: Namespace, hf: Qwen35Config) -> None:
+def check_datasets(args: Namespace, model_config: Qwen35Config) -> None:
     """Check that every dataset is there, whole, of this vocabulary, and enough for the run.
 
     The ids of datasets without a sidecar are looked at, at most about 1 GiB of them: see
@@ -29,11 +29,11 @@ def check_datasets(args: Namespace, hf: Qwen35Config) -> None:
         DataError: with the first problem.
     """
     data = split_data(args)
-    indexes = _indexes(dataset_prefixes(args), hf.vocab_size)
+    indexes = _indexes(dataset_prefixes(args), model_config.vocab_size)
     check_samples(args, data, indexes)
     foreign = [index for prefix, index in indexes.items() if read_sidecar(prefix) is None]
     for index in foreign:
-        check_ids(index, vocab_size=hf.vocab_size, budget=LOOKED_AT // len(foreign))
+        check_ids(index, vocab_size=model_config.vocab_size, budget=LOOKED_AT // len(foreign))
 
 
 def _indexes(prefixes: list[str], vocab_size: int) -> dict[str, IndexFile]:
@@ -124,18 +124,18 @@ def tokenizer_error(args: Namespace, error: ConfigError) -> ConfigError:
     )
 
 
-def check_tokenizer(args: Namespace, hf: Qwen35Config, tokenizer: Any) -> None:
+def check_tokenizer(args: Namespace, model_config: Qwen35Config, tokenizer: Any) -> None:
     """Check the tokenizer that megatron built against the model and the datasets.
 
     Raises:
         DataError: it has more ids than the model, no end of document where the loss needs one, or
             datasets end documents with another one.
     """
-    if tokenizer.vocab_size > hf.vocab_size:
+    if tokenizer.vocab_size > model_config.vocab_size:
         raise DataError(
             "the tokenizer is larger than the model's vocabulary" + named_by(args),
             got=f"{args.tokenizer_model or args.tokenizer_type} with {tokenizer.vocab_size} ids",
-            allowed=f"at most {hf.vocab_size}",
+            allowed=f"at most {model_config.vocab_size}",
             fix="use the model's own tokenizer, or choose a model with this vocabulary",
         )
     eod = getattr(tokenizer, "eod", None)
@@ -147,4 +147,4 @@ def check_tokenizer(args: Namespace, hf: Qwen35Config, tokenizer: Any) -> None:
         )
     for prefix in dataset_prefixes(args):
         if read_sidecar(prefix) is not None:
-            check_dataset(prefix, vocab_size=hf.vocab_size, eod_id=eod)
+            check_dataset(prefix, vocab_size=model_config.vocab_size, eod_id=eod)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mcore.errors import DataError
+from qwen35_mcore.mcore import imports
 
 SPLITS = ("training", "validation", "test")
 DEFAULT_SPLIT = "969, 30, 1"
@@ -115,8 +116,6 @@ def _source(args: Namespace) -> str | None:
 
 
 def _blend(given: str, words: Any) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-    from megatron.core.datasets.utils import get_blend_from_list
-
     words = [str(word).strip() for word in words]
     if not any(words):
         raise DataError(
@@ -134,7 +133,7 @@ def _blend(given: str, words: Any) -> tuple[tuple[str, ...], tuple[float, ...] |
             allowed="PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ...",
             fix=f"put one weight before every dataset, or drop {' and '.join(stray)}",
         )
-    prefixes, weights = get_blend_from_list(words)
+    prefixes, weights = imports.get_blend_from_list(words)
     for word, weight in zip(words[::2], weights or (), strict=False):
         if not (math.isfinite(weight) and weight > 0):
             raise DataError(
@@ -161,11 +160,6 @@ def _exists(prefix: str) -> bool:
 
 def _shares(args: Namespace, source: str) -> Sequence[tuple[float, float] | None]:
     """The part of each dataset's documents that each split takes."""
-    from megatron.core.datasets.blended_megatron_dataset_config import (
-        convert_split_vector_to_split_matrix,
-        parse_and_normalize_split,
-    )
-
     text = args.split
     if text is None and source == "data_args_path":
         raise DataError("--data-args-path needs --split", fix="pass for example --split 98,2,0")
@@ -179,7 +173,7 @@ def _shares(args: Namespace, source: str) -> Sequence[tuple[float, float] | None
             allowed="up to three numbers of 0 or more, with commas between, not all of them 0",
             fix="pass for example --split 98,1,1, or --split 98,2,0 without a test set",
         )
-    shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(text))
+    shares = imports.convert_split_vector_to_split_matrix(imports.parse_and_normalize_split(text))
     return [None if share is None else (share[0], share[1]) for share in shares]
 
 

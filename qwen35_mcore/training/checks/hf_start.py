@@ -50,7 +50,7 @@ def model_of_start(argv: list[str]) -> str | None:
     return str(folder) if folder is not None else None
 
 
-def import_start(args: argparse.Namespace, hf: Qwen35Config) -> None:
+def import_start(args: argparse.Namespace, model_config: Qwen35Config) -> None:
     """Where ``--pretrained-checkpoint`` is Hugging Face's, import it and name the import instead.
 
     Does nothing where the run resumes from ``--load``. An import that is there is used again; it
@@ -69,14 +69,14 @@ def import_start(args: argparse.Namespace, hf: Qwen35Config) -> None:
     source = _hf_folder(args.pretrained_checkpoint) if args.pretrained_checkpoint else None
     if source is None or _resumes(args):
         return
-    without_mtp = _check_source(args, source, hf)
+    without_mtp = _check_source(args, source, model_config)
     name = _name(args.pretrained_checkpoint, source, without_mtp)
     target = _shelf(Path(args.save)) / name
     _Import(source, target, ("--no-mtp",) * without_mtp).wait()
     args.pretrained_checkpoint = str(target)
 
 
-def _check_source(args: argparse.Namespace, source: Path, hf: Qwen35Config) -> bool:
+def _check_source(args: argparse.Namespace, source: Path, model_config: Qwen35Config) -> bool:
     """Check source and target before anything is imported; returns whether MTP is left out."""
     if not args.save:
         raise CheckpointError(
@@ -92,11 +92,11 @@ def _check_source(args: argparse.Namespace, source: Path, hf: Qwen35Config) -> b
             fix="choose a folder outside of it, so that a run does not change what it starts from",
         )
     published = Qwen35Config.from_hf(source)
-    without_mtp = bool(published.mtp_num_hidden_layers) and not hf.mtp_num_hidden_layers
+    without_mtp = bool(published.mtp_num_hidden_layers) and not model_config.mtp_num_hidden_layers
     if without_mtp:
         published = replace(published, mtp_num_hidden_layers=0)
     try:
-        check_same_model(published, source, hf)
+        check_same_model(published, source, model_config)
     except CheckpointError as error:
         raise CheckpointError(
             "--pretrained-checkpoint names a Hugging Face folder of another model than the flags",
@@ -198,9 +198,9 @@ class _Import:
         problem = damage(there)
         if problem is not None:
             raise CheckpointError(
-                f"the import of {self.source} is not complete any more",
+                f"the import of {self.source} is incomplete",
                 got=problem,
-                fix=f"delete {self.target} and start again: it is imported anew",
+                fix=f"delete {self.target} and start again: the run imports it again",
             )
 
     def _take_turns(self) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that megatron divides by, counts with, or leaves out in silence when they are 0."""
+"""Numbers that megatron divides by, counts with, or ignores without a message when they are 0."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _AT_LEAST = {
 _FINITE = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "clip_grad")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
 _OFF = {
-    "eval_interval": "to evaluate never, pass --eval-iters 0",
-    "save_interval": "to save never, drop --save",
-    "tensorboard_log_interval": "to log never, drop --tensorboard-dir",
-    "log_interval": "to log seldom, pass a large one",
+    "eval_interval": "pass --eval-iters 0 to turn evaluation off",
+    "save_interval": "drop --save to save nothing",
+    "tensorboard_log_interval": "drop --tensorboard-dir to write no TensorBoard log",
+    "log_interval": "pass a large one to log rarely",
 }
 
 
@@ -66,5 +66,6 @@ def _check_range(args: Namespace, name: str, below: float) -> None:
         f"{flag} is out of range",
         got=f"{flag} {value}",
         allowed=f"at least 0, {'finite' if below == math.inf else f'below {below:.0f}'}",
-        fix="correct it" + (", or to clip nothing pass --clip-grad 0" if "clip" in name else ""),
+        fix="correct it"
+        + (", or pass --clip-grad 0 to turn clipping off" if "clip" in name else ""),
     )

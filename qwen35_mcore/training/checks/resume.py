@@ -75,13 +75,13 @@ def _check_optimizer(args: Namespace, start: Start) -> None:
         raise CheckpointError(
             f"the checkpoint in {folder} holds no optimizer state: it was saved with "
             "--no-save-optim",
-            fix="pass --no-load-optim to go on with fresh moments, or --finetune to start anew "
+            fix="pass --no-load-optim to go on with fresh moments, or --finetune to restart "
             "from its weights",
         )
     for flag in ("optimizer", "muon_scalar_optimizer"):
         if _differs(args, start, flag):
             raise CheckpointError(
-                f"the checkpoint in {folder} holds the state of another optimizer",
+                f"the checkpoint in {folder} holds the state of a different optimizer",
                 got=_values(args, start, [flag]),
                 fix="pass --no-load-optim to go on with fresh moments",
             )
@@ -102,15 +102,15 @@ def _check_sharding(args: Namespace, start: Start) -> None:
         raise CheckpointError(
             f"the checkpoint in {start.folder} was saved "
             f"{'with' if distributed else 'without'} --use-distributed-optimizer, and this run is "
-            "the other way round",
+            f"{'without' if distributed else 'with'} it",
             fix=f"{'pass' if distributed else 'drop'} --use-distributed-optimizer, or pass "
             "--no-load-optim to go on with fresh moments",
         )
     saved_groups, groups = (a.decoupled_lr is not None for a in (start.saved, args))
     if not distributed and saved_groups != groups:
         raise CheckpointError(
-            "without the distributed optimizer, --decoupled-lr cannot come or go: it changes the "
-            "parameter groups",
+            "without the distributed optimizer, --decoupled-lr cannot be added or dropped: "
+            "it changes the parameter groups",
             got=_values(args, start, ["decoupled_lr"]),
             fix=f"{'pass' if saved_groups else 'drop'} --decoupled-lr, or pass --no-load-optim to "
             "go on with fresh moments",

@@ -10,9 +10,8 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
 from qwen35_mcore.errors import CheckpointError, ConfigError
+from qwen35_mcore.mcore.imports import OptimizerParamScheduler
 from qwen35_mcore.mcore.megatron_errors import failed_assertion
 from qwen35_mcore.training.checks.checkpoint import Start
 

@@ -12,7 +12,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import cpu_mode
 from qwen35_mcore.model.spec_providers import experts_of_run
-from qwen35_mcore.parallel.check import check_layout
+from qwen35_mcore.parallel.check import check_layout, refuse_violations
 from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.training.checks.checkpoint import Start, check_start
@@ -156,7 +156,7 @@ def _check_needed(args: Namespace) -> None:
         raise ConfigError("flags are missing", fix=f"pass {listing}")
 
 
-def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
+def check_run(args: Namespace, model_config: Qwen35Config) -> Start | None:
     """Check the parallel layout, the datasets and the checkpoint to start from, which it returns.
 
     Raises:
@@ -166,17 +166,17 @@ def check_run(args: Namespace, hf: Qwen35Config) -> Start | None:
         CheckpointError: see `import_start` and `check_start`.
     """
     check_checkpoint_flags(args)
-    _check_layout(args, hf)
-    check_packing(args, _virtual_stages(args, hf))
-    check_datasets(args, hf)
+    _check_layout(args, model_config)
+    check_packing(args, _virtual_stages(args, model_config))
+    check_datasets(args, model_config)
     check_tokenizer_flags(args)
-    import_start(args, hf)
-    start = check_start(args, hf)
+    import_start(args, model_config)
+    start = check_start(args, model_config)
     check_written_folders(args)
     return start
 
 
-def _check_layout(args: Namespace, hf: Qwen35Config) -> None:
+def _check_layout(args: Namespace, model_config: Qwen35Config) -> None:
     uneven = any(
         getattr(args, name)
         for name in (
@@ -187,8 +187,8 @@ def _check_layout(args: Namespace, hf: Qwen35Config) -> None:
         )
     )
     violations = check_layout(
-        hf,
-        _layout(args, hf),
+        model_config,
+        _layout(args, model_config),
         seq_length=args.seq_length,
         world_size=args.world_size,
         micro_batch_size=args.micro_batch_size,
@@ -197,16 +197,14 @@ def _check_layout(args: Namespace, hf: Qwen35Config) -> None:
     )
     if uneven:  # megatron checks its own ways of splitting unevenly
         violations = [v for v in violations if v.rule != "pp * vpp divides num_hidden_layers"]
-    if violations:
-        listing = "\n  - ".join(str(violation) for violation in violations)
-        raise ConfigError(f"the parallel layout cannot run this model:\n  - {listing}")
+    refuse_violations(violations)
 
 
-def _layout(args: Namespace, hf: Qwen35Config) -> ParallelLayout:
+def _layout(args: Namespace, model_config: Qwen35Config) -> ParallelLayout:
     return ParallelLayout(
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
-        vpp=_virtual_stages(args, hf),
+        vpp=_virtual_stages(args, model_config),
         cp=args.context_parallel_size,
         gdn_cp=args.gdn_context_parallel,
         ep=args.expert_model_parallel_size,
@@ -216,7 +214,7 @@ def _layout(args: Namespace, hf: Qwen35Config) -> ParallelLayout:
     )
 
 
-def _virtual_stages(args: Namespace, hf: Qwen35Config) -> int:
+def _virtual_stages(args: Namespace, model_config: Qwen35Config) -> int:
     pp = max(1, args.pipeline_model_parallel_size)
     if args.pipeline_model_parallel_layout is not None:
         try:
@@ -224,7 +222,9 @@ def _virtual_stages(args: Namespace, hf: Qwen35Config) -> int:
         except ConfigError:  # the layout's own rule reports it
             return 1
     if args.num_layers_per_virtual_pipeline_stage:
-        return max(1, hf.num_hidden_layers // (pp * args.num_layers_per_virtual_pipeline_stage))
+        return max(
+            1, model_config.num_hidden_layers // (pp * args.num_layers_per_virtual_pipeline_stage)
+        )
     return args.num_virtual_stages_per_pipeline_rank or 1
 
 

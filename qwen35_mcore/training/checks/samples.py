@@ -95,9 +95,9 @@ def _check_validation_flags(args: Namespace, data: Mapping[str, SplitData]) -> N
 def _check_needed_splits(args: Namespace, data: Mapping[str, SplitData]) -> None:
     if TRAINING not in data and not args.skip_train:
         raise DataError(
-            "there are no training data",
+            "the run has no training data",
             got=", ".join(dict.fromkeys(split.given for split in data.values())),
-            fix=f"give some with {_SHARE[TRAINING]}, or pass --skip-train to evaluate alone",
+            fix=f"give some with {_SHARE[TRAINING]}, or pass --skip-train to only evaluate",
         )
     evaluates = args.full_validation or args.eval_iters
     if evaluates and VALIDATION not in data:
@@ -109,7 +109,7 @@ def _check_needed_splits(args: Namespace, data: Mapping[str, SplitData]) -> None
         )
         off = "drop --full-validation and --multiple-validation-sets and pass --eval-iters 0"
         raise DataError(
-            "the run would evaluate, and there are no validation data",
+            "the run evaluates but has no validation data",
             got=f"{evaluation}, with {given.given}",
             fix=f"give some with {_SHARE[VALIDATION]}, or do not evaluate: "
             + (off if args.full_validation else "pass --eval-iters 0"),

@@ -1,4 +1,8 @@
-"""Every flag of megatron's parser: who decides it, whether it works, and why it is refused."""
+"""Every flag of megatron's parser: who decides it, whether it works, and why it is refused.
+
+The rows are data, one file a subject; `table` joins them. Imports the standard library and `errors`
+only.
+"""
 
 from qwen35_mcore.training.flags.check import check_classes_while_parsing
 from qwen35_mcore.training.flags.rows import Kind, Row

@@ -191,7 +191,10 @@ PROFILES = (
 )
 
 FAILURES = (
-    free("disabled by default; nonfinite says what for", "rerun_mode"),
+    free(
+        "disabled by default: the check of losses and gradients then includes the first step",
+        "rerun_mode",
+    ),
     unsupported(
         "megatron-core 0.19 does not know the name that its own parser offers",
         "rerun_mode",

@@ -116,9 +116,10 @@ class Job:
         try:
             return self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            for process in self._ranks():
+            ranks = list(self._ranks())
+            for process in ranks:
                 process.send_signal(signal.SIGABRT)  # its faulthandler prints where it was
-            time.sleep(1.0)
+            psutil.wait_procs(ranks, timeout=10)
             self.end()
             return None
 

@@ -1,0 +1,177 @@
+"""What stands in for CUDA's streams, tensors and random states on a machine without it.
+
+Functions of this module take what they replace and return what takes its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.jit import _builtins
+
+CPU = torch.device("cpu")
+
+
+class NullStream:
+    """An instance of torch.cuda.Stream to whoever asks: operations on a CPU are synchronous."""
+
+    __class__ = torch.cuda.Stream  # type: ignore[assignment]
+    cuda_stream = 0
+    device = CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event if event is not None else NullEvent()
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> NullStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is NullStream
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class NullEvent:
+    """An instance of torch.cuda.Event to whoever asks."""
+
+    __class__ = torch.cuda.Event  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
+def value(result: Any) -> Callable[[Any], Any]:
+    """Replace a function by one that ignores its arguments and returns ``result``."""
+    return lambda original: lambda *args, **kwargs: result
+
+
+def replaced_by(new: Any) -> Callable[[Any], Any]:
+    return lambda original: new
+
+
+def made_as(stand_in: type) -> Callable[[Any], Any]:
+    """The ``__new__`` of a class that stays what it is, and whose instances are ``stand_in``'s."""
+    return lambda original: lambda cls, *args, **kwargs: stand_in()
+
+
+class _View:
+    """A module with some attributes replaced, for one importer of it."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def torch_with_cuda(**replaced: Any) -> Callable[[Any], Any]:
+    """A megatron module's own view of torch, with other functions in ``torch.cuda``."""
+    return lambda original: _View(original, cuda=_View(original.cuda, **replaced))
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+def made_from_data(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.tensor`` and ``as_tensor``: ask the driver for the number of a plain "cuda"."""
+
+    @functools.wraps(original)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory") and kwargs.get("device") in (None, "cpu", CPU):
+            kwargs["pin_memory"] = False
+        return original(*args, **kwargs)
+
+    _builtins._register_builtin(factory, _builtins._find_builtin(original))
+    return factory
+
+
+def tensor_to_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A CUDA device means the CPU, where every tensor is: without another dtype and ``copy=True``
+    the tensor itself comes back, not the copy that a GPU would hold."""
+
+    @functools.wraps(original)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return original(self, *args, **kwargs)
+
+    return to
+
+
+def with_cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron sorts parameters by ``tensor.type()`` and knows only the ``torch.cuda.*`` names."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch_type = torch.Tensor.type
+
+        def type_(self: torch.Tensor, *to: Any, **options: Any) -> Any:
+            if to or options:
+                return torch_type(self, *to, **options)
+            return torch_type(self).replace("torch.", "torch.cuda.", 1)
+
+        torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.Tensor.type = torch_type  # type: ignore[method-assign]
+
+    return call
+
+
+def returning_self(original: Any) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: self
+
+
+def seed(seed: int) -> Any:
+    return torch.default_generator.manual_seed(int(seed))
+
+
+def get_rng_state(original: Any) -> Callable[..., torch.Tensor]:
+    return lambda device="cuda": torch.get_rng_state()
+
+
+def set_rng_state(original: Any) -> Callable[..., None]:
+    return lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def split_sizes_on_cpu(original: Any) -> Callable[..., Any]:
+    """The tensor is on the CPU already; what callers rely on is the conversion to numpy."""
+
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
+        if torch.is_tensor(tensor) and as_numpy:
+            return tensor.detach().numpy()
+        return tensor
+
+    return maybe_move_tensor_to_cpu

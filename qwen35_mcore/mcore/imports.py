@@ -41,7 +41,7 @@ BASE_CLASSES = {
     "TopKRouter": "_apply_global_aux_loss attach_and_log_load_balancing_loss "
     "reset_global_aux_loss_tracker routing",
     "TransformerConfig": "",
-    "VocabParallelEmbedding": "forward",
+    "VocabParallelEmbedding": "",
 }
 """The classes that the model derives from, each with its methods that the model replaces or, where
 they are private, calls. Another release has to call them as this one does."""

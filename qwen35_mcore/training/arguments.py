@@ -107,8 +107,15 @@ def read_flags(
 
 
 def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
-    """The model's TransformerConfig (without YaRN); completes the namespace as megatron does."""
+    """The model's TransformerConfig (without YaRN); completes the namespace as megatron does.
+
+    megatron's check of arguments refuses Transformer Engine's cross entropy, which its model takes
+    and which tests/parity/test_gpu_experts.py holds to float32: that flag is kept out of the check.
+    """
+    loss = args.cross_entropy_fusion_impl
+    args.cross_entropy_fusion_impl = "native"
     imports.validate_args(args)
+    args.cross_entropy_fusion_impl = loss
     args.variable_seq_lengths = lengths_vary(args)
     return imports.core_transformer_config_from_args(args, Qwen35TransformerConfig)
 

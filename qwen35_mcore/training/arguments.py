@@ -96,6 +96,8 @@ def read_flags(
         raise_instead_of_usage(parser)
         megatrons = [action.dest for action in parser._actions]
         _add_model_arguments(parser)
+        dispatchers = parser._option_string_actions["--moe-token-dispatcher-type"]
+        dispatchers.choices = (*(dispatchers.choices or ()), AUTO)
         parser.set_defaults(
             **run_defaults(model_config, on_cpu), **architecture_arguments(model_config)
         )
@@ -193,7 +195,6 @@ def run_defaults(model_config: Qwen35Config, on_cpu: bool | None = None) -> dict
     return defaults | {
         "moe_permute_fusion": model_config.is_moe,
         "moe_router_fusion": model_config.is_moe,
-        "moe_token_dispatcher_type": AUTO if model_config.is_moe else "alltoall",
         # the float32 copies of 248k logits per token cost more than several layers
         "cross_entropy_loss_fusion": True,
         "cross_entropy_fusion_impl": cross_entropy_default(),

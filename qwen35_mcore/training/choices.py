@@ -13,6 +13,7 @@ from qwen35_mcore.model.spec_providers import experts_of_run
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+"""A value that this package adds to ``--moe-token-dispatcher-type``."""
 CAPACITY_FACTOR = 2.0
 """Rows of a rank's receive buffer over those of even routing. With two ranks it is all that can
 arrive; unused rows cost memory and no time."""

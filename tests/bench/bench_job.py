@@ -32,6 +32,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError, Qwen35Error
 from qwen35_mcore.mcore.megatron_errors import raise_instead_of_usage
 from qwen35_mcore.planner.hardware import GIB
+from qwen35_mcore.training.choices import AUTO
 from tests.bench.bench_multi_gpu import ENVIRONMENT
 from tests.bench.multi_gpu.launch import EXAMPLE, ROOT, Job, cause_of_failure
 from tests.bench.multi_gpu.machine import Machine, card_name, count_gpus, planner_gpu
@@ -166,8 +167,8 @@ def flags(machine: Machine, row: Row, run: str, steps: int) -> list[str]:
         words += ["--manual-gc-interval", "100"]
     if row.balanced:
         words.append("--moe-router-force-load-balancing")
-    if model == "native" and "alltoall" not in switches:
-        words += SWITCHES["alltoall"].split()
+    if "alltoall" not in switches:
+        words += ["--moe-token-dispatcher-type", "alltoall" if model == "native" else AUTO]
     return [*words, *row.more, *(word for name in switches for word in SWITCHES[name].split())]
 
 

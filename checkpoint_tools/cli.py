@@ -247,7 +247,7 @@ def run() -> NoReturn:
 
 
 def main() -> None:
-    """The command: what the user can mend is one message on stderr and exit status 2."""
+    """The command: what the user can fix is one message on stderr and exit status 2."""
     # a checkpoint of many ranks is many files, each mapped
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -9,7 +9,8 @@ that is the user's to fix is a `Qwen35Error`. Importing this package imports no 
 
     qwen35.initialize_model_parallel()  # this process alone, or a rank of torchrun
     model_config = qwen35.get_flavor("tiny-moe")
-    config = qwen35.transformer_config(model_config, transformer_impl="local")  # without a GPU
+    # "local": plain torch, as without a GPU; leave it out for Transformer Engine
+    config = qwen35.transformer_config(model_config, transformer_impl="local")
     model = qwen35.build_model(model_config, config).cuda()
     tokens = torch.randint(model_config.vocab_size, (1, 65), device="cuda")  # the CPU where no GPU
     positions = torch.arange(64, device="cuda")[None]

@@ -22,10 +22,11 @@ from typing import Any
 from checkpoint_tools.files.checksums import ChecksumWriter, checksum
 from checkpoint_tools.files.direct_file import DirectFile
 from checkpoint_tools.files.job import Options
-from checkpoint_tools.files.paths import UNFINISHED, sync
+from checkpoint_tools.files.paths import UNFINISHED
 from checkpoint_tools.files.progress import Progress
 from checkpoint_tools.files.workers import run_parallel
 from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.process.sync import sync
 
 PARTIAL = ".partial"
 

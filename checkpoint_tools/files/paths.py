@@ -51,12 +51,3 @@ def write_file(path: Path, content: bytes) -> None:
     unfinished = path.with_name(path.name + UNFINISHED)
     unfinished.write_bytes(content)
     os.rename(unfinished, path)
-
-
-def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Every key of a Qwen3.5 config.json, by what is done with it. Data for `hf_config`."""
+"""Every key of a Qwen3.5 config.json, by what is done with it. Data for `hf_json`."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qwen35_mcore.mcore.patches.patch import NOT_REPORTED
 from qwen35_mcore.mcore.patches.probes import Probed, probe_all
 from qwen35_mcore.mcore.patches.verdict import Verdict
 from qwen35_mcore.versions import TESTED_MEGATRON_CORE, installed_megatron_core
@@ -32,5 +33,6 @@ def print_patches(rows: list[dict[str, Any]]) -> None:
     console.print(f"megatron-core {installed} ({tested}), {len(rows)} patches\n")
     for row in rows:
         console.print(f"[bold]{row['name']}[/]: {row['state']} ({row['verdict']})")
-        for key in ("why", "target", "upstream"):
-            console.print(f"    {key}: {row[key]}", soft_wrap=True)
+        for key in ("why", "target", "file", "upstream"):
+            if row[key] != NOT_REPORTED:
+                console.print(f"    {key}: {row[key]}", soft_wrap=True)

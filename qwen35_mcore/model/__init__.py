@@ -1,4 +1,5 @@
 """The model as Megatron modules: configuration, layer specs, layers, and `build_model`.
 
-Imports `config`, `parallel`, `kernels` and `mcore`; megatron-core only through `mcore.imports`.
+Imports torch, `config`, `parallel`, `kernels`, `mcore` and `errors`; megatron-core only through
+`mcore`, Transformer Engine only where it builds the layers.
 """

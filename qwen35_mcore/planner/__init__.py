@@ -1,5 +1,6 @@
-"""Where memory and time go, and which parallel layout to use: `qwen35 plan` (see README.md here).
+"""Which parallel layout to use, and where memory and time go: `qwen35 plan`.
 
-Imports the standard library, `errors`, `config` and `parallel` only; the tables need rich and the
-picture needs matplotlib, both imported where something is printed or drawn.
+`search` tries layouts, `memory` and `cost` predict each from `hardware` and `calibration`;
+`report`, `explain`, `picture` and `emit` show and write what was found. Imports the standard
+library, `errors`, `config` and `parallel`; rich and matplotlib only to print and draw.
 """

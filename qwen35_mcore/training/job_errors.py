@@ -116,6 +116,6 @@ def _store() -> Any:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-    except Exception:  # no agent there: rank 0 prints
+    except Exception:  # torchrun's store is not there: rank 0 prints
         return None
     return dist.PrefixStore(f"attempt_{attempt}", store)

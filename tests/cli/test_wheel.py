@@ -19,7 +19,6 @@ from tests.helpers.hf_toy import read_all, write_toy
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("qwen35_mcore", "checkpoint_tools")
 HERE_ALREADY = ("site-packages", "dist-packages")
-pytestmark = pytest.mark.slow
 
 
 def files_of(folder: Path) -> set[str]:

@@ -51,6 +51,7 @@ def untested(monkeypatch: pytest.MonkeyPatch, **verdicts: Verdict) -> None:
             name=patch.name,
             target=patch.target,
             why=patch.why,
+            file=patch.file,
             upstream=patch.upstream,
             verdict=named.get(patch.name, Verdict.NO_FAULT),
         )
@@ -109,7 +110,6 @@ inspect.getsource = lambda part: getsource(part).upper()
 """
 
 
-@pytest.mark.slow
 def test_no_patch_is_silent_on_another_release(tmp_path: Path) -> None:
     """The installed release under another number, its text written otherwise: probes that read
     text cannot tell any more, the others find their faults."""

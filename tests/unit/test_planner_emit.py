@@ -121,7 +121,6 @@ print("RESULT", json.dumps(parsed))
 """
 
 
-@pytest.mark.slow
 def test_megatron_accepts_every_flag_and_reads_the_same_layout() -> None:
     """Its parser, its argument check at the plan's world size, its layout class."""
     predictions = [predict(job, candidate) for job, candidate in PLANS]

@@ -63,14 +63,12 @@ for name, parameter in model.named_parameters():
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("example", dict.fromkeys(text.strip() for text in (DOCSTRING, *README)))
 def test_the_documented_example_computes_a_loss_and_gradients(example: str) -> None:
     done = run(example + LOOK)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_sizes_that_do_not_divide_the_ranks_are_one_error() -> None:
     done = run(
         "import qwen35_mcore as qwen35\n"

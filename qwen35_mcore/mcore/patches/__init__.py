@@ -1,4 +1,5 @@
-"""Faults of megatron-core that this package patches, one file for each; `table.PATCHES` lists them.
+"""Faults of megatron-core that this package patches, one file a subject; all in `table`.
 
-May import megatron-core and what lies in `mcore`.
+Imports torch, megatron-core, `mcore`, `errors` and `versions`; Transformer Engine where a patch
+needs it.
 """

@@ -24,6 +24,11 @@ class Patch(Replacement):
     upstream: str = NOT_REPORTED
     """The issue or pull request, or `NOT_REPORTED`."""
 
+    @property
+    def file(self) -> str:
+        """The file that holds the patch, from the folder of `qwen35_mcore`."""
+        return self.probe.__module__.replace(".", "/") + ".py"
+
     def apply(self) -> None:
         """Replace the attribute; does nothing when called again.
 

@@ -23,6 +23,7 @@ class Probed:
     name: str
     target: str
     why: str
+    file: str
     upstream: str
     verdict: Verdict
 
@@ -72,6 +73,7 @@ def main() -> None:
                 name=patch.name,
                 target=patch.target,
                 why=patch.why,
+                file=patch.file,
                 upstream=patch.upstream,
                 verdict=verdict,
             )

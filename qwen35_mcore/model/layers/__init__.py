@@ -1,4 +1,5 @@
 """The modules of a layer that replace or extend megatron-core's own.
 
-Imports `config.shapes`, `kernels`, `mcore.imports` and, of `model`, only `transformer_config`.
+Imports torch, `config.shapes`, `kernels`, `mcore`, `errors` and, of `model`, only
+`transformer_config`.
 """

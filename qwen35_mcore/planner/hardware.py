@@ -113,11 +113,8 @@ an A100; of GB200, trays of four in racks of 72 (NVL72)."""
 
 
 def get_gpu(name: str) -> Gpu:
-    """The GPU of a name, upper or lower case, also without its memory size.
-
-    Raises:
-        PlanError: no such GPU; the message has the nearest names.
-    """
+    """The GPU of a name, upper or lower case, also without its memory size. Raises PlanError with
+    the nearest names where there is none."""
     spelling = name.strip().lower().replace("_", "-")
     for key, gpu in GPUS.items():
         if spelling in (key, key.partition("-")[0]):

@@ -57,11 +57,8 @@ class Prediction:
 
     @cached_property
     def splits(self) -> Splits:
-        """The ways to split the model, which may have been made for another ``vpp``.
-
-        Raises:
-            PlanError: there are more stages than parts, or Megatron cannot run the schedule.
-        """
+        """The ways to split the model, which may have been made for another ``vpp``. Raises
+        PlanError for more stages than parts, or a schedule that Megatron cannot run."""
         shape = Shape(pp=self.candidate.pp, vpp=self.candidate.vpp, microbatches=self.microbatches)
         chain = self.model.chain
         if chain.total < shape.stages:
@@ -226,12 +223,8 @@ class Prediction:
 
 
 def predict(job: Job, candidate: Candidate) -> Prediction:
-    """Balance the stages of a candidate and predict its step; the stages that were nearest to
-    fitting, where none fit.
-
-    Raises:
-        PlanError: it has more stages than layers for them.
-    """
+    """Balance the stages of a candidate and predict its step; with the stages that were nearest to
+    fitting, where none fit. Raises PlanError as `Prediction.splits`."""
     whole = Prediction(job, candidate, Model(job, candidate), ())
     return replace(whole, cuts=whole.splits.best())
 

@@ -29,11 +29,7 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What decides the order.
-
-    Raises:
-        PlanError: Megatron cannot run this shape.
-    """
+    """What decides the order. Raises PlanError for what Megatron cannot run."""
 
     pp: int
     vpp: int

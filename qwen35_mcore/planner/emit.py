@@ -94,7 +94,7 @@ def _sizes(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
     yield why, sizes
     if candidate.pp == 1:
         return
-    why, even = f"{candidate.pp} pipeline ranks", prediction.even_step_s()
+    why, even = f"{candidate.pp} pipeline ranks", prediction.even_split_step_s
     if candidate.vpp > 1:
         why += f" with {candidate.vpp} stages each, interleaved"
     why += ": E embedding, t layer, m MTP, L loss, | next stage"

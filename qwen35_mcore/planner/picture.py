@@ -110,7 +110,7 @@ def _figure(figure_class: Any, prediction: Prediction) -> Any:
     facts = [f"step {prediction.step_s:.2f} s", f"bubble {prediction.bubble:.2f}"]
     facts += [f"{candidate.pp} ranks", interleaved, f"{prediction.microbatches} microbatches"]
     if prediction.even is not None and candidate.pp > 1:
-        even = prediction.even_step_s()
+        even = prediction.even_split_step_s
         facts += ["the even split does not fit" if even is None else f"split evenly {even:.2f} s"]
     title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
     lines = [title, "   ·   ".join(facts), *wrap(prediction.pipeline_layout, 150)]

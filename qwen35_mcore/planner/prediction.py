@@ -110,11 +110,11 @@ class Prediction:
         cuts = self.splits.even()
         return None if cuts is None else replace(self, cuts=cuts)
 
-    def even_step_s(self) -> float | None:
+    @property
+    def even_split_step_s(self) -> float | None:
         """Seconds of `even`; None where there is none or it does not fit in memory."""
-        if self.even is None or self.splits.missing_bytes(self.even.cuts):
-            return None
-        return self.even.simulation.step_s + self.after_s
+        fits = self.even is not None and not self.even.missing_bytes
+        return self.even.simulation.step_s + self.after_s if self.even and fits else None
 
     @property
     def microbatches(self) -> int:

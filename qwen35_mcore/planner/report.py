@@ -14,6 +14,10 @@ from qwen35_mcore.planner.memory import overhead_bytes
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.search import Found
 
+_ASKED = ("headroom_bytes", "seq_length", "global_batch_size")
+_PREDICTED = ("microbatches", "pipeline_layout", "step_s", "even_split_step_s", "tokens_per_gpu_s")
+_PREDICTED += ("model_flops_per_gpu_s", "mfu", "bubble")
+
 
 def not_covered(job: Job, candidate: Candidate) -> tuple[list[str], dict[str, list[str]]]:
     """The parts of a layout's model that a calibration does not have, and those with more work than
@@ -49,9 +53,7 @@ def job_data(job: Job, candidate: Candidate) -> dict[str, Any]:
         "gpu": job.gpu.name,
         "nodes": job.nodes,
         "gpus_per_node": job.gpus_of_a_node,
-        "headroom_bytes": job.headroom_bytes,
-        "seq_length": job.seq_length,
-        "global_batch_size": job.global_batch_size,
+        **{name: getattr(job, name) for name in _ASKED},
         "calibration": job.calibration.source,
         "calibration_gpu": job.calibration.gpu,
         "measured": True,
@@ -69,14 +71,7 @@ def prediction_data(prediction: Prediction) -> dict[str, Any]:
         "dp": candidate.dp(job),
         "expert_dp": candidate.expert_dp(job) if job.model_config.is_moe else None,
         "sequence_parallel": candidate.sequence_parallel,
-        "microbatches": prediction.microbatches,
-        "pipeline_layout": prediction.pipeline_layout,
-        "step_s": prediction.step_s,
-        "even_split_step_s": prediction.even_step_s(),
-        "tokens_per_gpu_s": prediction.tokens_per_gpu_s,
-        "model_flops_per_gpu_s": prediction.model_flops_per_gpu_s,
-        "mfu": prediction.mfu,
-        "bubble": prediction.bubble,
+        **{name: getattr(prediction, name) for name in _PREDICTED},
         "seconds": prediction.breakdown(),
         "memory": [{**vars(m), "total": m.total} for m in prediction.memory()],
     }
@@ -178,7 +173,7 @@ def print_sources(job: Job, candidate: Candidate) -> None:
 def print_prediction(prediction: Prediction) -> None:
     """One layout: its stages, where the seconds go, the memory of every pipeline rank."""
     candidate, seconds = prediction.candidate, prediction.breakdown()
-    even = prediction.even_step_s()
+    even = prediction.even_split_step_s
     beside = f"; split evenly {even:.2f} s" if even is not None and candidate.pp > 1 else ""
     _print(
         f"\n{candidate}, dp={candidate.dp(prediction.job)}",

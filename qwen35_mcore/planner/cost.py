@@ -66,16 +66,17 @@ def work(part: str, batch: Microbatch) -> Work:
     losses, table = 1 + config.mtp_num_hidden_layers, config.vocab_size * hidden / tp
     match part:
         case "gdn":
-            flops, kept = gdn_layer_flops(config, tokens), activations.gdn(batch)
-            return _layer(flops / tp, kept, mixer_parameters(config, candidate, "g"))
+            flops, kept = gdn_layer_flops(config, tokens) / tp, activations.gdn(batch)
+            return _layer(flops, kept, mixer_parameters(config, candidate, "g"))
         case "attention":
             pairs = tokens * batch.seq_length  # of queries and keys, the upper triangle included
             kept = activations.attention(batch)
             flops = attention_layer_flops(config, tokens, pairs) / tp
             return _layer(flops, kept, mixer_parameters(config, candidate, "a"))
         case "mlp":
-            flops, kept = 6 * tokens * hidden * config.intermediate_size, activations.mlp(batch)
-            return _layer(flops / tp, kept, feed_forward_parameters(config, candidate))
+            kept = activations.mlp(batch)
+            flops = 6 * tokens * hidden * config.intermediate_size / tp
+            return _layer(flops, kept, feed_forward_parameters(config, candidate))
         case "moe":
             return _moe(batch)
         case "joining":  # a projection of two concatenated rows to one

@@ -15,8 +15,10 @@ from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.search import Found
 
 _ASKED = ("headroom_bytes", "seq_length", "global_batch_size")
-_PREDICTED = ("microbatches", "pipeline_layout", "step_s", "even_split_step_s", "tokens_per_gpu_s")
-_PREDICTED += ("model_flops_per_gpu_s", "mfu", "bubble")
+_PREDICTED = (
+    *("microbatches", "pipeline_layout", "step_s", "even_split_step_s"),
+    *("tokens_per_gpu_s", "model_flops_per_gpu_s", "mfu", "bubble"),
+)
 
 
 def not_covered(job: Job, candidate: Candidate) -> tuple[list[str], dict[str, list[str]]]:

@@ -128,9 +128,8 @@ class Prediction:
     def model_flops_per_gpu_s(self) -> float:
         """Megatron's convention (see `config.flops`), recomputation not counted."""
         length = self.job.seq_length
-        return self.tokens_per_gpu_s * (
-            training_flops(self.job.model_config, length, seq_length=length) / length
-        )
+        flops = training_flops(self.job.model_config, length, seq_length=length)
+        return self.tokens_per_gpu_s * flops / length
 
     @property
     def mfu(self) -> float:
@@ -201,8 +200,8 @@ class Prediction:
             expert = gather(size * parameters.expert, groups["expert_dp"], gpu)
             return max(0.0, dense + expert - hidden_s)
 
-        reduced = beyond(sum(part.backward_s for part in parts), GRADIENT)
-        gathered = beyond(sum(part.forward_s for part in parts), WEIGHT)
+        reduced = beyond(sum(part.unit.backward_s for part in parts), GRADIENT)
+        gathered = beyond(sum(part.unit.forward_s for part in parts), WEIGHT)
         return reduced + gathered + (self._tied_s() if rank in (0, self.candidate.pp - 1) else 0.0)
 
     def _tied_s(self) -> float:

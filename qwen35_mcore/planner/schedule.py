@@ -83,12 +83,9 @@ def _neighbour(shape: Shape, operation: Operation | None, by: int) -> Operation 
 
 @lru_cache(maxsize=64)
 def _program(shape: Shape) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[Operation, ...]]:
-    """All passes, each after those it waits for, and what they are.
-
-    Of each: the pass before it on its rank; the one at whose end the output of that is taken; the
-    one whose output it needs; and its duration: by stage, a backward pass's by stages + stage.
-    Passes are counted from 1 on, 0 is the step's begin and `_NOTHING` nothing.
-    """
+    """All passes, each after those it waits for: the pass before it on its rank; the one at whose
+    end the output of that is taken; the one whose output it needs; its stage, of a backward pass
+    stages + stage. Passes count from 1 on, 0 is the step's begin. And what the passes are."""
     orders = [list(rank_order(shape, rank)) for rank in range(shape.pp)]
     asked_after: dict[Operation | None, Operation | None] = {}
     for order in orders:
@@ -164,9 +161,8 @@ class Simulation:
 
 @lru_cache(maxsize=512)
 def alive(shape: Shape) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """For each rank, what it can hold at its fullest: microbatches that went forward and not yet
-    backward, one number per chunk. Moments that hold no more than another in any chunk are left
-    out, so that the maximum over the rest is the peak for any sizes."""
+    """For each rank its fullest moments: microbatches that went forward and not yet backward, one
+    number per chunk. What holds no more than another moment in any chunk is left out."""
     most = _STEADY_GROUPS * shape.pp + shape.microbatches % shape.pp
     if shape.microbatches > most:
         return alive(replace(shape, microbatches=most))
@@ -186,12 +182,8 @@ def _fullest(shape: Shape, rank: int) -> tuple[tuple[int, ...], ...]:
 
 
 def peak_saved_bytes(saved_bytes: Sequence[float], shape: Shape) -> list[float]:
-    """The most activation bytes each rank holds at one moment.
-
-    Args:
-        saved_bytes: bytes that one microbatch keeps from its forward to its backward pass, per
-            virtual stage. The chunks of a rank are not at their fullest at the same time.
-    """
+    """The most activation bytes each rank holds at one moment, where a microbatch keeps so many per
+    virtual stage. The chunks of a rank are not at their fullest at the same time."""
     return [
         max(
             sum(n * size for n, size in zip(moment, saved_bytes[rank :: shape.pp], strict=True))

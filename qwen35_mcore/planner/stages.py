@@ -24,8 +24,7 @@ MOVES = 2000
 _HALVINGS = 12
 """Of the interval in which the time of equal stages lies."""
 _SHARES = (0.0, 0.5, 1.0)
-"""How much of a long loss the other chunks of its rank make up for, in the splits to begin with:
-the schedule keeps the ranks of a chunk in step, so that both chunks and ranks should be equal."""
+"""How much of a long loss the other chunks of its rank make up for, in splits to begin with."""
 _SMALL = 1e-9
 """Relative difference below which two times are the same."""
 
@@ -81,8 +80,8 @@ class Splits:
         return sum(max(0.0, held - self.capacity_bytes) for held in self.rank_bytes(cuts))
 
     def least_s(self, cuts: Cuts) -> float:
-        """No step of this split is shorter; far quicker than the simulation. A rank computes all
-        its passes between the first that reaches it and the last that leaves it."""
+        """No step of this split is shorter: a rank computes all its passes between the first that
+        reaches it and the last that leaves it."""
         pp, both = self.shape.pp, self._of(self.chain.both_s, cuts)
         return max(
             self.chain.both_s[begin] + self.shape.microbatches * sum(both[rank::pp])
@@ -91,13 +90,9 @@ class Splits:
 
     @property
     def least_of_all_s(self) -> float:
-        """No step of any split is shorter, wherever memory would allow it.
-
-        Rank r computes every microbatch, after the first one's forward and before the last one's
-        backward passes of the ranks before it: m * t_r + sum of t before r. Over all ways to share
-        a total T between p ranks, the largest of these is smallest at T / (1 - (1 - 1/m)**p).
-        Interleaved stages wait for one of v chunks only: T / v / (1 - (1 - 1/(v m))**p).
-        """
+        """No step of any split is shorter. Rank r takes m * t_r + the sum of t before r; over all
+        ways to share a total T, the largest of these is least at T / (1 - (1 - 1/m)**p), and at
+        T / v / (1 - (1 - 1/(v m))**p) where it waits for one of v chunks only."""
         shape, total = self.shape, self.chain.both_s[-1]
         shared = 1 - (1 - 1 / (shape.vpp * shape.microbatches)) ** shape.pp
         return max(total / shape.vpp / shared, shape.microbatches * self.chain.tail_s)
@@ -125,8 +120,7 @@ class Splits:
         return self._fill(float("inf"), 0.0) is not None
 
     def first(self) -> Cuts:
-        """A split to begin a search with: of those with stages that take equally long the fastest
-        that fits, or else the one that is made to fit with the fewest moves."""
+        """A split to begin with: of stages that take equally long, or moved until they fit."""
         shares = _SHARES if self.shape.vpp > 1 else _SHARES[:1]
         fitting = {cuts for share in shares if (cuts := self._equal(share)) is not None}
         if fitting:
@@ -175,8 +169,8 @@ class Splits:
         return best
 
     def _fill(self, limit_s: float, share: float) -> Cuts | None:
-        """Every stage as long as time and memory allow; None if the last one cannot take the rest.
-        Chunks of a rank may each fill as large a part of its memory, beyond what the tail takes."""
+        """Every stage as long as time and memory allow, each chunk of a rank in an equal part of
+        what the tail leaves; None if the last stage cannot take the rest."""
         shape, both_s, total = self.shape, self.chain.both_s, self.chain.total
         over_s = share * max(0.0, self.chain.tail_s - limit_s) / max(1, shape.vpp - 1)
         held, edges, moments = [0.0] * shape.pp, [0], alive(shape)
@@ -205,7 +199,6 @@ class Splits:
 
     @staticmethod
     def _of(sums: Sequence[float], cuts: Cuts) -> list[float]:
-        """A quantity per virtual stage, from its running sums over the units."""
         return [sums[end] - sums[begin] for begin, end in pairwise((0, *cuts, len(sums) - 1))]
 
 

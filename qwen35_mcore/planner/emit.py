@@ -53,14 +53,11 @@ def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
                 "--recompute-num-layers 1",
             ],
         )
+    precision = ["--bf16"]
     if candidate.fp8:
-        recipe = candidate.precision.removeprefix("fp8-")
-        yield (
-            "matrix products in FP8, everything else in bfloat16",
-            ["--bf16", "--fp8-format hybrid", f"--fp8-recipe {recipe}"],
-        )
-    else:
-        yield "bfloat16 weights, float32 optimizer", ["--bf16"]
+        precision += ["--fp8-format hybrid", f"--fp8-recipe {candidate.precision[4:]}"]
+    products = "matrix products in FP8, everything else in bfloat16"
+    yield products if candidate.fp8 else "bfloat16 weights, float32 optimizer", precision
     yield (
         "optimizer state is shared by data parallel ranks; gradients are reduced under the last "
         "backward pass and weights gathered under the first forward pass",

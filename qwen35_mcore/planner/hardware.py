@@ -70,11 +70,7 @@ _H100 = Gpu(
     network=Link(alpha_s=18e-6, bytes_per_s=45e9),
 )
 _H200 = replace(
-    _H100,
-    name="h200-141g",
-    card="NVIDIA H200",
-    memory_bytes=143_771 * 2**20,
-    bytes_per_s=4.8e12,
+    _H100, name="h200-141g", card="NVIDIA H200", memory_bytes=143_771 * 2**20, bytes_per_s=4.8e12
 )
 _B200 = replace(
     _H100,

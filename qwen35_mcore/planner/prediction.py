@@ -58,7 +58,7 @@ class Prediction:
     @cached_property
     def splits(self) -> Splits:
         """The ways to split the model, which may have been made for another ``vpp``. Raises
-        PlanError for more stages than parts, or a schedule that Megatron cannot run."""
+        PlanError for more stages than parts."""
         shape = Shape(pp=self.candidate.pp, vpp=self.candidate.vpp, microbatches=self.microbatches)
         chain = self.model.chain
         if chain.total < shape.stages:

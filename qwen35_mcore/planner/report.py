@@ -204,12 +204,12 @@ def short_stage(stage: str) -> str:
 
 def _compact(prediction: Prediction) -> str:
     """Sizes above one, in few characters."""
-    one, job = prediction.candidate, prediction.job
-    names = ("tp", "pp", "vpp", "ep", "cp", *(["etp"] if job.model_config.is_moe else []))
-    words = [f"{name}{getattr(one, name)}" for name in names if getattr(one, name) > 1]
-    words += [f"dp{one.dp(job)}", f"mbs{one.micro_batch_size}"]
-    words += [f"recompute {one.recompute}"] if one.recompute != "none" else []
-    return " ".join([*words, one.precision] if one.fp8 else words)
+    one, usual = prediction.candidate, ("=1", "=none", "=bf16")
+    words = [word for word in str(one).split(",") if not word.endswith(usual) or "mbs" in word]
+    if not prediction.job.model_config.is_moe:
+        words = [word for word in words if not word.startswith("etp")]
+    text = " ".join([*words, f"dp={one.dp(prediction.job)}"])
+    return text.replace("recompute=", "recompute ").replace("precision=", "").replace("=", "")
 
 
 def _print(*lines: str) -> None:

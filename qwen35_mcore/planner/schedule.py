@@ -12,8 +12,6 @@ from functools import cached_property, lru_cache
 from operator import ge
 from typing import NamedTuple
 
-from qwen35_mcore.errors import PlanError
-
 _STEADY_GROUPS = 4
 """Groups of pp microbatches after which a rank holds nothing that it did not hold before."""
 _NOTHING = -1
@@ -29,22 +27,12 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What decides the order. Raises PlanError for what Megatron cannot run."""
+    """What decides the order, within the rules of `parallel`."""
 
     pp: int
     vpp: int
     microbatches: int
     """Of a step, per data parallel rank."""
-
-    def __post_init__(self) -> None:
-        if min(self.pp, self.vpp, self.microbatches) < 1:
-            raise PlanError("sizes of a pipeline must be at least 1", got=self)
-        if self.vpp > 1 and (self.pp == 1 or self.microbatches % self.pp):
-            raise PlanError(
-                "the interleaved schedule runs groups of pp microbatches on several pipeline ranks",
-                got=f"vpp {self.vpp}, pp {self.pp}, {self.microbatches} microbatches",
-                fix="use a multiple of pp microbatches per step, or vpp 1",
-            )
 
     @property
     def stages(self) -> int:

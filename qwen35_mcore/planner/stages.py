@@ -23,8 +23,6 @@ MOVES = 2000
 """Moves of a layer that are tried for one layout."""
 _HALVINGS = 12
 """Of the interval in which the time of equal stages lies."""
-_SHARES = (0.0, 0.5, 1.0)
-"""How much of a long loss the other chunks of its rank make up for, in splits to begin with."""
 _SMALL = 1e-9
 """Relative difference below which two times are the same."""
 
@@ -117,17 +115,16 @@ class Splits:
         """Whether some split may fit; without interleaving, whether one does."""
         if self.shape.vpp > 1:
             return not self.least_missing_bytes
-        return self._fill(float("inf"), 0.0) is not None
+        return self._fill(float("inf")) is not None
 
     def first(self) -> Cuts:
         """A split to begin with: of stages that take equally long, or moved until they fit."""
-        shares = _SHARES if self.shape.vpp > 1 else _SHARES[:1]
-        fitting = {cuts for share in shares if (cuts := self._equal(share)) is not None}
-        if fitting:
-            return min(sorted(fitting), key=lambda cuts: self.simulate(cuts).step_s)
-        equal = replace(self, capacity_bytes=float("inf"))._equal(0.0)
-        assert equal is not None
-        return self._improved(equal, lambda cuts, _: self.missing_bytes(cuts))
+        cuts = self._equal()
+        if cuts is None:
+            cuts = replace(self, capacity_bytes=float("inf"))._equal()
+            assert cuts is not None
+            return self._improved(cuts, lambda cuts, _: self.missing_bytes(cuts))
+        return cuts
 
     def best(self) -> Cuts:
         """The fastest split found that fits, or the one nearest to fitting."""
@@ -157,22 +154,21 @@ class Splits:
             return float("inf")
         return self.simulate(cuts).step_s
 
-    def _equal(self, share: float) -> Cuts | None:
+    def _equal(self) -> Cuts | None:
         """The split whose longest stage but the last is shortest."""
         high = self.chain.both_s[-1]
-        best = self._fill(high, share)
+        best = self._fill(high)
         low = high / self.shape.stages / 2
         for _ in range(_HALVINGS if best else 0):
             middle = (low + high) / 2
-            cuts = self._fill(middle, share)
+            cuts = self._fill(middle)
             low, high, best = (middle, high, best) if cuts is None else (low, middle, cuts)
         return best
 
-    def _fill(self, limit_s: float, share: float) -> Cuts | None:
+    def _fill(self, limit_s: float) -> Cuts | None:
         """Every stage as long as time and memory allow, each chunk of a rank in an equal part of
         what the tail leaves; None if the last stage cannot take the rest."""
         shape, both_s, total = self.shape, self.chain.both_s, self.chain.total
-        over_s = share * max(0.0, self.chain.tail_s - limit_s) / max(1, shape.vpp - 1)
         held, edges, moments = [0.0] * shape.pp, [0], alive(shape)
         tail_bytes = self._bytes(total - 1, moments[-1][0][-1], total)
         for stage in range(shape.stages):
@@ -181,8 +177,7 @@ class Splits:
             size_of = partial(self._bytes, begin, max(moment[chunk] for moment in moments[rank]))
             reserved = tail_bytes if rest and rank == shape.pp - 1 else 0.0
             room = (self.capacity_bytes - reserved) * (chunk + 1) / shape.vpp - held[rank]
-            allowed_s = limit_s - over_s if reserved else limit_s
-            until = both_s[begin] + (allowed_s if rest else max(limit_s, self.chain.tail_s))
+            until = both_s[begin] + (limit_s if rest else max(limit_s, self.chain.tail_s))
             end = max(begin + 1, bisect_right(both_s, until, begin, total - rest + 1) - 1)
             if size_of(end) > room:
                 end = bisect_right(range(end), room, begin, end, key=size_of) - 1

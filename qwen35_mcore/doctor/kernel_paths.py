@@ -19,7 +19,6 @@ from qwen35_mcore.errors import KernelError
 from qwen35_mcore.kernels.facts import KernelFacts, Workload
 from qwen35_mcore.kernels.fla_rules import flash_qla_support
 from qwen35_mcore.kernels.registry import choose_kernels
-from qwen35_mcore.mcore.accumulation_fusion import has_apex_accumulation
 from qwen35_mcore.model.spec_providers import choose_experts
 from qwen35_mcore.training.arguments import run_defaults
 
@@ -113,10 +112,8 @@ def _by_transformer_engine(capability: tuple[int, int]) -> Iterator[KernelPath]:
     )
     yield KernelPath(
         part="weight gradients",
-        path="added inside the matrix product; the output layer's by a kernel of its own"
-        if not has_apex_accumulation()
-        else "added inside the matrix product",
-        why="Transformer Engine brings it, megatron's output layer needs NVIDIA's apex for it",
+        path="added to the main gradient by each layer, in the linears inside the matrix product",
+        why="megatron's --gradient-accumulation-fusion, its default",
     )
     yield KernelPath(
         part="optimizer",

@@ -26,19 +26,22 @@ GDN_VARIANT = "gated_delta_net"
 """megatron-core's name of the GatedDeltaNet; its main branch says "gdn"."""
 
 BASE_CLASSES = {
-    "ColumnParallelLinear": "",
+    "ColumnParallelLinear": "_forward_impl",
     "GPTModel": "_postprocess _preprocess",
+    "LinearWithGradAccumulationAndAsyncCommunication": "backward",
     "LocalSpecProvider": "column_parallel_layer_norm_linear core_attention "
     "fuse_layernorm_and_linear grouped_mlp_modules layer_norm",
     "McoreGatedDeltaNet": "_resolve_cu_seqlens _setup_variant_attrs reset_parameters",
     "MegatronModule": "",
     "MoEAlltoAllTokenDispatcher": "_maybe_dtoh_and_synchronize _maybe_update_cuda_sync_point "
     "combine_preprocess dispatch_postprocess",
+    "MoEFlexTokenDispatcher": "",
     "MoELayer": "",
     "MultiTokenPredictionLayer": "_get_embeddings",
     "TopKRouter": "_apply_global_aux_loss attach_and_log_load_balancing_loss "
     "reset_global_aux_loss_tracker routing",
     "TransformerConfig": "",
+    "VocabParallelEmbedding": "",
 }
 """The classes that the model derives from, each with its methods that the model replaces or, where
 they are private, calls. Another release has to call them as this one does."""
@@ -56,11 +59,14 @@ _HOMES = {
     "IdentityOp": "megatron.core.transformer.identity_op",
     "IndexedDatasetBuilder": "megatron.core.datasets.indexed_dataset",
     "LayerType": "megatron.core.transformer.enums",
+    "LinearWithGradAccumulationAndAsyncCommunication": "megatron.core.tensor_parallel.layers",
     "LocalSpecProvider": "megatron.core.models.backends",
     "McoreGatedDeltaNet": "megatron.core.ssm.gated_delta_net.gdn:GatedDeltaNet",
     "MegatronModule": "megatron.core.transformer.module",
     "MoEAlltoAllTokenDispatcher": "megatron.core.transformer.moe.token_dispatcher",
+    "MoEFlexTokenDispatcher": "megatron.core.transformer.moe.token_dispatcher",
     "MoELayer": "megatron.core.transformer.moe.moe_layer",
+    "MoETokenDispatcher": "megatron.core.transformer.moe.token_dispatcher",
     "MockGPTDataset": "megatron.core.datasets.gpt_dataset",
     "ModelType": "megatron.core.enums",
     "ModuleSpec": "megatron.core.transformer.spec_utils",
@@ -78,6 +84,7 @@ _HOMES = {
     "TransformerConfig": "megatron.core.transformer.transformer_config",
     "TransformerLayer": "megatron.core.transformer.transformer_layer",
     "TransformerLayerSubmodules": "megatron.core.transformer.transformer_layer",
+    "VocabParallelEmbedding": "megatron.core.tensor_parallel",
     "YarnRotaryEmbedding": "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
     "compiled": "megatron.core.jit:jit_fuser",
     "convert_split_vector_to_split_matrix": (
@@ -115,12 +122,13 @@ _HOMES = {
     "parse_args": "megatron.training.arguments",
     "pretrain": "megatron.training",
     "pretrain_cfg_container_from_args": "megatron.training.argument_utils",
+    "reduce_from_tensor_model_parallel_region": "megatron.core.tensor_parallel",
+    "reduce_scatter_to_sequence_parallel_region": "megatron.core.tensor_parallel",
     "roll_tensor": "megatron.core.transformer.multi_token_prediction",
     "scatter_to_sequence_parallel_region": "megatron.core.tensor_parallel",
     "set_global_variables": "megatron.training.global_vars",
     "split_tensor_factory": "megatron.core.ssm.utils:_split_tensor_factory",
     "validate_args": "megatron.training.arguments",
-    "weighted_bias_swiglu_impl": "megatron.core.fusions.fused_bias_swiglu",
 }
 """The module of each name, and its name there where that is another one."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.mcore import imports
 from qwen35_mcore.mcore.megatron_errors import as_first_raised
+from qwen35_mcore.mcore.patches import accumulating_products
 from qwen35_mcore.model.gpt_model import Qwen35Model
 from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import decoder_block_spec, mtp_block_spec
@@ -45,6 +46,8 @@ def build_model(
         KernelError: kernels or a spec provider that were named cannot run here.
     """
     imports.check_release()
+    if config.gradient_accumulation_fusion:
+        accumulating_products.PATCH.apply()
     spec_provider = get_spec_provider(config)
     with as_first_raised():
         return Qwen35Model(

@@ -1,5 +1,5 @@
-"""GPTModel with corrections: YaRN on partial RoPE, MTP under context parallelism, MTP with tied
-embeddings under pipeline parallelism, and fused gradient accumulation without apex."""
+"""GPTModel with corrections: YaRN on partial RoPE, MTP under context parallelism, and MTP with tied
+embeddings under pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from qwen35_mcore.mcore.accumulation_fusion import output_layer_without_fusion
 from qwen35_mcore.mcore.imports import (
     GPTModel,
     PackedSeqParams,
@@ -15,10 +14,12 @@ from qwen35_mcore.mcore.imports import (
     roll_tensor,
     scatter_to_sequence_parallel_region,
 )
+from qwen35_mcore.mcore.vocabulary_layers import vocabulary_layers
+from qwen35_mcore.model.layers.vocabulary import OutputLayer, WordEmbedding
 
 
 class Qwen35Model(GPTModel):
-    """megatron's GPTModel with five corrections.
+    """megatron's GPTModel with four corrections.
 
     YaRN: megatron computes frequencies for the whole head and rotates all of it, whatever the
     rotary percentage is. This class builds the embedding for the rotated part.
@@ -34,14 +35,10 @@ class Qwen35Model(GPTModel):
     Tied embeddings: the last of several pipeline stages holds a copy of the embedding for MTP and
     computes its logits from it. megatron also allocates an output weight there that nothing reads,
     and then refuses to save it. This class drops that weight.
-
-    Fused accumulation of weight gradients: megatron has one switch for all linear layers and
-    refuses it without NVIDIA's apex, which only the output layer needs. This class switches it off
-    for the output layer alone.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with output_layer_without_fusion():
+        with vocabulary_layers(OutputLayer, WordEmbedding):
             super().__init__(*args, **kwargs)
         if self.position_embedding_type == "yarn":
             self.rotary_pos_emb = self._partial_yarn()

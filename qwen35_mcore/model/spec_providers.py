@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from argparse import Namespace
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +136,13 @@ def choose_experts(config: Qwen35TransformerConfig) -> Experts:
         return Experts("te", f"auto: {', '.join(needs_te)}")
     why = "named" if config.moe_experts == "grouped_mm" else "auto"
     return Experts("grouped_mm", f"{why}: one bfloat16 kernel for all experts")
+
+
+def experts_of_run(args: Any) -> str:
+    """The name of `choose_experts` for megatron's arguments; refuses named ones that cannot run."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    planned: Any = Namespace(**{**vars(args), "params_dtype": dtype})
+    return choose_experts(planned).name
 
 
 def _local_experts(config: Qwen35TransformerConfig) -> Experts:

@@ -104,6 +104,13 @@ def serial_run(pool: WorkerPool, case: Case, train: Callable[..., Result] = trai
     return _serial_run(pool, _key(case), train)
 
 
+EXCHANGE = (
+    "moe_token_dispatcher_type",
+    "moe_flex_dispatcher_backend",
+    "moe_expert_rank_capacity_factor",
+)
+"""Settings of how ranks exchange tokens, of which one process knows nothing."""
+
 _cases: dict[str, Case] = {}
 
 
@@ -114,7 +121,8 @@ def _key(case: Case) -> str:
     there one process takes them at once, too; nothing else depends on it.
     """
     layout = case.layout
-    serial_layout = Layout(dtype=layout.dtype, run=layout.run, packed=layout.packed)
+    run = {name: value for name, value in layout.run.items() if name not in EXCHANGE}
+    serial_layout = Layout(dtype=layout.dtype, run=run, packed=layout.packed)
     balancing = layout.run.get("moe_router_load_balancing_type", "global_aux_loss")
     at_once = case.micro_batch_size * case.replicas if balancing == "global_aux_loss" else 1
     at_once = at_once if case.config.is_moe else 1

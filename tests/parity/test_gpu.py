@@ -239,7 +239,8 @@ def test_grouped_linear_equals_the_loop(counts: tuple[int, ...]) -> None:
     for dtype, results in ((torch.bfloat16, fast), (torch.float64, exact)):
         xd = x.bfloat16().to(dtype).requires_grad_()
         wd = w.bfloat16().to(dtype).requires_grad_()
-        y = grouped_linear(xd, wd, torch.tensor(counts, device="cuda"))
+        ends = torch.tensor(counts, device="cuda").cumsum(0, dtype=torch.int32)
+        y = grouped_linear(xd, wd, ends)
         y.backward(grad.bfloat16().to(dtype))
         results += [y.detach(), xd.grad, wd.grad]
     for a, b in zip(fast, exact, strict=True):

@@ -16,6 +16,8 @@ from tests.bench.compile_ahead import prepare_to_move, pretend
 counts = pretend()
 import torch
 from qwen35_mcore.kernels.fused_triton import epilogue, prologue
+from qwen35_mcore.kernels import swiglu_triton
+from qwen35_mcore.kernels.expert_gradient_triton import add_weight_gradient
 from qwen35_mcore.config.shapes import GdnShape
 
 length, batch = 256, 2
@@ -27,6 +29,9 @@ for cu_seqlens in (None, torch.tensor([0, 200, 256], dtype=torch.int32)):
     q, k, v, z, b, a = prologue(x, empty(shape.conv_width, 4), shape, cu_seqlens)
     y = epilogue(v, z, empty(128), 1e-6)
     (q.sum() + k.sum() + y.sum() + a.sum() + b.sum()).backward()
+ends = torch.tensor([100, 256], dtype=torch.int32)
+swiglu_triton.weighted_swiglu(empty(256, 1024), torch.zeros(256), ends[-1:]).sum().backward()
+add_weight_gradient(empty(256, 1024), empty(256, 2048), ends, torch.zeros(2, 1024, 2048))
 print(*sorted(counts))
 prepare_to_move(Path(sys.argv[1]) / ".triton" / "cache", "/home/there")
 """
@@ -36,6 +41,9 @@ KERNELS = {
     "_convolution_backward",
     "_epilogue_forward",
     "_epilogue_backward",
+    "_swiglu_forward",
+    "_swiglu_backward",
+    "_add_products",
 }
 
 

@@ -28,6 +28,7 @@ def run(**more: Any) -> Namespace:
         "moe_experts": "auto",
         "moe_token_dispatcher_type": "alltoall",
         "moe_flex_dispatcher_backend": "deepep",
+        "moe_expert_rank_capacity_factor": None,
         "tensor_model_parallel_size": 1,
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": None,
@@ -38,6 +39,13 @@ def run(**more: Any) -> Namespace:
         "mock_data": True,
     }
     return Namespace(**(dict.fromkeys(off) | given | more))
+
+
+NCCL_EP = {
+    "moe_token_dispatcher_type": "flex",
+    "moe_flex_dispatcher_backend": "ncclep",
+    "expert_model_parallel_size": 4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +62,28 @@ def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         {"moe_experts": "te", "cuda_graph_impl": "local"},
         {"num_experts": None, "bf16": False},
         {"transformer_impl": "local", "moe_experts": "grouped_mm"},
+        NCCL_EP,
     ],
 )
-def test_graphs_that_can_be_captured(more: dict[str, Any]) -> None:
+def test_graphs_that_can_be_captured(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     check_flags(run(**more))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"moe_experts": "te"}, "only grouped_mm experts read it there"),
+        ({"bf16": False}, "only grouped_mm experts read it there"),
+        ({"moe_expert_rank_capacity_factor": 0.9}, "must hold what a rank gets"),
+    ],
+)
+def test_what_nccl_ep_cannot_serve(
+    more: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=message):
+        check_flags(run(**(NCCL_EP | more), cuda_graph_impl="none"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen35_mcore.mcore.patches import (
+    accumulating_products,
     atomic_checkpoint,
     bucket_padding,
     dataset_helpers,
@@ -15,12 +16,14 @@ from qwen35_mcore.mcore.patches import (
     mtp_loss_log,
     optimizer_groups,
     padded_balancing_loss,
+    receive_overflow,
     resume_position,
     sgd_state,
 )
 from qwen35_mcore.mcore.patches.patch import Patch
 
 PATCHES: tuple[Patch, ...] = (
+    accumulating_products.PATCH,
     *atomic_checkpoint.PATCHES,
     bucket_padding.PATCH,
     dataset_helpers.PATCH,
@@ -33,6 +36,7 @@ PATCHES: tuple[Patch, ...] = (
     *mtp_loss_log.PATCHES,
     optimizer_groups.PATCH,
     padded_balancing_loss.PATCH,
+    receive_overflow.PATCH,
     *resume_position.PATCHES,
     sgd_state.PATCH,
 )

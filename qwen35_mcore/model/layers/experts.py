@@ -15,6 +15,7 @@ import torch
 
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
+from qwen35_mcore.kernels.weighted_swiglu import weighted_swiglu
 from qwen35_mcore.mcore.imports import (
     CheckpointWithoutOutput,
     MegatronModule,
@@ -24,7 +25,6 @@ from qwen35_mcore.mcore.imports import (
     TransformerConfig,
     get_cuda_rng_tracker,
     get_expert_parallel_rng_tracker_name,
-    weighted_bias_swiglu_impl,
 )
 
 
@@ -94,16 +94,26 @@ class GroupedExperts(MegatronModule):
     def forward(
         self, x_th: torch.Tensor, tokens_per_expert: torch.Tensor, probs_t: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """``[t, h]`` to ``[t, h]``, each row weighed by its probability; and no bias."""
-        gate_up = grouped_linear(x_th, self.weight1, tokens_per_expert)
+        """``[t, h]`` to ``[t, h]``, each row weighed by its probability; and no bias.
+
+        Rows behind the last expert's are unused: not read, and undefined in the result.
+        """
+        ends = tokens_per_expert.to(x_th.device).cumsum(0, dtype=torch.int32)
+        gate_up = self._linear(x_th, self.weight1, ends)
         if not self.recompute_activation:
-            activated = _weighted_swiglu(gate_up, probs_t)
-            return grouped_linear(activated, self.weight2, tokens_per_expert), None
+            activated = weighted_swiglu(gate_up, probs_t, ends[-1:])
+            return self._linear(activated, self.weight2, ends), None
         checkpoint = CheckpointWithoutOutput(fp8=None)
-        activated = checkpoint.checkpoint(_weighted_swiglu, gate_up, probs_t)
-        output = grouped_linear(activated, self.weight2, tokens_per_expert)
+        activated = checkpoint.checkpoint(weighted_swiglu, gate_up, probs_t, ends[-1:])
+        output = self._linear(activated, self.weight2, ends)
         checkpoint.discard_output_and_register_recompute(output)
         return output, None
+
+    def _linear(
+        self, x: torch.Tensor, weight: torch.nn.Parameter, ends: torch.Tensor
+    ) -> torch.Tensor:
+        fuse = self.config.gradient_accumulation_fusion
+        return grouped_linear(x, weight, ends, fuse_accumulation=fuse)
 
     def backward_dw(self) -> None:
         """Weight gradients come with the backward pass; there is nothing left to compute."""
@@ -186,8 +196,3 @@ class GroupedExperts(MegatronModule):
         for name in [n for n in state_dict if n.startswith(prefix) and "._extra_state" in n]:
             del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _weighted_swiglu(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up * weight`` of ``[t, 2 f]`` and ``[t]``, in gate_up's dtype."""
-    return weighted_bias_swiglu_impl(gate_up, None, weights.unsqueeze(-1))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from qwen35_mcore.kernels.reference import rms_norm
-from qwen35_mcore.mcore.accumulation_fusion import without_accumulation_fusion
 from qwen35_mcore.mcore.imports import (
     ColumnParallelLinear,
     ShardedTensorFactory,
@@ -35,7 +34,7 @@ class GateProjection(ColumnParallelLinear):
         super().__init__(
             config.hidden_size,
             2 * value_heads,
-            config=without_accumulation_fusion(config),
+            config=config,
             init_method=config.init_method,
             bias=False,
             tp_group=tp_group,

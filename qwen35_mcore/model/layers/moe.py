@@ -18,6 +18,7 @@ from qwen35_mcore.mcore.imports import (
     TransformerConfig,
     get_default_pg_collection,
 )
+from qwen35_mcore.model.layers.fixed_capacity import FixedCapacityDispatcher
 
 
 class TokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -54,7 +55,7 @@ class TokenDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class Qwen35MoELayer(MoELayer):
-    """MoELayer with the dispatcher above in place of megatron's all-to-all one."""
+    """MoELayer whose dispatcher leaves the counts on the device, where the experts read them."""
 
     def __init__(
         self,
@@ -66,9 +67,10 @@ class Qwen35MoELayer(MoELayer):
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
-        if not self.experts_read_counts_on_device:
+        dispatcher = self._dispatcher_class()
+        if dispatcher is None:
             return
-        self.token_dispatcher = TokenDispatcher(
+        self.token_dispatcher = dispatcher(
             self.num_local_experts,
             self.local_expert_indices,
             config=config,
@@ -77,8 +79,12 @@ class Qwen35MoELayer(MoELayer):
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
 
-    @property
-    def experts_read_counts_on_device(self) -> bool:
-        """TEGroupedMLP splits by a list on the host."""
-        on_device = getattr(self.experts, "reads_counts_on_device", False)
-        return on_device and self.config.moe_token_dispatcher_type == "alltoall"
+    def _dispatcher_class(self) -> type | None:
+        """Ours for the dispatcher that was asked for; None: megatron's, as for TEGroupedMLP, which
+        splits by a list on the host."""
+        if not getattr(self.experts, "reads_counts_on_device", False):
+            return None
+        asked = self.config.moe_token_dispatcher_type
+        if asked == "flex" and self.config.moe_flex_dispatcher_backend == "ncclep":
+            return FixedCapacityDispatcher
+        return TokenDispatcher if asked == "alltoall" else None

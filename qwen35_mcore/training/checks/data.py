@@ -46,14 +46,16 @@ def check_batch(tokens: Any, labels: Any, vocab_size: int) -> None:
     """Refuse a batch on the host that a device would fail on without saying why.
 
     Args:
-        tokens, labels: int64 CPU tensors of any shape; None where the batch has none.
+        tokens, labels: int64 tensors of any shape; None where the batch has none. Those on a
+            device are not checked: one graph of the step reads its batch from there, and may not
+            wait for the host.
         vocab_size: rows of the model's embedding.
 
     Raises:
         DataError: an id outside ``0 .. vocab_size - 1``.
     """
     for ids in (tokens, labels):
-        if ids is None:
+        if ids is None or ids.is_cuda:
             continue
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= vocab_size:

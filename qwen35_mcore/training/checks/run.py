@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import Namespace
-from typing import Any
-
-import torch
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import cpu_mode
-from qwen35_mcore.model.spec_providers import choose_experts
+from qwen35_mcore.model.spec_providers import experts_of_run
 from qwen35_mcore.parallel.check import check_layout, refuse_violations
 from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
@@ -25,6 +22,7 @@ from qwen35_mcore.training.checks.hf_start import import_start
 from qwen35_mcore.training.checks.numbers import check_numbers
 from qwen35_mcore.training.checks.packing import check_packing
 from qwen35_mcore.training.checks.written_folders import check_written_folders
+from qwen35_mcore.training.choices import expert_ranks, uses_nccl_ep
 from qwen35_mcore.training.flags.flex import check_flex
 
 NEEDED = {
@@ -61,7 +59,7 @@ def check_flags(args: Namespace) -> None:
     if args.num_experts:
         check_flex(args)
         _check_fp8_experts(args)
-        _check_graph(args, _experts(args))
+        _check_graph(args, experts_of_run(args))
     _check_needed(args)
     check_numbers(args)
     _check_warmup(args)
@@ -112,30 +110,24 @@ def _check_fp8_experts(args: Namespace) -> None:
         )
 
 
-def _experts(args: Namespace) -> str:
-    """The routed experts of the run; refuses named ones that cannot run."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    planned: Any = Namespace(**{**vars(args), "params_dtype": dtype})
-    return choose_experts(planned).name
-
-
 def _check_graph(args: Namespace, experts: str) -> None:
     """A step in one CUDA graph may nowhere wait for the host, as an all-to-all of tokens does."""
     if args.cuda_graph_impl != "full_iteration":
         return
-    apart = args.expert_model_parallel_size * (
-        args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    apart = expert_ranks(args)
+    if experts == "grouped_mm" and (apart == 1 or uses_nccl_ep(args)):
+        return
+    raise ConfigError(
+        "one CUDA graph of the whole step needs grouped_mm experts, whole on their rank or behind "
+        "NCCL EP: otherwise each MoE layer waits for the host to learn how many tokens an expert "
+        "has",
+        got=f"--cuda-graph-impl full_iteration, experts over {apart} ranks behind "
+        f"{args.moe_token_dispatcher_type}, --moe-experts {args.moe_experts}, which is {experts} "
+        "here",
+        allowed="--moe-experts auto or grouped_mm, --bf16; expert and expert tensor parallelism of "
+        "1, or --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+        fix="drop --cuda-graph-impl, or spread the model over pipeline and data parallel ranks",
     )
-    if apart > 1 or experts != "grouped_mm":
-        raise ConfigError(
-            "one CUDA graph of the whole step needs every expert whole on its rank, in grouped_mm: "
-            "otherwise each MoE layer waits for the host to learn how many tokens an expert has",
-            got=f"--cuda-graph-impl full_iteration, experts over {apart} ranks, "
-            f"--moe-experts {args.moe_experts}, which is {experts} here",
-            allowed="expert and expert tensor parallelism of 1, --moe-experts auto or grouped_mm, "
-            "--bf16",
-            fix="drop --cuda-graph-impl, or spread the model over pipeline and data parallel ranks",
-        )
 
 
 def _check_warmup(args: Namespace) -> None:

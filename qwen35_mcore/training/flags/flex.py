@@ -6,15 +6,18 @@ import importlib.util
 from argparse import Namespace
 
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.model.spec_providers import experts_of_run
 
 PACKAGES = {"deepep": "deep_ep", "hybridep": "deep_ep", "ncclep": "transformer_engine"}
+SMALLEST_CAPACITY = 1.0
 
 
 def check_flex(args: Namespace) -> None:
     """Check that the experts' ranks exchange tokens, and that the backend can be imported.
 
     Raises:
-        ConfigError: no expert or expert tensor parallelism, or a missing package.
+        ConfigError: no expert or expert tensor parallelism, a missing package, or experts that the
+            backend cannot serve.
     """
     if args.moe_token_dispatcher_type != "flex":
         return
@@ -35,4 +38,25 @@ def check_flex(args: Namespace) -> None:
             got=f"--moe-flex-dispatcher-backend {backend}, and no {package}",
             allowed=", ".join(PACKAGES),
             fix="drop --moe-token-dispatcher-type, or install the package (see its own guide)",
+        )
+    if backend == "ncclep":
+        _check_nccl_ep(args)
+
+
+def _check_nccl_ep(args: Namespace) -> None:
+    if experts_of_run(args) != "grouped_mm":
+        raise ConfigError(
+            "behind NCCL EP the number of rows of an expert is known on the device alone, and only "
+            "grouped_mm experts read it there",
+            got=f"--moe-flex-dispatcher-backend ncclep --moe-experts {args.moe_experts}",
+            allowed="--moe-experts auto or grouped_mm, --bf16",
+            fix="drop --moe-token-dispatcher-type and --moe-flex-dispatcher-backend",
+        )
+    factor = args.moe_expert_rank_capacity_factor
+    if factor is not None and factor < SMALLEST_CAPACITY:
+        raise ConfigError(
+            "a receive buffer must hold what a rank gets where routing is even",
+            got=f"--moe-expert-rank-capacity-factor {factor}",
+            allowed=f"{SMALLEST_CAPACITY} or more",
+            fix="drop --moe-expert-rank-capacity-factor",
         )

@@ -166,9 +166,17 @@ EXPERTS = (
         needs=f"{FLEX} moe_flex_dispatcher_backend=hybridep",
     ),
     free(
-        "Megatron's own dispatcher",
-        "moe_ncclep_static_shape moe_ncclep_zero_copy moe_expert_rank_capacity_factor",
-        needs=f"{FLEX} moe_flex_dispatcher_backend=ncclep|moe_flex_dispatcher_backend=hybridep",
+        "tests/distributed/test_nccl_ep.py",
+        "moe_expert_rank_capacity_factor",
+        needs=f"{MOE} gpu",
+    ),
+    no_effect(
+        "grouped_mm experts always take the whole receive buffer",
+        "moe_ncclep_static_shape",
+    ),
+    unsupported(
+        "it is of Transformer Engine's fused operations, which the experts here are not made of",
+        "moe_ncclep_zero_copy",
     ),
     unsupported(
         "the experts' weights would be stored under other keys",

@@ -19,6 +19,7 @@ import psutil
 from tests.bench.multi_gpu.machine import Machine
 
 ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "examples" / "pretrain_qwen35.py"
 LINE = re.compile(
     r"iteration +(\d+)/ *\d+ \|.*?elapsed time per iteration \(ms\): ([\d.]+) \|"
     r"(?:.*?throughput per GPU \(TFLOP/s/GPU\): ([\d.]+) \|)?.*? lm loss: (\S+) \|"
@@ -59,18 +60,32 @@ def cause_of_failure(log: str) -> str:
 
 
 class Job:
-    """A torchrun with all ranks of the machine; its output goes to a file."""
+    """A torchrun with all ranks of the machine; its output goes to a file.
 
-    def __init__(self, machine: Machine, name: str, flags: list[str]) -> None:
+    Args:
+        script: what trains; the one of the examples, unless another one is named.
+        profile: number of a step to profile on rank 0, see `rank`; None: none.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        name: str,
+        flags: list[str],
+        *,
+        script: Path = EXAMPLE,
+        profile: int | None = None,
+    ) -> None:
         self.machine = machine
         self.folder = machine.folder / re.sub(r"[^\w.-]+", "_", name)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "log.txt"
-        script = ROOT / "examples" / "pretrain_qwen35.py"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += ["--local-addr", "127.0.0.1"]  # the host's name need not resolve
         ranks = ["--nproc-per-node", str(machine.ranks)]
         rank = [str(ROOT / "tests" / "bench" / "multi_gpu" / "rank.py"), str(self.folder)]
+        if profile is not None:
+            rank += ["--profile", str(profile)]
         # what launch/train.sh sets for every rank, NVLink multicast off among it
         shell = ["bash", "-c", f'source "{ROOT}/launch/env.sh" && exec "$@"', "bash"]
         # the package is found where it is not installed, too

@@ -55,12 +55,19 @@ class Precision:
     dtype: torch.dtype = torch.float32
     length: int = 256
     context_parallel: bool = True
+    nccl_ep: bool = False
     wrong: float = 1.01
     """The factor on one rank's gradients that must be noticed."""
 
 
 FLOAT32_GPU = Tolerance(token_loss=2e-5, gradient=1e-4, later_loss=5e-3)
 """The first step is exact to rounding; after it a token at a near tie may take another expert."""
+NCCL_EP = {
+    "moe_token_dispatcher_type": "flex",
+    "moe_flex_dispatcher_backend": "ncclep",
+    "moe_expert_rank_capacity_factor": 1.0,  # all that there is where every expert gets each token
+    "gradient_accumulation_fusion": True,
+}
 LOCAL_ON_CPU = Precision("fp32 local", Tolerance(2e-6, 2e-5, 1e-4), model=MOE, length=64)
 LOCAL = Precision("fp32 local", FLOAT32_GPU, run={"gdn_kernel": "torch"}, model=REAL_HEADS)
 
@@ -71,6 +78,7 @@ def precisions(*, on_gpus: bool) -> list[Precision]:
         return [LOCAL_ON_CPU]
     from megatron.core.transformer.enums import AttnBackend
 
+    from qwen35_mcore.mcore import nccl_ep
     from tests.bench.common import fast_settings
 
     te_in_float32 = {
@@ -89,6 +97,7 @@ def precisions(*, on_gpus: bool) -> list[Precision]:
             run=fast_settings(),
             model=REAL_HEADS | {"num_experts_per_tok": 16},
             dtype=torch.bfloat16,
+            nccl_ep=nccl_ep.unavailable() is None,
             wrong=1.5,
         ),
         Precision(
@@ -124,6 +133,8 @@ def cases(ranks: int, precision: Precision) -> Iterator[Case]:
     yield case("TP2", 2, tp=2)
     yield case("PP2 x VPP2", 2, pp=2, vpp=2)
     yield case(f"EP{ranks}", ranks, ep=ranks)
+    if precision.nccl_ep:
+        yield case(f"EP{ranks} (NCCL EP)", ranks, ep=ranks, run=NCCL_EP)
     if precision.context_parallel:
         yield case("CP2 (all-to-all GDN)", 2, cp=2)
         yield case("CP2 (states passed)", 2, cp=2, run=STATES)

@@ -1,9 +1,10 @@
 """One rank of a job: run a script, and leave the rank's peak memory behind.
 
-    torchrun ... tests/bench/multi_gpu/rank.py FOLDER SCRIPT [flags of the script]
+    torchrun ... tests/bench/multi_gpu/rank.py FOLDER [--profile STEP] SCRIPT [flags of the script]
 
 Writes FOLDER/RANK.peak: bytes of the GPU, or without one of the process. Megatron's own log has the
-peaks of the first data parallel ranks only; with natural routing others may hold more.
+peaks of the first data parallel ranks only; with natural routing others may hold more. --profile
+writes FOLDER/profile.txt, where the time of one step of rank 0 went.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    folder, script = Path(sys.argv[1]), sys.argv[2]
-    sys.argv = sys.argv[2:]
+    folder, sys.argv = Path(sys.argv[1]), sys.argv[2:]
+    if sys.argv[0] == "--profile":
+        step, sys.argv = int(sys.argv[1]), sys.argv[2:]
+        if os.environ["RANK"] == "0":
+            from tests.bench.multi_gpu.profile_step import profile_step
+
+            profile_step(step, folder / "profile.txt")
+    script = sys.argv[0]
     sys.path[0] = str(Path(script).parent)
     try:
         runpy.run_path(script, run_name="__main__")

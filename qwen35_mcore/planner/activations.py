@@ -58,8 +58,8 @@ def gdn(batch: Microbatch) -> Kept:
 
 
 def attention(batch: Microbatch) -> Kept:
-    """One gated attention: input, normed input, projection (the gate, and q and k before their
-    norms, are views of it), q, k, v as the kernel takes them, its output, the gated output."""
+    """One gated attention: input, normed input, projection, q, k, v as the kernel takes them, its
+    output, the gated output."""
     config, tp, hidden = batch.model_config, batch.candidate.tp, batch.model_config.hidden_size
     query = config.num_attention_heads * config.head_dim
     key_value = max(config.num_key_value_heads, tp) * config.head_dim
@@ -74,15 +74,13 @@ def attention(batch: Microbatch) -> Kept:
 
 
 def qkv_projection(batch: Microbatch) -> int:
-    """Of all tensor parallel ranks, what attention's first linear layer gives: query, gate, key and
-    value."""
+    """Bytes of query, gate, key and value, of all tensor parallel ranks."""
     config = batch.model_config
     return 4 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
 
 
 def gathers_qkv(batch: Microbatch) -> bool:
-    """Whether every rank holds all of it: with fewer key heads than ranks, megatron gathers the
-    projection and takes each rank's heads as views (`Attention.get_query_key_value_tensors`)."""
+    """Whether every rank holds all of it: with fewer key heads than ranks, megatron gathers it."""
     return batch.candidate.tp > batch.model_config.num_key_value_heads
 
 
@@ -99,25 +97,21 @@ def mlp(batch: Microbatch) -> Kept:
 
 
 def moe(batch: Microbatch) -> Kept:
-    """One mixture of experts: norm and router, permutation, routed and shared expert."""
-    config = batch.model_config
-    # logits, scores and scores of the balancing loss; routing map; row map of the permutation
-    routing = config.num_experts * (4 + 4 + 4 + 1 + 8)
-    before = Kept(batch.own_tokens * (4 * config.hidden_size + routing))
-    return before + _routed_experts(batch) + _shared_expert(batch)
-
-
-def _routed_experts(batch: Microbatch) -> Kept:
-    """Input rows, gate and up, their product; and, in the backward pass, the gradients of rows
-    before they are summed up and those of one weight of every expert."""
+    """One mixture of experts. Of the routed ones input rows, gate and up, their product; and, in
+    the backward pass, the gradients of rows before they are summed up and those of one weight of
+    every expert. Of the shared one gate and up, their product, the output."""
     config, candidate = batch.model_config, batch.candidate
     hidden, width = config.hidden_size, config.moe_intermediate_size // candidate.etp
     rows, experts = batch.expert_rows, config.num_experts // candidate.ep
+    # logits, scores and scores of the balancing loss; routing map; row map of the permutation
+    routing = config.num_experts * (4 + 4 + 4 + 1 + 8)
+    shared = (4 + _linear_input(batch)) * config.shared_expert_intermediate_size / candidate.tp
+    dense = batch.own_tokens * (6 * hidden + routing) + batch.tokens * shared
     second = rows * (2 * hidden + 2 * width) + 2 * experts * hidden * width
     # gate, up and product are free again by then, or as good as that
     first = rows * (2 * hidden - 2 * width) + 2 * experts * hidden * 2 * width
     return Kept(
-        rows * (2 * hidden + 6 * width),
+        dense + rows * (2 * hidden + 6 * width),
         max(first, second) + batch.own_tokens * 4 * hidden + dispatcher_buffer(batch),
         rows * 2 * width,
     )
@@ -130,32 +124,20 @@ def dispatcher_buffer(batch: Microbatch) -> float:
     return batch.expert_rows * 2 * batch.model_config.hidden_size
 
 
-def _shared_expert(batch: Microbatch) -> Kept:
-    """Gate and up, their product, the output that the sigmoid gate multiplies."""
-    config, tp = batch.model_config, batch.candidate.tp
-    inside = (4 + _linear_input(batch)) * config.shared_expert_intermediate_size / tp
-    return Kept(batch.tokens * inside + batch.own_tokens * 2 * config.hidden_size)
-
-
 def feed_forward(batch: Microbatch) -> Kept:
     """The model's MLP or MoE."""
     return moe(batch) if batch.model_config.is_moe else mlp(batch)
 
 
 def mtp(batch: Microbatch) -> Kept:
-    """An MTP layer: an attention layer behind two norms (input and output) and their concatenation,
-    and the final norm."""
+    """An MTP layer: an attention layer, two norms and their concatenation, the final norm."""
     joining = batch.model_config.hidden_size * (2 * (2 + 2) + 2 * _linear_input(batch) + 2)
     return attention(batch) + feed_forward(batch) + Kept(batch.own_tokens * joining)
 
 
 def output(batch: Microbatch) -> Kept:
-    """Final norm, and the logits of the loss and of every MTP layer's loss.
-
-    megatron-core's fused cross entropy turns bfloat16 logits into float32 ones, makes them the
-    softmax and keeps that. While one loss is made or its gradient rounded back, the bfloat16 logits
-    and, in what torch.compile makes of it, a second float32 copy exist besides (measured).
-    """
+    """Final norm, and the float32 softmax of every loss. While one loss is made, or its gradient
+    rounded back, bfloat16 logits and a second float32 copy exist besides (measured)."""
     config, tp = batch.model_config, batch.candidate.tp
     logits = batch.tokens * config.vocab_size / tp
     losses = 1 + config.mtp_num_hidden_layers

@@ -37,8 +37,7 @@ class Job:
     @property
     def gpus_of_a_node(self) -> int:
         """GPUs that the job takes of every node: as many as divide all of them."""
-        most = min(self.gpus, self.gpu.gpus_per_node)
-        return max(size for size in range(1, most + 1) if self.gpus % size == 0)
+        return max(n for n in range(1, self.gpu.gpus_per_node + 1) if self.gpus % n == 0)
 
     @property
     def nodes(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from qwen35_mcore.config.flavors import flavor_name, get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
+from qwen35_mcore.planner import report
 from qwen35_mcore.planner.calibration.rows import default_calibration, read_calibration
 from qwen35_mcore.planner.candidate import Job
 from qwen35_mcore.planner.choices import PRECISIONS, RECOMPUTE
@@ -21,12 +22,6 @@ from qwen35_mcore.planner.explain import explain, parse_layout
 from qwen35_mcore.planner.hardware import GIB, Gpu, get_gpu
 from qwen35_mcore.planner.picture import check_target, draw
 from qwen35_mcore.planner.prediction import Prediction
-from qwen35_mcore.planner.report import (
-    explanation_data,
-    found_data,
-    print_explanation,
-    print_found,
-)
 from qwen35_mcore.planner.search import Space, search
 
 DEFAULT_HEADROOM_GIB = 2.0
@@ -78,13 +73,9 @@ def make_job(
     gpus_per_node: int | None = None,
     headroom_gib: float = DEFAULT_HEADROOM_GIB,
 ) -> Job:
-    """The job that the command line describes, its sizes positive.
-
-    Raises:
-        PlanError: not exactly one model, an unknown GPU, nodes that the GPUs do not fill, or more
-            headroom than memory.
-        ConfigError: an unknown flavor or a config that cannot be read.
-    """
+    """The job that the command line describes, its sizes positive. Raises PlanError for not exactly
+    one model, an unknown GPU, nodes that the GPUs do not fill, or more headroom than memory, and
+    ConfigError for an unknown flavor or a config that cannot be read."""
     if (flavor is None) == (hf_config is None):
         raise PlanError(
             "a plan needs exactly one model",
@@ -141,11 +132,8 @@ def _in_nodes(gpu: Gpu, gpus: int, per_node: int | None) -> Gpu:
 
 
 def precisions(text: str | None, gpu: Gpu) -> tuple[str, ...]:
-    """``all`` that the GPU has, or one precision, bfloat16 for None.
-
-    Raises:
-        PlanError: another word, or FP8 on a GPU without.
-    """
+    """``all`` that the GPU has, or one precision, bfloat16 for None. Raises PlanError for another
+    word, or FP8 on a GPU without."""
     there = PRECISIONS if gpu.has_fp8 else PRECISIONS[:1]
     precision = _one_of("precision", text or PRECISIONS[0], (*PRECISIONS, "all"))
     if precision not in (*there, "all"):
@@ -171,30 +159,22 @@ def _one_of(name: str, text: str, words: tuple[str, ...]) -> str:
 
 
 def run_search(job: Job, space: Space, *, top: int, output: Output) -> None:
-    """Search, print, and write what was asked for.
-
-    Raises:
-        PlanError: nothing fits, or a file cannot be written.
-    """
+    """Search, print, and write what was asked for. Raises PlanError where nothing fits."""
     found = search(job, space, top=top)
     if output.as_json:
-        print(json.dumps(found_data(job, found), indent=2))
+        print(json.dumps(report.found_data(job, found), indent=2))
     else:
-        print_found(job, found)
+        report.print_found(job, found)
     _write(found.best[0], output)
 
 
 def run_explain(job: Job, text: str, *, output: Output) -> int:
-    """Explain one layout; 0 when it runs, 1 when it does not.
-
-    Raises:
-        PlanError: the layout cannot be read, or a file cannot be written.
-    """
+    """Explain one layout; 0 when it runs, 1 when it does not."""
     explanation = explain(job, *parse_layout(text))
     if output.as_json:
-        print(json.dumps(explanation_data(job, explanation), indent=2))
+        print(json.dumps(report.explanation_data(job, explanation), indent=2))
     else:
-        print_explanation(job, explanation)
+        report.print_explanation(job, explanation)
     if explanation.prediction is None:
         return 1
     _write(explanation.prediction, output)

@@ -12,10 +12,11 @@ from math import log
 
 from qwen35_mcore.config.flops import attention_layer_flops, gdn_layer_flops
 from qwen35_mcore.planner import activations
+from qwen35_mcore.planner.activations import Kept
 from qwen35_mcore.planner.calibration.rows import Calibration, LayerRow, default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Microbatch
 from qwen35_mcore.planner.hardware import Gpu, get_gpu
-from qwen35_mcore.planner.memory import feed_forward_parameters, mixer_parameters
+from qwen35_mcore.planner.memory import Parameters, feed_forward_parameters, mixer_parameters
 
 ASSUMED_EFFICIENCY = 0.7
 """Of the ideal, for parts that nobody measured, and at most for work beyond a measurement that was
@@ -60,33 +61,41 @@ class Work:
 def work(part: str, batch: Microbatch) -> Work:
     """Work on one rank of one of `calibration.rows.PARTS`, of the embedding, or of the joining of
     MTP to the model."""
-    return _WORK[part](batch)
+    config, candidate, tokens = batch.model_config, batch.candidate, batch.tokens
+    hidden, tp = config.hidden_size, candidate.tp
+    losses, table = 1 + config.mtp_num_hidden_layers, config.vocab_size * hidden / tp
+    match part:
+        case "gdn":
+            flops, kept = gdn_layer_flops(config, tokens) / tp, activations.gdn(batch)
+            return _layer(flops, kept, mixer_parameters(config, candidate, "g"))
+        case "attention":
+            pairs = tokens * batch.seq_length  # of queries and keys, the upper triangle included
+            kept = activations.attention(batch)
+            flops = attention_layer_flops(config, tokens, pairs) / tp
+            return _layer(flops, kept, mixer_parameters(config, candidate, "a"))
+        case "mlp":
+            kept = activations.mlp(batch)
+            flops = 6 * tokens * hidden * config.intermediate_size / tp
+            return _layer(flops, kept, feed_forward_parameters(config, candidate))
+        case "moe":
+            return _moe(batch)
+        case "joining":  # a projection of two concatenated rows to one
+            weights = Parameters(dense=2 * hidden**2 / tp)
+            return _layer(2 * tokens * weights.dense, Kept(batch.own_tokens * 4 * hidden), weights)
+        case "embedding":  # backward a gradient of the whole table, mostly zeros
+            rows = 2 * 2 * tokens * hidden
+            return Work(0.0, rows, rows, table)
+        case "output":
+            logits = losses * tokens * config.vocab_size / tp
+            read = 2 * losses * table
+            forward, backward = _LOGITS_FORWARD * logits + read, _LOGITS_BACKWARD * logits + read
+            return Work(2 * logits * hidden, forward, backward, losses * table)
+    raise ValueError(part)
 
 
-def _layer(flops: float, saved: float, weights: float) -> Work:
-    return Work(flops, 2 * saved + 2 * weights, 4 * saved + 2 * weights, weights)
-
-
-def _gdn(batch: Microbatch) -> Work:
-    config, candidate = batch.model_config, batch.candidate
-    flops = gdn_layer_flops(config, batch.tokens) / candidate.tp
-    weights = mixer_parameters(config, candidate, "g").count
-    return _layer(flops, activations.gdn(batch).saved, weights)
-
-
-def _attention(batch: Microbatch) -> Work:
-    config, candidate = batch.model_config, batch.candidate
-    pairs = batch.tokens * batch.seq_length  # of queries and keys, the upper triangle included
-    flops = attention_layer_flops(config, batch.tokens, pairs) / candidate.tp
-    weights = mixer_parameters(config, candidate, "a").count
-    return _layer(flops, activations.attention(batch).saved, weights)
-
-
-def _mlp(batch: Microbatch) -> Work:
-    config, candidate = batch.model_config, batch.candidate
-    flops = 6 * batch.tokens * config.hidden_size * config.intermediate_size / candidate.tp
-    weights = feed_forward_parameters(config, candidate).count
-    return _layer(flops, activations.mlp(batch).saved, weights)
+def _layer(flops: float, kept: Kept, parameters: Parameters, moved: float = 0.0) -> Work:
+    moved += 2 * parameters.count
+    return Work(flops, 2 * kept.saved + moved, 4 * kept.saved + moved, parameters.count)
 
 
 def _moe(batch: Microbatch) -> Work:
@@ -94,47 +103,10 @@ def _moe(batch: Microbatch) -> Work:
     width = config.moe_intermediate_size // candidate.etp
     shared = 6 * batch.tokens * hidden * config.shared_expert_intermediate_size / candidate.tp
     router = 2 * batch.own_tokens * hidden * (config.num_experts + 1)
-    in_bf16 = 6 * batch.expert_rows * hidden * width + router
-    weights = feed_forward_parameters(config, candidate).count
     # rows into the experts' order and back, and once more each way behind an all-to-all
     moved = 4 * batch.expert_rows * hidden * (4 if activations.dispatcher_buffer(batch) else 2)
-    one = _layer(shared, activations.moe(batch).saved, weights)
-    return Work(shared, one.forward_bytes + moved, one.backward_bytes + moved, weights, in_bf16)
-
-
-def _output(batch: Microbatch) -> Work:
-    config, tp = batch.model_config, batch.candidate.tp
-    losses = 1 + config.mtp_num_hidden_layers
-    logits = losses * batch.tokens * config.vocab_size / tp
-    weights = losses * config.vocab_size * config.hidden_size / tp
-    forward, backward = _LOGITS_FORWARD * logits, _LOGITS_BACKWARD * logits
-    flops = 2 * logits * config.hidden_size
-    return Work(flops, forward + 2 * weights, backward + 2 * weights, weights)
-
-
-def _embedding(batch: Microbatch) -> Work:
-    """Rows looked up; backward a gradient of the whole table, mostly zeros."""
-    table = batch.model_config.vocab_size * batch.model_config.hidden_size / batch.candidate.tp
-    rows = 2 * 2 * batch.tokens * batch.model_config.hidden_size
-    return Work(0.0, rows, rows, table)
-
-
-def _joining(batch: Microbatch) -> Work:
-    """MTP's projection of two concatenated rows to one."""
-    hidden, tp = batch.model_config.hidden_size, batch.candidate.tp
-    saved = batch.own_tokens * 2 * 2 * hidden
-    return _layer(4 * batch.tokens * hidden**2 / tp, saved, 2 * hidden**2 / tp)
-
-
-_WORK = {
-    "gdn": _gdn,
-    "attention": _attention,
-    "mlp": _mlp,
-    "moe": _moe,
-    "output": _output,
-    "embedding": _embedding,
-    "joining": _joining,
-}
+    one = _layer(shared, activations.moe(batch), feed_forward_parameters(config, candidate), moved)
+    return replace(one, bf16_flops=6 * batch.expert_rows * hidden * width + router)
 
 
 def precision_of(part: str, batch: Microbatch) -> str:
@@ -161,9 +133,9 @@ def seconds(
 
 @dataclass(frozen=True)
 class Curve:
-    """Measured over ideal seconds: the straight line between two measurements; above the largest
-    its efficiency or, where launches had hidden that, `efficiency` as soon as this takes longer;
-    below the smallest its efficiency but never faster than the launches allow."""
+    """Measured over ideal seconds: straight lines between measurements; above the largest at its
+    efficiency or, where launches hid that, at `efficiency` as soon as this takes longer; below the
+    smallest at its efficiency, but never faster than the launches allow."""
 
     points: tuple[tuple[float, float], ...]
     """(ideal, measured), ascending."""

@@ -24,9 +24,7 @@ _CUDNN_TRAINS_HEAD_256 = ("h100-80g", "h200-141g", "b200-180g")
 
 def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
     """Megatron's flags of a plan by what they are for: the reason, and flags with their values.
-
-    Data, checkpoints, learning rate and length of the run are not among them.
-    """
+    Data, checkpoints, learning rate and length of the run are not among them."""
     job, candidate = prediction.job, prediction.candidate
     yield "the model; it fills every architecture flag", [shlex.join(job.model_flags)]
     yield from _sizes(prediction)
@@ -55,14 +53,11 @@ def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
                 "--recompute-num-layers 1",
             ],
         )
+    precision = ["--bf16"]
     if candidate.fp8:
-        recipe = candidate.precision.removeprefix("fp8-")
-        yield (
-            "matrix products in FP8, everything else in bfloat16",
-            ["--bf16", "--fp8-format hybrid", f"--fp8-recipe {recipe}"],
-        )
-    else:
-        yield "bfloat16 weights, float32 optimizer", ["--bf16"]
+        precision += ["--fp8-format hybrid", f"--fp8-recipe {candidate.precision[4:]}"]
+    products = "matrix products in FP8, everything else in bfloat16"
+    yield products if candidate.fp8 else "bfloat16 weights, float32 optimizer", precision
     yield (
         "optimizer state is shared by data parallel ranks; gradients are reduced under the last "
         "backward pass and weights gathered under the first forward pass",
@@ -96,7 +91,7 @@ def _sizes(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
     yield why, sizes
     if candidate.pp == 1:
         return
-    why, even = f"{candidate.pp} pipeline ranks", prediction.even_step_s()
+    why, even = f"{candidate.pp} pipeline ranks", prediction.even_split_step_s
     if candidate.vpp > 1:
         why += f" with {candidate.vpp} stages each, interleaved"
     why += ": E embedding, t layer, m MTP, L loss, | next stage"
@@ -126,10 +121,8 @@ def layout_args(prediction: Prediction) -> str:
 
 
 def run_sh(prediction: Prediction, folder: Path) -> str:
-    """The text of ``run.sh`` in a folder: the complete command.
-
-    A plan of one node runs there, and is submitted where options for sbatch are given.
-    """
+    """The text of ``run.sh`` in a folder: the complete command. A plan of one node runs there, and
+    is submitted where options for sbatch are given."""
     job = prediction.job
     nodes, each = job.nodes, job.gpus_of_a_node
     values = {
@@ -183,11 +176,8 @@ def files(prediction: Prediction, folder: Path) -> dict[str, str]:
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Whether a plan may be written there, which costs nothing to know before a search.
-
-    Raises:
-        PlanError: the folder exists and must not be overwritten, is a file, or cannot be written.
-    """
+    """Whether a plan may be written there, which costs nothing to know before a search. Raises
+    PlanError where the folder must not be overwritten, is a file, or cannot be written."""
     problem = ""
     if os.path.lexists(folder) and not folder.is_dir():
         problem = "the folder for the plan is a file"
@@ -199,13 +189,8 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> None:
-    """Write the files of a plan into a new folder, which appears complete or not at all.
-
-    Args:
-        overwrite: replace these files in a folder that exists; others in it stay.
-
-    Raises:
-        PlanError: the folder exists, or cannot be written.
+    """Write the files of a plan into a new folder, which appears complete or not at all, or replace
+    them in one that exists. Raises PlanError as `check_folder`, or where a file cannot be written.
     """
     check_folder(folder, overwrite=overwrite)
     try:

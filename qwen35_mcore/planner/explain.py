@@ -39,21 +39,16 @@ class Explanation:
 
 
 def parse_layout(text: str) -> tuple[Candidate, str | None]:
-    """``tp=8,pp=4,recompute=full,layout=Et*3|...`` as a candidate and its layout string.
-
-    In any order. Sizes not named are 1 (etp too), nothing is recomputed, precision is bf16.
-
-    Raises:
-        PlanError: no name, an unknown one, one named twice, or an impossible value.
-    """
+    """``tp=8,pp=4,recompute=full,layout=Et*3|...`` in any order as a candidate and its layout
+    string. Sizes not named are 1 (etp too), nothing is recomputed, precision is bf16. Raises
+    PlanError for no name, an unknown one, one named twice, or an impossible value."""
     # a layout string may hold commas, but no "="
     parts = (part.strip(" ,") for part in re.split(r",(?=\s*\w+=)", text))
     items = [part.partition("=") for part in parts if part]
     names = [name for name, _, _ in items]
     if not items:
-        raise PlanError(
-            "the layout is empty", got=repr(text), fix="name its sizes, such as tp=1,pp=2,ep=8"
-        )
+        fix = "name its sizes, such as tp=1,pp=2,ep=8"
+        raise PlanError("the layout is empty", got=repr(text), fix=fix)
     values: dict[str, object] = {}
     layout = None
     for name, equals, value in items:
@@ -62,9 +57,8 @@ def parse_layout(text: str) -> tuple[Candidate, str | None]:
         if name == "layout" and value:
             layout = value
         elif name == "layout":
-            raise PlanError(
-                "layout is empty", got=text, fix="leave it out: the stages are then balanced"
-            )
+            fix = "leave it out: the stages are then balanced"
+            raise PlanError("layout is empty", got=text, fix=fix)
         elif name in _WORDS and value in _WORDS[name]:
             values[name] = value
         elif name in _SIZES and value.isdecimal() and 0 < int(value) <= _LARGEST:
@@ -106,11 +100,8 @@ def explain(job: Job, candidate: Candidate, pipeline_layout: str | None = None) 
     if violations:
         return Explanation(candidate, tuple(violations), "", None)
     try:
-        if pipeline_layout is None:
-            prediction = predict(job, candidate)
-        else:
-            stages = parse_pipeline_layout(pipeline_layout)
-            prediction = predict_split(job, candidate, stages)
+        stages = parse_pipeline_layout(pipeline_layout) if pipeline_layout else None
+        prediction = predict_split(job, candidate, stages) if stages else predict(job, candidate)
     except (PlanError, ConfigError) as error:
         return Explanation(candidate, (), str(error), None)
     missing = _missing_memory(prediction)

@@ -9,11 +9,8 @@ from qwen35_mcore.errors import PlanError
 
 
 def check_writable(what: str, target: Path) -> None:
-    """Whether a target can be written in its folder, which is made where it is missing.
-
-    Raises:
-        PlanError: it cannot.
-    """
+    """Refuse, as a PlanError, a target that cannot be written in its folder, which is made where it
+    is missing."""
     nearest = target.parent
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent

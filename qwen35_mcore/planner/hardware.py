@@ -70,11 +70,7 @@ _H100 = Gpu(
     network=Link(alpha_s=18e-6, bytes_per_s=45e9),
 )
 _H200 = replace(
-    _H100,
-    name="h200-141g",
-    card="NVIDIA H200",
-    memory_bytes=143_771 * 2**20,
-    bytes_per_s=4.8e12,
+    _H100, name="h200-141g", card="NVIDIA H200", memory_bytes=143_771 * 2**20, bytes_per_s=4.8e12
 )
 _B200 = replace(
     _H100,
@@ -113,11 +109,8 @@ an A100; of GB200, trays of four in racks of 72 (NVL72)."""
 
 
 def get_gpu(name: str) -> Gpu:
-    """The GPU of a name, upper or lower case, also without its memory size.
-
-    Raises:
-        PlanError: no such GPU; the message has the nearest names.
-    """
+    """The GPU of a name, upper or lower case, also without its memory size. Raises PlanError with
+    the nearest names where there is none."""
     spelling = name.strip().lower().replace("_", "-")
     for key, gpu in GPUS.items():
         if spelling in (key, key.partition("-")[0]):

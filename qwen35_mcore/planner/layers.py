@@ -38,13 +38,12 @@ class Part:
     """What a microbatch keeps from the forward to the backward pass, beyond the workspace."""
     terms: tuple[Term, ...]
 
-    @property
-    def forward_s(self) -> float:
-        return sum(term.forward_s for term in self.terms)
-
-    @property
-    def backward_s(self) -> float:
-        return sum(term.backward_s for term in self.terms)
+    @cached_property
+    def unit(self) -> Unit:
+        """As the stage search takes it."""
+        forward_s = sum(term.forward_s for term in self.terms)
+        backward_s = sum(term.backward_s for term in self.terms)
+        return Unit(forward_s, backward_s, self.static_bytes, self.saved_bytes)
 
 
 class Model:
@@ -87,11 +86,8 @@ class Model:
         whole = len(self.kinds.rstrip("mL"))
         runs = [*self.kinds[:whole], self.kinds[whole:]]
 
-        sizes = {
-            kind: (one.forward_s, one.backward_s, one.static_bytes, one.saved_bytes)
-            for kind, one in self.part.items()
-        }
-        return Chain([Unit(*map(sum, zip(*(sizes[k] for k in run), strict=True))) for run in runs])
+        held = ([self.part[kind].unit for kind in run] for run in runs)
+        return Chain([Unit(*map(sum, zip(*units, strict=True))) for units in held])
 
     @cached_property
     def p2p_s(self) -> float:

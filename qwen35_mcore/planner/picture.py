@@ -44,11 +44,10 @@ def draw(prediction: Prediction, path: str | os.PathLike[str]) -> None:
     """Draw the schedule of a plan and, beside it, the memory of its ranks.
 
     Args:
-        path: file to write; its suffix, .png or .svg, is the format. Its folder is made where it
-            is missing.
+        path: file to write, its suffix, .png or .svg, the format; its folder is made if missing.
 
     Raises:
-        PlanError: another suffix, the file cannot be written, or matplotlib is not installed.
+        PlanError: as `check_target`, or the file cannot be written.
     """
     target = Path(path)
     suffix = check_target(target)
@@ -68,12 +67,8 @@ def draw(prediction: Prediction, path: str | os.PathLike[str]) -> None:
 
 
 def check_target(target: Path) -> str:
-    """The suffix of a picture, in lower case; what costs nothing to know before a search.
-
-    Raises:
-        PlanError: it is none of `FORMATS`, matplotlib is not installed, or the file cannot be
-            written there.
-    """
+    """The suffix of a picture, in lower case. Raises PlanError where it is none of `FORMATS`,
+    matplotlib is not installed, or the folder cannot be written."""
     suffix = target.suffix.lower()
     if suffix not in FORMATS:
         raise PlanError(
@@ -115,7 +110,7 @@ def _figure(figure_class: Any, prediction: Prediction) -> Any:
     facts = [f"step {prediction.step_s:.2f} s", f"bubble {prediction.bubble:.2f}"]
     facts += [f"{candidate.pp} ranks", interleaved, f"{prediction.microbatches} microbatches"]
     if prediction.even is not None and candidate.pp > 1:
-        even = prediction.even_step_s()
+        even = prediction.even_split_step_s
         facts += ["the even split does not fit" if even is None else f"split evenly {even:.2f} s"]
     title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
     lines = [title, "   ·   ".join(facts), *wrap(prediction.pipeline_layout, 150)]

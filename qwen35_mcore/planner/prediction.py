@@ -57,11 +57,8 @@ class Prediction:
 
     @cached_property
     def splits(self) -> Splits:
-        """The ways to split the model, which may have been made for another ``vpp``.
-
-        Raises:
-            PlanError: there are more stages than parts, or Megatron cannot run the schedule.
-        """
+        """The ways to split the model, which may have been made for another ``vpp``. Raises
+        PlanError for more stages than parts."""
         shape = Shape(pp=self.candidate.pp, vpp=self.candidate.vpp, microbatches=self.microbatches)
         chain = self.model.chain
         if chain.total < shape.stages:
@@ -113,11 +110,11 @@ class Prediction:
         cuts = self.splits.even()
         return None if cuts is None else replace(self, cuts=cuts)
 
-    def even_step_s(self) -> float | None:
+    @property
+    def even_split_step_s(self) -> float | None:
         """Seconds of `even`; None where there is none or it does not fit in memory."""
-        if self.even is None or self.splits.missing_bytes(self.even.cuts):
-            return None
-        return self.even.simulation.step_s + self.after_s
+        fits = self.even is not None and not self.even.missing_bytes
+        return self.even.simulation.step_s + self.after_s if self.even and fits else None
 
     @property
     def microbatches(self) -> int:
@@ -131,9 +128,8 @@ class Prediction:
     def model_flops_per_gpu_s(self) -> float:
         """Megatron's convention (see `config.flops`), recomputation not counted."""
         length = self.job.seq_length
-        return self.tokens_per_gpu_s * (
-            training_flops(self.job.model_config, length, seq_length=length) / length
-        )
+        flops = training_flops(self.job.model_config, length, seq_length=length)
+        return self.tokens_per_gpu_s * flops / length
 
     @property
     def mfu(self) -> float:
@@ -204,8 +200,8 @@ class Prediction:
             expert = gather(size * parameters.expert, groups["expert_dp"], gpu)
             return max(0.0, dense + expert - hidden_s)
 
-        reduced = beyond(sum(part.backward_s for part in parts), GRADIENT)
-        gathered = beyond(sum(part.forward_s for part in parts), WEIGHT)
+        reduced = beyond(sum(part.unit.backward_s for part in parts), GRADIENT)
+        gathered = beyond(sum(part.unit.forward_s for part in parts), WEIGHT)
         return reduced + gathered + (self._tied_s() if rank in (0, self.candidate.pp - 1) else 0.0)
 
     def _tied_s(self) -> float:
@@ -226,12 +222,8 @@ class Prediction:
 
 
 def predict(job: Job, candidate: Candidate) -> Prediction:
-    """Balance the stages of a candidate and predict its step; the stages that were nearest to
-    fitting, where none fit.
-
-    Raises:
-        PlanError: it has more stages than layers for them.
-    """
+    """Balance the stages of a candidate and predict its step; with the stages that were nearest to
+    fitting, where none fit. Raises PlanError as `Prediction.splits`."""
     whole = Prediction(job, candidate, Model(job, candidate), ())
     return replace(whole, cuts=whole.splits.best())
 

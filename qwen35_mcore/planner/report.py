@@ -14,6 +14,12 @@ from qwen35_mcore.planner.memory import overhead_bytes
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.search import Found
 
+_ASKED = ("headroom_bytes", "seq_length", "global_batch_size")
+_PREDICTED = (
+    *("microbatches", "pipeline_layout", "step_s", "even_split_step_s"),
+    *("tokens_per_gpu_s", "model_flops_per_gpu_s", "mfu", "bubble"),
+)
+
 
 def not_covered(job: Job, candidate: Candidate) -> tuple[list[str], dict[str, list[str]]]:
     """The parts of a layout's model that a calibration does not have, and those with more work than
@@ -49,9 +55,7 @@ def job_data(job: Job, candidate: Candidate) -> dict[str, Any]:
         "gpu": job.gpu.name,
         "nodes": job.nodes,
         "gpus_per_node": job.gpus_of_a_node,
-        "headroom_bytes": job.headroom_bytes,
-        "seq_length": job.seq_length,
-        "global_batch_size": job.global_batch_size,
+        **{name: getattr(job, name) for name in _ASKED},
         "calibration": job.calibration.source,
         "calibration_gpu": job.calibration.gpu,
         "measured": True,
@@ -69,14 +73,7 @@ def prediction_data(prediction: Prediction) -> dict[str, Any]:
         "dp": candidate.dp(job),
         "expert_dp": candidate.expert_dp(job) if job.model_config.is_moe else None,
         "sequence_parallel": candidate.sequence_parallel,
-        "microbatches": prediction.microbatches,
-        "pipeline_layout": prediction.pipeline_layout,
-        "step_s": prediction.step_s,
-        "even_split_step_s": prediction.even_step_s(),
-        "tokens_per_gpu_s": prediction.tokens_per_gpu_s,
-        "model_flops_per_gpu_s": prediction.model_flops_per_gpu_s,
-        "mfu": prediction.mfu,
-        "bubble": prediction.bubble,
+        **{name: getattr(prediction, name) for name in _PREDICTED},
         "seconds": prediction.breakdown(),
         "memory": [{**vars(m), "total": m.total} for m in prediction.memory()],
     }
@@ -178,7 +175,7 @@ def print_sources(job: Job, candidate: Candidate) -> None:
 def print_prediction(prediction: Prediction) -> None:
     """One layout: its stages, where the seconds go, the memory of every pipeline rank."""
     candidate, seconds = prediction.candidate, prediction.breakdown()
-    even = prediction.even_step_s()
+    even = prediction.even_split_step_s
     beside = f"; split evenly {even:.2f} s" if even is not None and candidate.pp > 1 else ""
     _print(
         f"\n{candidate}, dp={candidate.dp(prediction.job)}",
@@ -207,12 +204,12 @@ def short_stage(stage: str) -> str:
 
 def _compact(prediction: Prediction) -> str:
     """Sizes above one, in few characters."""
-    one, job = prediction.candidate, prediction.job
-    names = ("tp", "pp", "vpp", "ep", "cp", *(["etp"] if job.model_config.is_moe else []))
-    words = [f"{name}{getattr(one, name)}" for name in names if getattr(one, name) > 1]
-    words += [f"dp{one.dp(job)}", f"mbs{one.micro_batch_size}"]
-    words += [f"recompute {one.recompute}"] if one.recompute != "none" else []
-    return " ".join([*words, one.precision] if one.fp8 else words)
+    one, usual = prediction.candidate, ("=1", "=none", "=bf16")
+    words = [word for word in str(one).split(",") if not word.endswith(usual) or "mbs" in word]
+    if not prediction.job.model_config.is_moe:
+        words = [word for word in words if not word.startswith("etp")]
+    text = " ".join([*words, f"dp={one.dp(prediction.job)}"])
+    return text.replace("recompute=", "recompute ").replace("precision=", "").replace("=", "")
 
 
 def _print(*lines: str) -> None:

@@ -12,8 +12,6 @@ from functools import cached_property, lru_cache
 from operator import ge
 from typing import NamedTuple
 
-from qwen35_mcore.errors import PlanError
-
 _STEADY_GROUPS = 4
 """Groups of pp microbatches after which a rank holds nothing that it did not hold before."""
 _NOTHING = -1
@@ -29,26 +27,12 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What decides the order.
-
-    Raises:
-        PlanError: Megatron cannot run this shape.
-    """
+    """What decides the order, within the rules of `parallel`."""
 
     pp: int
     vpp: int
     microbatches: int
     """Of a step, per data parallel rank."""
-
-    def __post_init__(self) -> None:
-        if min(self.pp, self.vpp, self.microbatches) < 1:
-            raise PlanError("sizes of a pipeline must be at least 1", got=self)
-        if self.vpp > 1 and (self.pp == 1 or self.microbatches % self.pp):
-            raise PlanError(
-                "the interleaved schedule runs groups of pp microbatches on several pipeline ranks",
-                got=f"vpp {self.vpp}, pp {self.pp}, {self.microbatches} microbatches",
-                fix="use a multiple of pp microbatches per step, or vpp 1",
-            )
 
     @property
     def stages(self) -> int:
@@ -87,12 +71,9 @@ def _neighbour(shape: Shape, operation: Operation | None, by: int) -> Operation 
 
 @lru_cache(maxsize=64)
 def _program(shape: Shape) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[Operation, ...]]:
-    """All passes, each after those it waits for, and what they are.
-
-    Of each: the pass before it on its rank; the one at whose end the output of that is taken; the
-    one whose output it needs; and its duration: by stage, a backward pass's by stages + stage.
-    Passes are counted from 1 on, 0 is the step's begin and `_NOTHING` nothing.
-    """
+    """All passes, each after those it waits for: the pass before it on its rank; the one at whose
+    end the output of that is taken; the one whose output it needs; its stage, of a backward pass
+    stages + stage. Passes count from 1 on, 0 is the step's begin. And what the passes are."""
     orders = [list(rank_order(shape, rank)) for rank in range(shape.pp)]
     asked_after: dict[Operation | None, Operation | None] = {}
     for order in orders:
@@ -168,9 +149,8 @@ class Simulation:
 
 @lru_cache(maxsize=512)
 def alive(shape: Shape) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """For each rank, what it can hold at its fullest: microbatches that went forward and not yet
-    backward, one number per chunk. Moments that hold no more than another in any chunk are left
-    out, so that the maximum over the rest is the peak for any sizes."""
+    """For each rank its fullest moments: microbatches that went forward and not yet backward, one
+    number per chunk. What holds no more than another moment in any chunk is left out."""
     most = _STEADY_GROUPS * shape.pp + shape.microbatches % shape.pp
     if shape.microbatches > most:
         return alive(replace(shape, microbatches=most))
@@ -190,12 +170,8 @@ def _fullest(shape: Shape, rank: int) -> tuple[tuple[int, ...], ...]:
 
 
 def peak_saved_bytes(saved_bytes: Sequence[float], shape: Shape) -> list[float]:
-    """The most activation bytes each rank holds at one moment.
-
-    Args:
-        saved_bytes: bytes that one microbatch keeps from its forward to its backward pass, per
-            virtual stage. The chunks of a rank are not at their fullest at the same time.
-    """
+    """The most activation bytes each rank holds at one moment, where a microbatch keeps so many per
+    virtual stage. The chunks of a rank are not at their fullest at the same time."""
     return [
         max(
             sum(n * size for n, size in zip(moment, saved_bytes[rank :: shape.pp], strict=True))

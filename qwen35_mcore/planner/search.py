@@ -161,26 +161,23 @@ def _sizes(job: Job, space: Space) -> Iterator[Candidate]:
     """Parallel sizes whose products fit the number of GPUs."""
     layers, experts = job.model_config.num_hidden_layers, job.model_config.num_experts
     powers = [2**i for i in range(5)]
-    every_tp = [n for n in powers if n <= job.gpu.nvlink_gpus]
+    every_tp = space.tp or [n for n in powers if n <= job.gpu.nvlink_gpus]
     every_cp = [n for n in powers if n == 1 or job.seq_length // n >= LEAST_LOCAL_SEQUENCE]
-    every_pp, every_ep = (
-        range(1, layers + 1),
-        [n for n in range(1, experts + 1) if experts % n == 0],
-    )
-    for tp, cp, pp in product(space.tp or every_tp, space.cp or every_cp, space.pp or every_pp):
+    every_ep = [n for n in range(1, experts + 1) if experts % n == 0] or [1]
+    for tp, cp, pp in product(every_tp, space.cp or every_cp, space.pp or range(1, layers + 1)):
         if job.gpus % (tp * cp * pp) or pp > layers + 2:
             continue
-        every_etp = sorted({1, tp}) if experts else [tp]
-        for etp, ep in product(space.etp or every_etp, space.ep or every_ep or [1]):
+        for etp, ep in product(
+            space.etp or sorted({1 if experts else tp, tp}), space.ep or every_ep
+        ):
             if not experts or job.gpus % (pp * ep * etp) == 0:
                 yield Candidate(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
 
 
 def _virtual_stages(job: Job, plain: Candidate) -> list[int]:
-    if plain.pp == 1 or plain.microbatches(job) % plain.pp:
-        return [1]
-    most = (job.model_config.num_hidden_layers + 2) // plain.pp
-    return list(range(1, max(1, min(LARGEST_VPP, most)) + 1))
+    most = min(LARGEST_VPP, (job.model_config.num_hidden_layers + 2) // plain.pp)
+    interleaves = plain.pp > 1 and plain.microbatches(job) % plain.pp == 0
+    return [1, *range(2, most + 1)] if interleaves else [1]
 
 
 def _nothing_allowed(job: Job, space: Space) -> PlanError:
@@ -219,42 +216,31 @@ def _pinned(job: Job, space: Space) -> Candidate:
 
 def _nothing_fits(job: Job, space: Space, allowed: list[Candidate]) -> PlanError:
     closest = min(_not_split(job, allowed), key=lambda one: one.splits.least_missing_bytes)
-    missing = closest.splits.least_missing_bytes
-    short = (
-        f"{missing / GIB:.1f} GiB short on every GPU" if missing else "on no split of its layers"
-    )
+    missing = closest.splits.least_missing_bytes / GIB
+    short = f"{missing:.1f} GiB short on every GPU" if missing else "on no split of its layers"
     more = _smallest_that_fits(job, space)
     fix = f"pass --gpus {more}" if more else "pass a larger GPU or a shorter --seq-length"
     if job.headroom_bytes and _fits(replace(job, headroom_bytes=0), space):
         fix += ", or --headroom 0, which fills the card"
-    return PlanError(
-        f"{job.model_name or 'the model'} fits on {job.gpus} {job.gpu.name} in no layout",
-        got=f"nearest: {closest.candidate}, {short}",
-        allowed=f"{more} GPUs of this kind" if more else None,
-        fix=fix,
-    )
+    problem = f"{job.model_name or 'the model'} fits on {job.gpus} {job.gpu.name} in no layout"
+    return PlanError(problem, got=f"nearest: {closest.candidate}, {short}", fix=fix)
 
 
 def _smallest_that_fits(job: Job, space: Space) -> int | None:
     """The smallest larger number of GPUs on which the leanest layouts fit: a power of two within a
     node, or whole nodes."""
-    lean = replace(
-        space,
-        vpp=(1,),
-        micro_batch_size=space.micro_batch_size or (1,),
-        recompute=space.recompute or ("full",),
-    )
+    micro, recompute = space.micro_batch_size or (1,), space.recompute or ("full",)
+    lean = replace(space, vpp=(1,), micro_batch_size=micro, recompute=recompute)
 
-    def works(gpus: int) -> bool:
-        return gpus > job.gpus and _fits(replace(job, gpus=gpus), lean)
+    def first(sizes: Iterable[int]) -> int | None:
+        larger = (n for n in sizes if n > job.gpus)
+        return next((n for n in larger if _fits(replace(job, gpus=n), lean)), None)
 
     node = job.gpu.gpus_per_node
-    doubled = [*(2**i for i in range(1, 8) if 2**i < node), *(node * 2**i for i in range(10))]
-    enough = next(filter(works, doubled), None)
-    if enough is None:
-        return None
-    fewer = range(max(job.gpus, enough // 2) // node * node + node, enough, node)
-    return next(filter(works, fewer), enough)
+    enough = first(
+        sorted({2**i for i in range(8) if 2**i < node} | {node * 2**i for i in range(10)})
+    )
+    return enough and (first(range(node * (enough // 2 // node + 1), enough, node)) or enough)
 
 
 def _fits(job: Job, space: Space) -> bool:

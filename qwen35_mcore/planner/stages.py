@@ -23,9 +23,6 @@ MOVES = 2000
 """Moves of a layer that are tried for one layout."""
 _HALVINGS = 12
 """Of the interval in which the time of equal stages lies."""
-_SHARES = (0.0, 0.5, 1.0)
-"""How much of a long loss the other chunks of its rank make up for, in the splits to begin with:
-the schedule keeps the ranks of a chunk in step, so that both chunks and ranks should be equal."""
 _SMALL = 1e-9
 """Relative difference below which two times are the same."""
 
@@ -81,8 +78,8 @@ class Splits:
         return sum(max(0.0, held - self.capacity_bytes) for held in self.rank_bytes(cuts))
 
     def least_s(self, cuts: Cuts) -> float:
-        """No step of this split is shorter; far quicker than the simulation. A rank computes all
-        its passes between the first that reaches it and the last that leaves it."""
+        """No step of this split is shorter: a rank computes all its passes between the first that
+        reaches it and the last that leaves it."""
         pp, both = self.shape.pp, self._of(self.chain.both_s, cuts)
         return max(
             self.chain.both_s[begin] + self.shape.microbatches * sum(both[rank::pp])
@@ -91,13 +88,9 @@ class Splits:
 
     @property
     def least_of_all_s(self) -> float:
-        """No step of any split is shorter, wherever memory would allow it.
-
-        Rank r computes every microbatch, after the first one's forward and before the last one's
-        backward passes of the ranks before it: m * t_r + sum of t before r. Over all ways to share
-        a total T between p ranks, the largest of these is smallest at T / (1 - (1 - 1/m)**p).
-        Interleaved stages wait for one of v chunks only: T / v / (1 - (1 - 1/(v m))**p).
-        """
+        """No step of any split is shorter. Rank r takes m * t_r + the sum of t before r; over all
+        ways to share a total T, the largest of these is least at T / (1 - (1 - 1/m)**p), and at
+        T / v / (1 - (1 - 1/(v m))**p) where it waits for one of v chunks only."""
         shape, total = self.shape, self.chain.both_s[-1]
         shared = 1 - (1 - 1 / (shape.vpp * shape.microbatches)) ** shape.pp
         return max(total / shape.vpp / shared, shape.microbatches * self.chain.tail_s)
@@ -122,18 +115,16 @@ class Splits:
         """Whether some split may fit; without interleaving, whether one does."""
         if self.shape.vpp > 1:
             return not self.least_missing_bytes
-        return self._fill(float("inf"), 0.0) is not None
+        return self._fill(float("inf")) is not None
 
     def first(self) -> Cuts:
-        """A split to begin a search with: of those with stages that take equally long the fastest
-        that fits, or else the one that is made to fit with the fewest moves."""
-        shares = _SHARES if self.shape.vpp > 1 else _SHARES[:1]
-        fitting = {cuts for share in shares if (cuts := self._equal(share)) is not None}
-        if fitting:
-            return min(sorted(fitting), key=lambda cuts: self.simulate(cuts).step_s)
-        equal = replace(self, capacity_bytes=float("inf"))._equal(0.0)
-        assert equal is not None
-        return self._improved(equal, lambda cuts, _: self.missing_bytes(cuts))
+        """A split to begin with: of stages that take equally long, or moved until they fit."""
+        cuts = self._equal()
+        if cuts is None:
+            cuts = replace(self, capacity_bytes=float("inf"))._equal()
+            assert cuts is not None
+            return self._improved(cuts, lambda cuts, _: self.missing_bytes(cuts))
+        return cuts
 
     def best(self) -> Cuts:
         """The fastest split found that fits, or the one nearest to fitting."""
@@ -163,22 +154,21 @@ class Splits:
             return float("inf")
         return self.simulate(cuts).step_s
 
-    def _equal(self, share: float) -> Cuts | None:
+    def _equal(self) -> Cuts | None:
         """The split whose longest stage but the last is shortest."""
         high = self.chain.both_s[-1]
-        best = self._fill(high, share)
+        best = self._fill(high)
         low = high / self.shape.stages / 2
         for _ in range(_HALVINGS if best else 0):
             middle = (low + high) / 2
-            cuts = self._fill(middle, share)
+            cuts = self._fill(middle)
             low, high, best = (middle, high, best) if cuts is None else (low, middle, cuts)
         return best
 
-    def _fill(self, limit_s: float, share: float) -> Cuts | None:
-        """Every stage as long as time and memory allow; None if the last one cannot take the rest.
-        Chunks of a rank may each fill as large a part of its memory, beyond what the tail takes."""
+    def _fill(self, limit_s: float) -> Cuts | None:
+        """Every stage as long as time and memory allow, each chunk of a rank in an equal part of
+        what the tail leaves; None if the last stage cannot take the rest."""
         shape, both_s, total = self.shape, self.chain.both_s, self.chain.total
-        over_s = share * max(0.0, self.chain.tail_s - limit_s) / max(1, shape.vpp - 1)
         held, edges, moments = [0.0] * shape.pp, [0], alive(shape)
         tail_bytes = self._bytes(total - 1, moments[-1][0][-1], total)
         for stage in range(shape.stages):
@@ -187,8 +177,7 @@ class Splits:
             size_of = partial(self._bytes, begin, max(moment[chunk] for moment in moments[rank]))
             reserved = tail_bytes if rest and rank == shape.pp - 1 else 0.0
             room = (self.capacity_bytes - reserved) * (chunk + 1) / shape.vpp - held[rank]
-            allowed_s = limit_s - over_s if reserved else limit_s
-            until = both_s[begin] + (allowed_s if rest else max(limit_s, self.chain.tail_s))
+            until = both_s[begin] + (limit_s if rest else max(limit_s, self.chain.tail_s))
             end = max(begin + 1, bisect_right(both_s, until, begin, total - rest + 1) - 1)
             if size_of(end) > room:
                 end = bisect_right(range(end), room, begin, end, key=size_of) - 1
@@ -205,7 +194,6 @@ class Splits:
 
     @staticmethod
     def _of(sums: Sequence[float], cuts: Cuts) -> list[float]:
-        """A quantity per virtual stage, from its running sums over the units."""
         return [sums[end] - sums[begin] for begin, end in pairwise((0, *cuts, len(sums) - 1))]
 
 

@@ -63,11 +63,11 @@ def test_a_short_schedule_is_drawn_whole(tmp_path: Path) -> None:
 def test_the_even_split_is_named_beside_the_choice(tmp_path: Path) -> None:
     full = Candidate(pp=4, ep=4, micro_batch_size=4, recompute="full")
     free, tight = plan(4, 1, 16), predict(job_of("35b-a3b", 16, 512), full)
-    assert free.even_step_s() is not None
+    assert free.even_split_step_s is not None
     assert tight.even is not None
-    assert tight.even_step_s() is None
+    assert tight.even_split_step_s is None
     for drawn, words in (
-        (free, f"split evenly {free.even_step_s():.2f} s"),
+        (free, f"split evenly {free.even_split_step_s:.2f} s"),
         (tight, "the even split does not fit"),
     ):
         draw(drawn, tmp_path / "plan.svg")

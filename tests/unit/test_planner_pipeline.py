@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.schedule import Shape, Simulation, alive, peak_saved_bytes, rank_order
 from tests.helpers.megatron_schedule import Note, Pass, play, record
 
@@ -122,17 +121,3 @@ def test_what_is_alive_at_once(of: Shape, data: st.DataObject) -> None:
     assert peak_saved_bytes(saved, of) == pytest.approx(peak)
     if of.vpp == 1:
         assert alive(of) == tuple(((min(of.pp - r, of.microbatches),),) for r in range(of.pp))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ((0, 1, 8), "must be at least 1"),
-        ((1, 1, 0), "must be at least 1"),
-        ((1, 2, 8), "several pipeline ranks"),
-        ((4, 2, 6), "groups of pp microbatches"),
-    ],
-)
-def test_what_megatron_refuses_is_refused(sizes: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        shape(*sizes)

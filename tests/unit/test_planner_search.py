@@ -87,12 +87,12 @@ def test_the_stages_are_better_than_even_ones() -> None:
     """MTP and the loss cost as much as many layers: an even split waits for the last stage, or
     does not fit there."""
     fits = predict(job_of("122b-a10b", 128, 1024), Candidate(tp=2, pp=8, ep=8, micro_batch_size=2))
-    even = fits.even_step_s()
+    even = fits.even_split_step_s
     assert even is not None
     assert fits.step_s < 0.7 * even
 
     too_large = search(job_of("35b-a3b", 16, 512), Space(pp=(4,)), top=1).best[0]
-    assert too_large.even_step_s() is None
+    assert too_large.even_split_step_s is None
     assert too_large.even is not None
     assert too_large.even.missing_bytes > 0
 

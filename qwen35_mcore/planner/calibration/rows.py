@@ -60,23 +60,17 @@ class Calibration:
 
 
 def model_of(flavor: str, overrides: Mapping[str, Any]) -> Qwen35Config:
-    """A flavor with some Hugging Face fields changed; fewer layers keep the first ones.
-
-    Raises:
-        PlanError: no such field.
-    """
+    """A flavor with some Hugging Face fields changed; fewer layers keep the first ones. Raises
+    PlanError where there is no such field."""
     model_config = get_flavor(flavor)
     unknown = set(overrides) - {f.name for f in fields(model_config)}
     if unknown:
         raise PlanError("an override names no field of the model", got=", ".join(sorted(unknown)))
-    changes: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()
-    }
-    layers = changes.get("num_hidden_layers")
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    layers, pattern = changes.get("num_hidden_layers"), model_config.layer_types
     if isinstance(layers, int) and "layer_types" not in changes:
-        pattern = model_config.layer_types
         changes["layer_types"] = (pattern * (layers // len(pattern) + 1))[:layers]
-    return replace(model_config, **changes)
+    return replace(model_config, **changes)  # type: ignore[arg-type]
 
 
 @lru_cache
@@ -88,20 +82,13 @@ def default_calibration(gpu: str) -> Calibration:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read a calibration file.
-
-    Raises:
-        PlanError: no such file, no JSON, another schema, no layer measured, or an entry that
-            cannot be used: a GPU, a word, a size or a time.
-    """
+    """Read a calibration file. Raises PlanError for no such file, no JSON, another schema, no layer
+    measured, or an entry that cannot be used: a GPU, a word, a size or a time."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PlanError(
-            "cannot read the calibration file",
-            got=f"{path}: {error.strerror}",
-            fix="correct the path, or leave out --calibration for the measurement of this package",
-        ) from error
+        got, fix = f"{path}: {error.strerror}", "correct the path, or leave out --calibration"
+        raise PlanError("cannot read the calibration file", got=got, fix=fix) from error
     except ValueError as error:
         raise _unusable(path, "is not valid JSON", error) from error
     schema = content.get("schema") if isinstance(content, dict) else None
@@ -141,20 +128,26 @@ def layer_row(row: Mapping[str, Any], precisions: tuple[str, ...] = PRECISIONS) 
     return LayerRow(
         part=_word(row, "part", PARTS),
         model_config=model_of(row["flavor"], overrides),
-        seq_length=int(_number(row, "seq_length", 1)),
-        micro_batch_size=int(_number(row, "micro_batch_size", 1)),
+        seq_length=_whole(row, "seq_length"),
+        micro_batch_size=_whole(row, "micro_batch_size"),
         precision=_word(row, "precision", precisions),
-        forward_s=_number(row, "forward_ms", 1e-3),
-        backward_s=_number(row, "backward_ms", 1e-3),
+        forward_s=_seconds(row, "forward_ms"),
+        backward_s=_seconds(row, "backward_ms"),
         saved_bytes=row.get("saved_bytes"),
     )
 
 
-def _number(row: Mapping[str, Any], name: str, unit: float) -> float:
-    """Positive, and not larger than anybody can have measured."""
-    value = float(row[name]) * unit
-    if not 0 < value <= _LARGEST:  # nor is anything that is no number
-        raise ValueError(f"{name} is not between 0 and {_LARGEST}")
+def _whole(row: Mapping[str, Any], name: str) -> int:
+    value = int(row[name])
+    if not 1 <= value <= _LARGEST:
+        raise ValueError(f"{name} is not between 1 and {_LARGEST}")
+    return value
+
+
+def _seconds(row: Mapping[str, Any], name: str) -> float:
+    value = float(row[name]) / 1e3
+    if not 0 < value <= _LARGEST:  # what is no number is not either
+        raise ValueError(f"{name} is no time")
     return value
 
 

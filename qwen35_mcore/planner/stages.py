@@ -19,7 +19,7 @@ from qwen35_mcore.planner.schedule import Shape, Simulation, alive, peak_saved_b
 
 Cuts = tuple[int, ...]
 
-MOVES = 2000
+MOVES = 1000
 """Moves of a layer that are tried for one layout."""
 _HALVINGS = 12
 """Of the interval in which the time of equal stages lies."""

@@ -18,6 +18,7 @@ import pytest
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.flops import training_flops
 from qwen35_mcore.errors import ConfigError, PlanError
+from qwen35_mcore.planner import emit
 from qwen35_mcore.planner.candidate import Candidate
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from tests.bench.bench_multi_gpu import choose, parse_arguments
@@ -28,7 +29,7 @@ from tests.bench.multi_gpu.launch import (
     loaded_iteration,
     read_steps,
 )
-from tests.bench.multi_gpu.machine import check_ranks, planner_gpu
+from tests.bench.multi_gpu.machine import Machine, check_ranks, planner_gpu
 from tests.bench.multi_gpu.model_cut import HEADROOM, Model, largest_that_fits
 from tests.bench.multi_gpu.parallel import judge, names
 from tests.bench.multi_gpu.parallel_cases import Tolerance
@@ -152,6 +153,27 @@ def test_the_whole_model_where_it_fits_and_the_largest_cut_elsewhere() -> None:
         largest_that_fits(
             *("397b-a17b", get_gpu("h100"), 2, Candidate(ep=2)), seq_length=4096, batch=8
         )
+
+
+@pytest.mark.parametrize("on_gpus", [True, False])
+def test_a_run_takes_every_flag_of_its_plan(
+    on_gpus: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "tokenize", lambda machine: machine.folder / "text")
+    machine = Machine(2, on_gpus, "any", H200, tmp_path, 1e9)
+    scale = train.ON_GPUS if on_gpus else train.ON_CPU
+    for variant in train.variants(2, on_gpus=on_gpus):
+        _, prediction = largest_that_fits(
+            *(scale.flavor, H200, 2, variant.candidate), seq_length=scale.seq_length, batch=16
+        )
+        planned = emit.flags(prediction)
+        if not on_gpus:
+            planned.remove("--bf16")
+            at = planned.index("--attention-backend")
+            del planned[at : at + 2]
+        taken = train.flags(machine, scale, variant, prediction)
+        assert taken[: len(planned)] == planned
+        assert ("--cuda-graph-impl" in taken) == variant.graphs
 
 
 def test_the_plan_is_compared_with_what_was_measured() -> None:

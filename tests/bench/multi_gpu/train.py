@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Iterator
@@ -139,8 +140,8 @@ def _train(machine: Machine, results: Results, variant: Variant) -> None:
 
 def flags(machine: Machine, scale: Scale, variant: Variant, plan: Prediction) -> list[str]:
     """The plan's own flags, and what a plan leaves open."""
-    groups = [line for _, lines in flag_groups(plan) for line in lines]
-    words = [word for line in groups if machine.on_gpus or line[0] not in ON_A_GPU for word in line]
+    lines = [shlex.split(line) for _, group in flag_groups(plan) for line in group]
+    words = [word for line in lines if machine.on_gpus or line[0] not in ON_A_GPU for word in line]
     words += ["--data-path", str(tokenize(machine)), "--split", "1,0,0", "--eval-iters", "0"]
     words += ["--num-workers", "2" if machine.on_gpus else "0"]
     words += ["--train-iters", str(scale.steps), "--lr", scale.lr, "--min-lr", "1e-5"]

@@ -88,7 +88,7 @@ class ExportPlan:
             return trained.to_hf(), False
         content: dict[str, Any] = json.loads(self.carried.config.read_text())
         if trained != original:
-            content.get("text_config", content)["mtp_num_hidden_layers"] = mtp
+            content.get("text_config", content)[original.family.mtp_key] = mtp
         return content, True
 
     def _mtp_layers(self, original: Qwen35Config) -> int:

@@ -134,7 +134,7 @@ def _check_names(
     if naming.mtp and not config.mtp_num_hidden_layers:
         raise CheckpointError(
             f"there are tensors named {MTP_PREFIX}* and config.json has no MTP layer",
-            fix="set mtp_num_hidden_layers to 1 in config.json, or carry them: --carry 'mtp.*'",
+            fix=f"set {config.family.mtp_key} to 1 in config.json, or carry them: --carry 'mtp.*'",
         )
     if unknown:
         _refuse_too_many(config, unknown)
@@ -146,8 +146,10 @@ def _check_names(
             "a model that is saved by transformers has the right ones",
         )
     if config.mtp_num_hidden_layers and not naming.mtp:
+        unsaid = ", also where it is not said" if config.family.mtp_default else ""
         raise CheckpointError(
             f"config.json has an MTP layer and there are no tensors named {MTP_PREFIX}*",
+            got=f"{config.family.mtp_key} {config.mtp_num_hidden_layers}{unsaid}",
             fix="transformers, and the trainers that use it, drop them when they save: --no-mtp "
             "converts without",
         )

@@ -149,7 +149,7 @@ def _check(checkpoint: MegatronCheckpoint, table: list[Row], *, without_mtp: boo
     if unknown:
         raise error(
             f"the Megatron checkpoint has {len(unknown)} tensors that this model does not have",
-            fix="Hugging Face's Qwen3.5 has no place for them",
+            fix="Hugging Face's model has no place for them",
         )
     for key, shape in expected.items():
         stored = checkpoint.tensors[key].shape

@@ -104,8 +104,9 @@ class Naming:
         )
 
     @classmethod
-    def default(cls, config: Qwen35Config, experts: Experts = "packed") -> Naming:
-        """What transformers writes for this config, MTP added."""
+    def default(cls, config: Qwen35Config, experts: Experts | None = None) -> Naming:
+        """That of the published checkpoints of this config's family, or with experts as given."""
+        experts = experts or config.family.experts
         return cls(
             prefix=NESTED_PREFIX if config.is_vision_language else FLAT_PREFIX,
             experts=experts,
@@ -145,24 +146,15 @@ def rows(config: Qwen35Config, naming: Naming, checkpoint_format: Format = "qwen
 
 
 def _gdn_rows(c: Qwen35Config, hf: str, mcore: str, checkpoint_format: Format) -> list[Row]:
-    key, value, heads, h = (
-        c.gdn_shape.key_width,
-        c.gdn_shape.value_width,
-        c.linear_num_value_heads,
-        c.hidden_size,
-    )
-    mixed = {"query": key, "key": key, "value": value}
-    taps = c.linear_conv_kernel_dim
+    value, heads, h = c.gdn_shape.value_width, c.linear_num_value_heads, c.hidden_size
     native = checkpoint_format == "mcore"
     norm_key = "out_norm.weight" if native else "gated_norm.weight"
-    att, proj = f"{hf}linear_attn.", f"{mcore}in_proj.weight."
+    att, taps = f"{hf}linear_attn.", (1, c.linear_conv_kernel_dim)
+    projections = _GDN_PROJECTIONS[c.family.gdn_projections]
     return [
         _same(f"{hf}input_layernorm.weight", f"{mcore}in_proj.layer_norm_weight", (h,)),
-        _cut(f"{att}in_proj_qkv.weight", proj, mixed, (h,)),
-        _same(f"{att}in_proj_z.weight", f"{proj}z", (value, h), tp_axis=0),
-        _same(f"{att}in_proj_b.weight", f"{proj}beta", (heads, h), tp_axis=0),
-        _same(f"{att}in_proj_a.weight", f"{proj}alpha", (heads, h), tp_axis=0),
-        _cut(f"{att}conv1d.weight", f"{mcore}conv1d.weight.", mixed, (1, taps)),
+        *projections(c, f"{att}in_proj_", f"{mcore}in_proj.weight."),
+        _cut(f"{att}conv1d.weight", f"{mcore}conv1d.weight.", _mixed(c), taps),
         _same(f"{att}A_log", f"{mcore}A_log", (heads,), tp_axis=0, float32=True),
         _same(f"{att}dt_bias", f"{mcore}dt_bias", (heads,), tp_axis=0, float32=True),
         _same(
@@ -174,6 +166,33 @@ def _gdn_rows(c: Qwen35Config, hf: str, mcore: str, checkpoint_format: Format) -
         ),
         _same(f"{att}out_proj.weight", f"{mcore}out_proj.weight", (h, value), tp_axis=1),
     ]
+
+
+def _mixed(c: Qwen35Config) -> dict[str, int]:
+    """Channels that the convolution mixes, by part."""
+    return dict(zip(("query", "key", "value"), c.gdn_shape.qkv_widths, strict=True))
+
+
+def _projections_by_part(c: Qwen35Config, hf: str, mcore: str) -> list[Row]:
+    value, heads, h = c.gdn_shape.value_width, c.linear_num_value_heads, c.hidden_size
+    return [
+        _cut(f"{hf}qkv.weight", mcore, _mixed(c), (h,)),
+        _same(f"{hf}z.weight", f"{mcore}z", (value, h), tp_axis=0),
+        _same(f"{hf}b.weight", f"{mcore}beta", (heads, h), tp_axis=0),
+        _same(f"{hf}a.weight", f"{mcore}alpha", (heads, h), tp_axis=0),
+    ]
+
+
+def _projections_by_key_head(c: Qwen35Config, hf: str, mcore: str) -> list[Row]:
+    wide = _mixed(c) | {"z": c.gdn_shape.value_width}
+    narrow = dict.fromkeys(("beta", "alpha"), c.linear_num_value_heads)
+    return [
+        _cut(f"{hf}{name}.weight", mcore, parts, (c.hidden_size,), c.linear_num_key_heads)
+        for name, parts in (("qkvz", wide), ("ba", narrow))
+    ]
+
+
+_GDN_PROJECTIONS = {"by_part": _projections_by_part, "by_key_head": _projections_by_key_head}
 
 
 def _attention_rows(c: Qwen35Config, hf: str, mcore: str) -> list[Row]:
@@ -298,12 +317,12 @@ def _same(
     )
 
 
-def _cut(hf: str, mcore: str, parts: Mapping[str, int], tail: Shape) -> Row:
+def _cut(hf: str, mcore: str, parts: Mapping[str, int], tail: Shape, groups: int = 1) -> Row:
     return Row(
         hf=(TensorSpec(hf, (sum(parts.values()), *tail)),),
         mcore=tuple(TensorSpec(f"{mcore}{part}", (n, *tail)) for part, n in parts.items()),
-        how=f"cut into {', '.join(parts)}",
-        copies=cut(tuple(parts.values()), tail),
+        how=f"cut into {', '.join(parts)}" + (", key head by key head" if groups > 1 else ""),
+        copies=cut(tuple(parts.values()), tail, groups),
         tp_axis=0,
     )
 

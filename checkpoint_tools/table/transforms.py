@@ -86,12 +86,20 @@ def whole(shape: Shape) -> Copies:
     return copies
 
 
-def cut(lengths: Sequence[int], tail: Shape) -> Copies:
-    """HF ``[sum(lengths), *tail]`` to one Megatron tensor ``[length, *tail]`` per length."""
+def cut(lengths: Sequence[int], tail: Shape, groups: int = 1) -> Copies:
+    """HF ``[sum(lengths), *tail]`` to one Megatron tensor ``[length, *tail]`` per length.
+
+    Args:
+        groups: the HF rows are so many groups, each with its share of every length.
+    """
+    shares = [length // groups for length in lengths]
 
     def copies() -> Iterator[Copy]:
-        for index, (start, length) in enumerate(_starts(lengths)):
-            yield Copy(0, _rows(start, length, tail), index, _rows(0, length, tail))
+        for group in range(groups):
+            first = group * sum(shares)
+            for index, (start, share) in enumerate(_starts(shares)):
+                hf, mcore = _rows(first + start, share, tail), _rows(group * share, share, tail)
+                yield Copy(0, hf, index, mcore)
 
     return copies
 

@@ -48,7 +48,7 @@ def check_config(model_config: ModelFields) -> None:
 def _check_kinds(model_config: ModelFields) -> None:
     if model_config.model_type not in MODEL_TYPES:
         raise ConfigError(
-            "model_type is not a Qwen3.5 text model",
+            "model_type is not a Qwen3.5 or Qwen3-Next text model",
             got=model_config.model_type,
             allowed=", ".join(MODEL_TYPES),
         )
@@ -60,7 +60,7 @@ def _check_kinds(model_config: ModelFields) -> None:
         if not isinstance(getattr(model_config, name), bool):
             raise ConfigError(f"{name} must be true or false", got=getattr(model_config, name))
     if model_config.attention_bias:
-        raise ConfigError("attention_bias must be false: Qwen3.5 has no biases", got="true")
+        raise ConfigError("attention_bias must be false: no published model has biases", got="true")
     if model_config.hidden_act != "silu":
         raise ConfigError("hidden_act must be silu", got=model_config.hidden_act, allowed="silu")
     if model_config.carried_outer and not model_config.is_vision_language:

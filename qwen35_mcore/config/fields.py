@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen35_mcore.config.hf_keys import MODEL_TYPES
+from qwen35_mcore.config.hf_keys import MODEL_TYPES, Family
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from qwen35_mcore.config.shapes import AttentionShape, GdnShape
@@ -19,8 +19,9 @@ class ModelFields:
     """What `Qwen35Config` is made of: its checks and its JSON are written against this."""
 
     model_type: str
-    """One of qwen3_5, qwen3_5_text (dense), qwen3_5_moe, qwen3_5_moe_text. The names without _text
-    are vision-language configs: their text model is the same, their files hold more."""
+    """One of qwen3_5, qwen3_5_text (dense), qwen3_5_moe, qwen3_5_moe_text, qwen3_next. qwen3_5 and
+    qwen3_5_moe are vision-language configs: their text model is the same, their files hold more.
+    qwen3_next is computed as qwen3_5_moe_text: its files alone differ."""
     vocab_size: int
     """Rows of the embedding. Megatron's padded vocabulary is always this number: padding columns
     would take part in the softmax, so a tensor parallel size that does not divide it is refused."""
@@ -82,8 +83,8 @@ class ModelFields:
     """Query and key heads of a GDN layer. It bounds TP x CP, because the all-to-all splits them."""
 
     mtp_num_hidden_layers: int = 0
-    """Multi-token-prediction layers, 0 or 1. The default is 0 because transformers drops the
-    weights: a config that does not mention them comes with a checkpoint that has none."""
+    """Multi-token-prediction layers, 0 or 1. What a config.json has that does not mention them is
+    in `hf_keys`, by family."""
 
     carried: dict[str, Any] = field(default_factory=dict, hash=False)
     """Hugging Face keys beside the architecture (token ids, dtype...), given back by `to_hf`. For a
@@ -105,6 +106,11 @@ class ModelFields:
     def text_model_type(self) -> str:
         """Model type of the text model alone."""
         return MODEL_TYPES[self.model_type].text_model_type
+
+    @property
+    def family(self) -> Family:
+        """How its config.json and its checkpoints are written."""
+        return MODEL_TYPES[self.model_type].family
 
     @property
     def hf_architecture(self) -> str:

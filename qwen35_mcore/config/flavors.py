@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
+from qwen35_mcore.config.hf_keys import QWEN3_5
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from qwen35_mcore.errors import ConfigError
@@ -43,10 +44,17 @@ def _dense(
 
 
 def _moe(
-    hidden: int, layers: int, heads: int, gdn_heads: int, experts: int, top_k: int, expert_ffn: int
+    hidden: int,
+    layers: int,
+    heads: int,
+    gdn_heads: int,
+    experts: int,
+    top_k: int,
+    expert_ffn: int,
+    model_type: str = "qwen3_5_moe_text",
 ) -> Qwen35Config:
     return Qwen35Config(
-        model_type="qwen3_5_moe_text",
+        model_type=model_type,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -60,6 +68,11 @@ def _moe(
     )
 
 
+_80B = replace(
+    _moe(2048, 48, 16, 32, experts=512, top_k=10, expert_ffn=512, model_type="qwen3_next"),
+    vocab_size=151936,
+    rope_parameters=replace(_ROPE, mrope_section=None),
+)
 _397B = _moe(4096, 60, 32, 64, experts=512, top_k=10, expert_ffn=1024)
 _397B_LONG = replace(
     _397B,
@@ -109,6 +122,7 @@ FLAVORS: Mapping[str, Qwen35Config] = MappingProxyType(
         "9b": _dense(4096, 32, 16, 4, 12288, 32, tied=False),
         "27b": _dense(5120, 64, 24, 4, 17408, 48, tied=False),
         "35b-a3b": _moe(2048, 40, 16, 32, experts=256, top_k=8, expert_ffn=512),
+        "80b-a3b": _80B,
         "122b-a10b": _moe(3072, 48, 32, 64, experts=256, top_k=8, expert_ffn=1024),
         "397b-a17b": _397B,
         "397b-a19b": _397B_LONG,
@@ -116,23 +130,32 @@ FLAVORS: Mapping[str, Qwen35Config] = MappingProxyType(
 )
 """Every flavor by its canonical name, smallest first."""
 
-_HUB_NAME = re.compile(r"(?:qwen/)?qwen(3\.[56])-(.+?)(?:-base)?")
-_QWEN36 = ("35b-a3b",)
+# the tiny flavors exist here only, never on the Hub
+_HUB_NAMES = {
+    r"(?:qwen/)?qwen3\.5-(.+?)(?:-base)?": tuple(
+        name
+        for name, config in FLAVORS.items()
+        if config.family is QWEN3_5 and not name.startswith("tiny")
+    ),
+    r"(?:qwen/)?qwen3\.6-(.+?)(?:-base)?": ("35b-a3b",),
+    r"(?:qwen/)?qwen3-next-(.+?)(?:-instruct|-thinking)?": ("80b-a3b",),
+}
 
 
 def flavor_name(name: str) -> str:
     """The canonical name of a flavor, from any of its spellings: upper or lower case, ``_`` for
-    ``-``, or a Hub name (Qwen/Qwen3.5-35B-A3B, Qwen3.6-35B-A3B, with or without -Base).
+    ``-``, or a Hub name (Qwen/Qwen3.5-35B-A3B, Qwen3.6-35B-A3B, with or without -Base;
+    Qwen3-Next-80B-A3B, with or without -Instruct or -Thinking).
 
     Raises:
         ConfigError: no such flavor; the message has the nearest names and the list.
     """
-    spelling = name.strip().lower().replace("_", "-")
-    hub = _HUB_NAME.fullmatch(spelling)
-    stem = hub.group(2) if hub else spelling
-    unpublished = hub is not None and hub.group(1) == "3.6" and stem not in _QWEN36
-    # the tiny flavors exist here only, never on the Hub
-    if stem in FLAVORS and not unpublished and not (hub and stem.startswith("tiny")):
+    stem, names = name.strip().lower().replace("_", "-"), tuple(FLAVORS)
+    for pattern, published in _HUB_NAMES.items():
+        if hub := re.fullmatch(pattern, stem):
+            stem, names = hub.group(1), published
+            break
+    if stem in names:
         return stem
     near = get_close_matches(stem, FLAVORS, n=3, cutoff=0.4)
     raise ConfigError(

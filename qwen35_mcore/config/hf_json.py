@@ -1,6 +1,6 @@
 """Hugging Face config.json to `Qwen35Config` fields and back, accounting for every key.
 
-A key is read as architecture, checked against the only value that this model family has, carried
+A key is read as architecture, checked against the only value that published models have, carried
 through verbatim, or refused by name. Silence is not among the choices: a key that a reader ignores
 is a model that trains and is another one.
 """
@@ -17,19 +17,19 @@ from typing import Any
 
 from qwen35_mcore.config.fields import ModelFields
 from qwen35_mcore.config.hf_keys import (
-    ALWAYS_WRITTEN,
     CARRIED,
     CARRIED_OUTER,
     FIXED,
     MODEL_TYPES,
+    MTP_KEYS,
     OPTIONAL_MOE,
     QUANTIZED,
-    READ_APART,
     REQUIRED,
     REQUIRED_DENSE,
     REQUIRED_MOE,
     ModelType,
     architecture_keys,
+    read_keys,
 )
 from qwen35_mcore.config.layer_pattern import interval_of, pattern_from_interval, pattern_from_names
 from qwen35_mcore.config.rope import rope_from_hf
@@ -63,6 +63,7 @@ def fields_from_hf(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
     return {
         "model_type": model_type,
         **read,
+        "mtp_num_hidden_layers": _mtp_layers(text, kind),
         "layer_types": _layer_types(text),
         "rope_parameters": rope_from_hf(text),
         "tie_word_embeddings": _tied(text, outer, kind),
@@ -76,8 +77,9 @@ def hf_from_config(model_config: ModelFields) -> dict[str, Any]:
     kind = MODEL_TYPES[model_config.model_type]
     text: dict[str, Any] = {
         **deepcopy(model_config.carried),
-        **ALWAYS_WRITTEN,
+        **deepcopy(kind.family.always_written),
         **{key: getattr(model_config, key) for key in architecture_keys(kind)},
+        kind.family.mtp_key: model_config.mtp_num_hidden_layers,
         "model_type": kind.text_model_type,
         "layer_types": [str(layer) for layer in model_config.layer_types],
         "rope_parameters": model_config.rope_parameters.to_hf(),
@@ -124,7 +126,7 @@ def _model_type(root: Mapping[str, Any]) -> str:
         raise ConfigError("the config lacks model_type", allowed=", ".join(MODEL_TYPES))
     if model_type not in tuple(MODEL_TYPES):
         raise ConfigError(
-            "model_type is not a Qwen3.5 text model",
+            "model_type is not a Qwen3.5 or Qwen3-Next text model",
             got=model_type,
             allowed=", ".join(MODEL_TYPES),
         )
@@ -167,7 +169,7 @@ def _split(root: Mapping[str, Any], kind: ModelType) -> tuple[dict[str, Any], di
 
 def _account(text: Mapping[str, Any], kind: ModelType) -> dict[str, Any]:
     """Check that every key of the text level is known; returns those to carry."""
-    read = (*architecture_keys(kind), *READ_APART)
+    read = read_keys(kind)
     # transformers ignores the other kind's keys; a number there is harmless except where it says
     # that the model is of the other kind
     unused = REQUIRED_DENSE if kind.moe else OPTIONAL_MOE + REQUIRED_MOE
@@ -175,13 +177,19 @@ def _account(text: Mapping[str, Any], kind: ModelType) -> dict[str, Any]:
     for key, value in text.items():
         if key in read:
             continue
+        if key in MTP_KEYS:
+            raise ConfigError(
+                f"model_type {kind.text_model_type} has another key for {key}",
+                got=value,
+                fix=f"rename it to {kind.family.mtp_key}",
+            )
         if key in unused:
             _check_unused(key, value)
         elif key in FIXED:
             _check_fixed(key, value)
         else:
             _check_carried(key, value, CARRIED, (*read, *FIXED))
-        if key not in ALWAYS_WRITTEN:
+        if key not in kind.family.always_written:
             carried[key] = value
     return carried
 
@@ -190,7 +198,7 @@ def _account_outer(
     outer: Mapping[str, Any], text: Mapping[str, Any], kind: ModelType
 ) -> dict[str, Any]:
     """Check the top level of a vision-language config; returns the keys to carry."""
-    architecture = (*architecture_keys(kind), *READ_APART)
+    architecture = read_keys(kind)
     carried = {}
     for key, value in outer.items():
         if key in ("model_type", "tie_word_embeddings"):
@@ -225,7 +233,7 @@ def _check_fixed(key: str, value: Any) -> None:
     allowed = FIXED[key]
     if not any(value == one and type(value) is type(one) for one in allowed):
         raise ConfigError(
-            f"{key} has a value that Qwen3.5 does not have",
+            f"{key} has a value that no published model has",
             got=repr(value),
             allowed=" or ".join(json.dumps(one) for one in allowed),
         )
@@ -251,6 +259,11 @@ def _check_carried(
         allowed=f"did you mean {', '.join(near)}?" if near else None,
         fix="correct it, or remove it if it does not change the model",
     )
+
+
+def _mtp_layers(text: Mapping[str, Any], kind: ModelType) -> Any:
+    layers = text.get(kind.family.mtp_key)
+    return kind.family.mtp_default if layers is None else layers
 
 
 def _layer_types(text: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,8 +1,47 @@
-"""Every key of a Qwen3.5 config.json, by what is done with it. Data for `hf_json`."""
+"""The kinds of config.json, and every key of theirs by what is done with it. Data for `hf_json`."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+
+class Family(NamedTuple):
+    """How a family writes down the one model: keys of config.json, and tensors of a checkpoint."""
+
+    always_written: dict[str, Any]
+    """Architecture that has one value and is in every published file: `to_hf` writes it always."""
+    mtp_key: str
+    """The key of `mtp_num_hidden_layers`."""
+    mtp_default: int
+    """MTP layers of a file without that key."""
+    gdn_projections: Literal["by_part", "by_key_head"]
+    """The rows of a GDN layer's input projections: all of q, then all of k, of v...; or, for each
+    key head in turn, its q, k, v and z in one tensor and its b and a in another."""
+    experts: Literal["packed", "per_expert"]
+    """Whether published files hold the experts of a layer as one tensor, or one by one."""
+
+
+# its config.json has no MTP layer where transformers, which drops the weights, wrote it
+QWEN3_5 = Family(
+    always_written={
+        "attn_output_gate": True,
+        "mamba_ssm_dtype": "float32",
+        "mtp_use_dedicated_embeddings": False,
+    },
+    mtp_key="mtp_num_hidden_layers",
+    mtp_default=0,
+    gdn_projections="by_part",
+    experts="packed",
+)
+# the published config.json does not mention the MTP layer that is there; the key is vLLM's, which
+# takes one layer for none that is mentioned
+QWEN3_NEXT = Family(
+    always_written={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    mtp_key="num_nextn_predict_layers",
+    mtp_default=1,
+    gdn_projections="by_key_head",
+    experts="per_expert",
+)
 
 
 class ModelType(NamedTuple):
@@ -13,14 +52,21 @@ class ModelType(NamedTuple):
     moe: bool
     nested: bool
     """Vision-language: the text model's keys are under ``text_config``."""
+    family: Family
 
 
 MODEL_TYPES = {
-    "qwen3_5": ModelType("qwen3_5_text", "Qwen3_5ForConditionalGeneration", False, True),
-    "qwen3_5_text": ModelType("qwen3_5_text", "Qwen3_5ForCausalLM", False, False),
-    "qwen3_5_moe": ModelType("qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration", True, True),
-    "qwen3_5_moe_text": ModelType("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", True, False),
+    "qwen3_5": ModelType("qwen3_5_text", "Qwen3_5ForConditionalGeneration", False, True, QWEN3_5),
+    "qwen3_5_text": ModelType("qwen3_5_text", "Qwen3_5ForCausalLM", False, False, QWEN3_5),
+    "qwen3_5_moe": ModelType(
+        "qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration", True, True, QWEN3_5
+    ),
+    "qwen3_5_moe_text": ModelType(
+        "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", True, False, QWEN3_5
+    ),
+    "qwen3_next": ModelType("qwen3_next", "Qwen3NextForCausalLM", True, False, QWEN3_NEXT),
 }
+MTP_KEYS = {kind.family.mtp_key for kind in MODEL_TYPES.values()}
 
 # Sizes differ in these, so transformers' class defaults are right for one size and wrong for the
 # others: a file without them is refused.
@@ -52,7 +98,6 @@ OPTIONAL = (
     "linear_key_head_dim",
     "linear_value_head_dim",
     "linear_num_key_heads",
-    "mtp_num_hidden_layers",
 )
 OPTIONAL_MOE = ("router_aux_loss_coef",)
 READ_APART = (
@@ -66,15 +111,11 @@ READ_APART = (
     "partial_rotary_factor",
 )
 
-# Architecture that has one value in this family. The first three are in every published file, so
-# `to_hf` writes them always; the others are carried when present.
-ALWAYS_WRITTEN: dict[str, Any] = {
-    "attn_output_gate": True,
-    "mamba_ssm_dtype": "float32",
-    "mtp_use_dedicated_embeddings": False,
-}
+# Architecture that has one value in all of them; carried where its family does not always write it.
 FIXED: dict[str, tuple[Any, ...]] = {
-    **{key: (value,) for key, value in ALWAYS_WRITTEN.items()},
+    "attn_output_gate": (True,),
+    "mamba_ssm_dtype": ("float32",),
+    "mtp_use_dedicated_embeddings": (False,),
     "output_gate_type": ("swish", "silu"),
     "norm_topk_prob": (True,),
     "decoder_sparse_step": (1,),
@@ -113,3 +154,8 @@ def architecture_keys(kind: ModelType) -> tuple[str, ...]:
     if kind.moe:
         return REQUIRED + OPTIONAL + REQUIRED_MOE + OPTIONAL_MOE
     return REQUIRED + OPTIONAL + REQUIRED_DENSE
+
+
+def read_keys(kind: ModelType) -> tuple[str, ...]:
+    """Every key that says something about the architecture of the text model."""
+    return (*architecture_keys(kind), kind.family.mtp_key, *READ_APART)

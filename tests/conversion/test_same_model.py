@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.conversion import cases
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.distributed import CaseError, WorkerPool
-from tests.helpers.hf_reference import modeling
+from tests.helpers.hf_reference import model_class
 from tests.helpers.hf_toy import pack_experts, rewrite, write_toy
 from tests.helpers.kinds import kinds
 from tests.helpers.training import Layout
@@ -31,13 +32,13 @@ SOURCES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"kind": "qwen3_5_text"},
     "qwen3_5 tied, no mtp": {"kind": "qwen3_5", "tied": True, "mtp": False},
     "qwen3_5_text tied": {"kind": "qwen3_5_text", "tied": True},
+    "qwen3_next": {"kind": "qwen3_next"},
 }
 
 
-def reference_logits(folder: Path, architecture: str, tokens: torch.Tensor) -> torch.Tensor:
+def reference_logits(folder: Path, config: Qwen35Config, tokens: torch.Tensor) -> torch.Tensor:
     """What transformers computes from the source folder, ``[b, s, vocabulary]`` float32."""
-    module = modeling("qwen3_5_moe" if "Moe" in architecture else "qwen3_5")
-    model = getattr(module, architecture).from_pretrained(folder, dtype=torch.float32)
+    model = model_class(config).from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model.eval()(input_ids=tokens).logits
 
@@ -64,7 +65,7 @@ def test_logits_of_an_import(tmp_path: Path, pool: WorkerPool, source: str) -> N
     config = write_toy(tmp_path / "hf", dtype=torch.float32, **SOURCES[source])
     ok(ckpt("import", tmp_path / "hf", tmp_path / "m"))
     tokens = tokens_for(config.vocab_size)
-    reference = reference_logits(tmp_path / "hf", config.hf_architecture, tokens)
+    reference = reference_logits(tmp_path / "hf", config, tokens)
     for world, layout in (LAYOUTS if config.is_moe else DENSE).values():
         answers = pool.run(
             cases.imported_logits,
@@ -80,7 +81,7 @@ def test_logits_of_an_import(tmp_path: Path, pool: WorkerPool, source: str) -> N
 def test_packed_experts_give_the_same_logits(tmp_path: Path, pool: WorkerPool) -> None:
     config = write_toy(tmp_path / "hf", "qwen3_5_moe_text", dtype=torch.float32)
     tokens = tokens_for(config.vocab_size)
-    reference = reference_logits(tmp_path / "hf", config.hf_architecture, tokens)
+    reference = reference_logits(tmp_path / "hf", config, tokens)
     rewrite(tmp_path / "hf", pack_experts)
     ok(ckpt("import", tmp_path / "hf", tmp_path / "m"))
     world, layout = LAYOUTS["tp2 pp2 ep2"]
@@ -96,14 +97,16 @@ def test_packed_experts_give_the_same_logits(tmp_path: Path, pool: WorkerPool) -
     assert_same(answers, reference)
 
 
-@pytest.mark.parametrize("kind", kinds(("qwen3_5_moe", "qwen3_5_text"), ("qwen3_5_moe",)))
+@pytest.mark.parametrize(
+    "kind", kinds(("qwen3_5_moe", "qwen3_5_text", "qwen3_next"), ("qwen3_5_moe",))
+)
 def test_the_stock_layout_loads_into_megatrons_own_model(
     tmp_path: Path, pool: WorkerPool, kind: str
 ) -> None:
     config = write_toy(tmp_path / "hf", kind, dtype=torch.float32)
     ok(ckpt("import", tmp_path / "hf", tmp_path / "m", "--layout", "mcore"))
     tokens = tokens_for(config.vocab_size)
-    reference = reference_logits(tmp_path / "hf", config.hf_architecture, tokens)
+    reference = reference_logits(tmp_path / "hf", config, tokens)
     for tp in (1, 2):
         answers = pool.run(
             cases.native_logits,

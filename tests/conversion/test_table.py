@@ -15,9 +15,10 @@ from qwen35_mcore.config.flavors import FLAVORS
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters
 from qwen35_mcore.errors import CheckpointError
+from tests.helpers.hf_reference import model_class, modeling
 from tests.helpers.kinds import examples
 from tests.helpers.random_configs import configs
-from tests.helpers.toys import toy_config
+from tests.helpers.toys import NEXT, toy_config
 
 experts = st.sampled_from(["packed", "per_expert"])
 layouts = st.sampled_from(["qwen35", "mcore"])
@@ -85,6 +86,29 @@ def test_qkv_rows_are_grouped_by_key_value_head() -> None:
     tensors = dict(zip((spec.name for spec in row.hf), (q, k, v), strict=True))
     (fused,) = row.to_mcore(tensors).values()
     assert fused[::8, 0].tolist() == [0, 1, 10, 11, 20, 30, 2, 3, 12, 13, 21, 31]
+
+
+def test_projections_by_key_head_are_cut_as_transformers_cuts_them() -> None:
+    """Each row of in_proj_qkvz and in_proj_ba has a number of its own."""
+    config = toy_config(**NEXT)
+    layer = modeling("qwen3_next").Qwen3NextGatedDeltaNet(
+        model_class(config).config_class(**config.to_hf()), 0
+    )
+    hf = {
+        name: torch.arange(float(len(getattr(layer, name).weight)))
+        for name in ("in_proj_qkvz", "in_proj_ba")
+    }
+    theirs = layer.fix_query_key_value_ordering(*(rows[None, None] for rows in hf.values()))
+    table = rows(config, Naming.default(config))
+    prefix = "model.layers.0.linear_attn."
+    state = random_side(table, "hf") | {
+        f"{prefix}{name}.weight": rows[:, None].expand(-1, config.hidden_size)
+        for name, rows in hf.items()
+    }
+    mcore = hf_to_mcore(config, state)
+    for part, expected in zip(("query", "key", "value", "z", "beta", "alpha"), theirs, strict=True):
+        weight = mcore[f"decoder.layers.0.self_attention.in_proj.weight.{part}"]
+        assert torch.equal(weight[:, 0], expected.flatten()), part
 
 
 def test_a_state_dict_without_mtp_and_with_vision_tensors() -> None:

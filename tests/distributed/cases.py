@@ -9,10 +9,16 @@ from typing import Any
 
 from tests.helpers.distributed import worker_pool
 from tests.helpers.equivalence import Case, compare
+from tests.helpers.toys import NEXT
 from tests.helpers.training import Layout
 
 MOE: dict[str, Any] = {"mtp_num_hidden_layers": 1}
 DENSE: dict[str, Any] = {"moe": False, "mtp_num_hidden_layers": 1, "tie_word_embeddings": True}
+QWEN3_NEXT: dict[str, Any] = NEXT | {
+    "num_experts": 16,
+    "num_experts_per_tok": 5,
+    "mtp_num_hidden_layers": 1,
+}
 PLAIN: dict[str, Any] = {}  # MoE without MTP
 ODD: dict[str, Any] = {
     "num_hidden_layers": 5,
@@ -136,6 +142,9 @@ CASES += [
     Case("CP2 x TP2, documents", 4, Layout(cp=2, tp=2, packed=True), MOE, masked=True),
     Case("CP2 x PP2, documents", 4, Layout(cp=2, pp=2, packed=True), MOE, masked=True),
     Case("CP2 x EP4, documents", 4, Layout(cp=2, ep=4, packed=True), PLAIN, masked=True),
+    Case("EP2, Qwen3-Next", 2, Layout(ep=2), QWEN3_NEXT),
+    Case("TP2, Qwen3-Next", 2, Layout(tp=2), QWEN3_NEXT),
+    Case("PP2, Qwen3-Next", 2, Layout(pp=2), QWEN3_NEXT),
 ]
 
 

@@ -1,15 +1,17 @@
-"""Small config.json contents in the form of published files, for all four model types."""
+"""Small config.json contents in the form of published files, for every model type."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
-from qwen35_mcore.config.hf_keys import MODEL_TYPES
+from qwen35_mcore.config.hf_keys import MODEL_TYPES, QWEN3_5
 
 
 def text_only(model_type: str = "qwen3_5_moe_text") -> dict[str, Any]:
     """A small text-only config.json with every key that published files have."""
-    moe = MODEL_TYPES[model_type].moe
+    moe, family = MODEL_TYPES[model_type].moe, MODEL_TYPES[model_type].family
+    sections = {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
     sizes = (
         {
             "num_experts": 8,
@@ -27,7 +29,6 @@ def text_only(model_type: str = "qwen3_5_moe_text") -> dict[str, Any]:
         "model_type": model_type,
         "attention_bias": False,
         "attention_dropout": 0.1,
-        "attn_output_gate": True,
         "bos_token_id": None,
         "dtype": "bfloat16",
         "eos_token_id": 500,
@@ -42,11 +43,8 @@ def text_only(model_type: str = "qwen3_5_moe_text") -> dict[str, Any]:
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 6,
         "linear_value_head_dim": 40,
-        "mamba_ssm_dtype": "float32",
         "max_position_embeddings": 8192,
         "mlp_only_layers": [],
-        "mtp_num_hidden_layers": 1,
-        "mtp_use_dedicated_embeddings": False,
         "num_attention_heads": 6,
         "num_hidden_layers": 4,
         "num_key_value_heads": 3,
@@ -57,13 +55,14 @@ def text_only(model_type: str = "qwen3_5_moe_text") -> dict[str, Any]:
             "rope_type": "default",
             "rope_theta": 10000000,
             "partial_rotary_factor": 0.5,
-            "mrope_section": [4, 2, 2],
-            "mrope_interleaved": True,
+            **(sections if family is QWEN3_5 else {}),
         },
         "tie_word_embeddings": False,
         "transformers_version": "5.3.0",
         "use_cache": True,
         "vocab_size": 640,
+        family.mtp_key: 1,
+        **deepcopy(family.always_written),
         **sizes,
     }
 

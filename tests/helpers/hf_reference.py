@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from qwen35_mcore.config.model_config import Qwen35Config
+
 HIDDEN = ("fla", "causal_conv1d", "flash_qla")
 
 _loaded: dict[str, ModuleType] = {}
@@ -48,6 +50,17 @@ def modeling(name: str = "qwen3_5") -> ModuleType:
     return _loaded[name]
 
 
+def model_class(config: Qwen35Config) -> Any:
+    """Transformers' class of a config's model, with its language model head."""
+    return getattr(modeling(config.model_type.removesuffix("_text")), config.hf_architecture)
+
+
+def part_class(config: Qwen35Config, part: str) -> Any:
+    """Transformers' class of a part of a config's model, such as ``RMSNorm``."""
+    module = modeling(config.model_type.removesuffix("_text"))
+    return getattr(module, config.hf_architecture.partition("For")[0] + part)
+
+
 def load_pretrained(folder: Path, *, text_only: bool = False) -> Any:
     """The folder's model as its users load it, float32; asserts that it is loaded whole.
 
@@ -55,7 +68,7 @@ def load_pretrained(folder: Path, *, text_only: bool = False) -> Any:
         text_only: the text class of a vision-language folder.
     """
     config = json.loads((folder / "config.json").read_text())
-    module = modeling("qwen3_5_moe" if "moe" in config["model_type"] else "qwen3_5")
+    module = modeling(config["model_type"].removesuffix("_text"))
     name = config["architectures"][0]
     if text_only:
         name = name.replace("ForConditionalGeneration", "ForCausalLM")

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from checkpoint_tools.table.names import Naming, rows
+from qwen35_mcore.config.hf_keys import MODEL_TYPES
 from qwen35_mcore.config.model_config import Qwen35Config
-from tests.helpers.hf_reference import modeling
-from tests.helpers.toys import toy_config
+from tests.helpers.hf_reference import model_class
+from tests.helpers.toys import NEXT, toy_config
 
 INDEX = "model.safetensors.index.json"
-KINDS = ("qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_moe")
+KINDS = ("qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next")
 VISION = {
     "depth": 2,
     "hidden_size": 32,
@@ -49,28 +50,25 @@ def toy_hf_config(
     dtype: torch.dtype = torch.bfloat16,
     **changes: Any,
 ) -> Qwen35Config:
-    """A toy of one of the four model types."""
+    """A toy of one of the model types."""
     config = toy_config(
-        moe="moe" in kind,
+        moe=MODEL_TYPES[kind].moe,
         mtp_num_hidden_layers=int(mtp),
         tie_word_embeddings=tied,
         carried={"dtype": str(dtype).removeprefix("torch."), "eos_token_id": 3},
-        **changes,
+        **(NEXT if kind == "qwen3_next" else {}) | changes,
     )
-    outer = {"vision_config": VISION, "image_token_id": 5} if not kind.endswith("_text") else {}
+    outer = {"vision_config": VISION, "image_token_id": 5} if MODEL_TYPES[kind].nested else {}
     return replace(config, model_type=kind, carried_outer=outer)
 
 
 def build_transformers(config: Qwen35Config, seed: int = 0) -> Any:
     """The transformers model of a config, random weights, float32."""
-    name = "qwen3_5_moe" if config.is_moe else "qwen3_5"
-    module = modeling(name)
-    model_class = getattr(module, config.hf_architecture)
     torch.manual_seed(seed)
-    hf_config = model_class.config_class.from_dict(config.to_hf())
+    hf_config = model_class(config).config_class.from_dict(config.to_hf())
     for level in (hf_config, hf_config.get_text_config()):
         level.dtype = torch.float32  # the weights are made in the dtype of the config
-    model = model_class(hf_config)
+    model = model_class(config)(hf_config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):

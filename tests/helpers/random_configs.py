@@ -37,6 +37,7 @@ def configs(draw: st.DrawFn) -> Qwen35Config:
     moe = draw(st.booleans())
     if moe:
         changes |= {
+            "model_type": draw(st.sampled_from(["qwen3_5_moe_text", "qwen3_next"])),
             "num_experts": draw(st.integers(1, 4)),
             "num_experts_per_tok": 1,
             "moe_intermediate_size": draw(st.integers(1, 5)),

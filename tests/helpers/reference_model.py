@@ -1,4 +1,4 @@
-"""Transformers' Qwen3.5 as the numerical reference, with an MTP head of a few lines on top."""
+"""Transformers' model as the numerical reference, with an MTP head of a few lines on top."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen35_mcore.config.model_config import Qwen35Config
-from tests.helpers.hf_reference import modeling
+from tests.helpers.hf_reference import model_class, part_class
 
 
 def reference_model(config: Qwen35Config, seed: int = 0) -> torch.nn.Module:
@@ -17,13 +17,13 @@ def reference_model(config: Qwen35Config, seed: int = 0) -> torch.nn.Module:
     What transformers initialises to constants (norms, dt_bias, a small router) is moved off them,
     so that a wrong sign or a dropped tensor shows.
     """
-    module = modeling("qwen3_5_moe" if config.is_moe else "qwen3_5")
-    family = "Qwen3_5Moe" if config.is_moe else "Qwen3_5"
-    hf_config = getattr(module, f"{family}TextConfig")(**config.to_text_only().to_hf())
+    text = config.to_text_only()
+    text_class = model_class(text)
+    hf_config = text_class.config_class(**text.to_hf())
     hf_config._attn_implementation = "eager"
     hf_config._experts_implementation = "eager"
     torch.manual_seed(seed)
-    model = getattr(module, f"{family}ForCausalLM")(hf_config).float().eval()
+    model = text_class(hf_config).float().eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -47,9 +47,7 @@ class ReferenceMTP(torch.nn.Module):
 
     def __init__(self, model: Any, config: Qwen35Config, seed: int = 5) -> None:
         super().__init__()
-        module = modeling("qwen3_5_moe" if config.is_moe else "qwen3_5")
-        family = "Qwen3_5Moe" if config.is_moe else "Qwen3_5"
-        norm = getattr(module, f"{family}RMSNorm")
+        norm = part_class(config, "RMSNorm")
         layer_config = type(model.config)(**model.config.to_dict())
         layer_config.layer_types = ["full_attention"]
         layer_config._attn_implementation = "eager"
@@ -58,9 +56,7 @@ class ReferenceMTP(torch.nn.Module):
         self.pre_fc_norm_embedding = norm(hidden, eps)
         self.pre_fc_norm_hidden = norm(hidden, eps)
         self.fc = torch.nn.Linear(2 * hidden, hidden, bias=False)
-        self.layers = torch.nn.ModuleList(
-            [getattr(module, f"{family}DecoderLayer")(layer_config, 0)]
-        )
+        self.layers = torch.nn.ModuleList([part_class(config, "DecoderLayer")(layer_config, 0)])
         self.norm = norm(hidden, eps)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -11,6 +11,12 @@ from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters
 
+NEXT: dict[str, Any] = {
+    "model_type": "qwen3_next",
+    "rope_parameters": RopeParameters(rope_theta=10000.0),
+}
+"""Arguments of `toy_config` for Qwen3-Next."""
+
 
 def toy_config(*, moe: bool = True, **changes: Any) -> Qwen35Config:
     """Three GDN layers and one attention layer of width 64, everything small but nothing absent."""

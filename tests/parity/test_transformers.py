@@ -1,6 +1,6 @@
-"""The model is transformers' Qwen3.5: logits, losses, routing and the gradient of every parameter.
+"""The model is transformers': logits, losses, routing and the gradient of every parameter.
 
-float32 on a CPU. The configurations are drawn to be awkward; see the ids.
+Qwen3.5 and Qwen3-Next, float32 on a CPU. The configurations are drawn to be awkward; see the ids.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.helpers.reference_model import (
     reference_weights,
 )
 from tests.helpers.shards import assemble
-from tests.helpers.toys import random_tokens, toy_config
+from tests.helpers.toys import NEXT, random_tokens, toy_config
 from tests.helpers.traces import Trace, trace_forward
 from tests.helpers.training import Batch, Layout, train
 
@@ -59,6 +59,12 @@ CASES = [
         130,
     ),
     Case("moe-ratio4-mtp", toy_config(linear_num_value_heads=16, mtp_num_hidden_layers=1), 3, 77),
+    Case(
+        "next-ratio2-mtp-top5",
+        toy_config(**NEXT, num_experts=16, num_experts_per_tok=5, mtp_num_hidden_layers=1),
+        2,
+        70,
+    ),
     Case(
         "dense-mtp-tied",
         toy_config(moe=False, tie_word_embeddings=True, mtp_num_hidden_layers=1),

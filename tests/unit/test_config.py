@@ -17,10 +17,11 @@ from transformers import (
     Qwen3_5MoeConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
+    Qwen3NextConfig,
 )
 
 from qwen35_mcore.config.flavors import FLAVORS, get_flavor
-from qwen35_mcore.config.hf_keys import ALWAYS_WRITTEN, MODEL_TYPES, architecture_keys
+from qwen35_mcore.config.hf_keys import MODEL_TYPES, QWEN3_5, architecture_keys
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
@@ -33,6 +34,7 @@ HF_CLASSES = {
     "qwen3_5_text": Qwen3_5TextConfig,
     "qwen3_5_moe": Qwen3_5MoeConfig,
     "qwen3_5_moe_text": Qwen3_5MoeTextConfig,
+    "qwen3_next": Qwen3NextConfig,
 }
 
 HF_ARCHITECTURES = {
@@ -40,6 +42,51 @@ HF_ARCHITECTURES = {
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+}
+
+
+PUBLISHED_NEXT: dict[str, Any] = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "output_router_logits": False,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.57.0.dev0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
 }
 
 
@@ -51,8 +98,11 @@ class TestReading:
         for key in architecture_keys(MODEL_TYPES[model_type]):
             assert getattr(config, key) == text_level(raw)[key], key
         assert config.layer_types == (LayerKind.GDN, LayerKind.ATTENTION) * 2
+        assert config.mtp_num_hidden_layers == 1
         assert config.rope_parameters == RopeParameters(
-            rope_theta=1e7, partial_rotary_factor=0.5, mrope_section=(4, 2, 2)
+            rope_theta=1e7,
+            partial_rotary_factor=0.5,
+            mrope_section=(4, 2, 2) if config.family is QWEN3_5 else None,
         )
         assert config.is_moe == MODEL_TYPES[model_type].moe
         assert config.is_vision_language == MODEL_TYPES[model_type].nested
@@ -149,6 +199,18 @@ class TestReading:
         raw = without(text_only(), "mtp_num_hidden_layers")
         assert Qwen35Config.from_hf(raw).mtp_num_hidden_layers == 0
 
+    def test_qwen3_next_as_it_is_published(self) -> None:
+        """Old style, with a dense width that no layer has; it has an MTP layer and does not say so.
+
+        From the files of Qwen/Qwen3-Next-80B-A3B-Instruct.
+        """
+        config = Qwen35Config.from_hf(PUBLISHED_NEXT)
+        assert config.carried["intermediate_size"] == 5120
+        assert replace(config, carried={}) == get_flavor("80b-a3b")
+        for layers in (0, 1):
+            said = PUBLISHED_NEXT | {"num_nextn_predict_layers": layers}
+            assert Qwen35Config.from_hf(said).mtp_num_hidden_layers == layers
+
 
 class TestTransformers:
     @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -158,7 +220,7 @@ class TestTransformers:
         text = theirs.get_text_config()
         for key in architecture_keys(MODEL_TYPES[model_type]):
             assert getattr(text, key) == getattr(config, key), key
-        for key, value in ALWAYS_WRITTEN.items():
+        for key, value in config.family.always_written.items():
             assert getattr(text, key) == value
         assert text.layer_types == [str(kind) for kind in config.layer_types]
         assert text.rope_parameters == config.rope_parameters.to_hf()

@@ -61,7 +61,7 @@ class TestRefusals:
             with pytest.raises(ConfigError, match=f"the config lacks {key}\n"):
                 Qwen35Config.from_hf(raw)
 
-    @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_vl", "llama", "", 3, ["qwen3_5"]])
+    @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl", "llama", "", 3, ["qwen3_5"]])
     def test_another_model_type(self, name: object) -> None:
         with pytest.raises(ConfigError, match=r"not a Qwen3\.5") as caught:
             Qwen35Config.from_hf(text_only() | {"model_type": name})
@@ -80,6 +80,20 @@ class TestRefusals:
         raw["text_config"]["model_type"] = "qwen3_5_text"
         with pytest.raises(ConfigError, match="text_config is of another model_type"):
             Qwen35Config.from_hf(raw)
+
+    @pytest.mark.parametrize(
+        ("model_type", "key", "right"),
+        [
+            ("qwen3_next", "mtp_num_hidden_layers", "num_nextn_predict_layers"),
+            ("qwen3_5_moe", "num_nextn_predict_layers", "mtp_num_hidden_layers"),
+        ],
+    )
+    def test_the_mtp_key_of_another_family(self, model_type: str, key: str, right: str) -> None:
+        raw = of_type(model_type)
+        text_level(raw)[key] = 1
+        with pytest.raises(ConfigError, match=f"another key for {key}") as caught:
+            Qwen35Config.from_hf(raw)
+        assert caught.value.fix == f"rename it to {right}"
 
     def test_another_head(self) -> None:
         raw = text_only("qwen3_5_text")
@@ -101,13 +115,13 @@ class TestRefusals:
             ("is_decoder", True),
         ],
     )
-    @pytest.mark.parametrize("model_type", ["qwen3_5_moe", "qwen3_5_moe_text"])
-    def test_a_value_that_this_family_does_not_have(
+    @pytest.mark.parametrize("model_type", ["qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"])
+    def test_a_value_that_no_published_model_has(
         self, model_type: str, key: str, value: object
     ) -> None:
         raw = of_type(model_type)
         text_level(raw)[key] = value
-        with pytest.raises(ConfigError, match=f"{key} has a value that Qwen3.5 does not have"):
+        with pytest.raises(ConfigError, match=f"{key} has a value that no published model has"):
             Qwen35Config.from_hf(raw)
 
     @pytest.mark.parametrize(

@@ -11,13 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
 from qwen35_mcore.config.counts import Count, count_parameters, layer_parameters
 from qwen35_mcore.config.flavors import FLAVORS, get_flavor
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
-from tests.helpers.hf_reference import modeling
+from tests.helpers.hf_reference import model_class
 from tests.helpers.kinds import examples
 
 # component of a transformers parameter, by the first of these that its name contains
@@ -36,11 +35,9 @@ COMPONENTS = {
 
 def transformers_sizes(config: Qwen35Config) -> dict[str, int]:
     """Parameters of transformers' model by component, built without memory."""
-    module, family = ("qwen3_5_moe", "Qwen3_5Moe") if config.is_moe else ("qwen3_5", "Qwen3_5")
-    config_class = Qwen3_5MoeTextConfig if config.is_moe else Qwen3_5TextConfig
-    model_class = getattr(modeling(module), f"{family}ForCausalLM")
+    one = model_class(config)
     with torch.device("meta"):
-        model = model_class(config_class(**config.to_hf()))
+        model = one(one.config_class(**config.to_hf()))
     sizes = dict.fromkeys(COMPONENTS.values(), 0)
     for name, parameter in model.named_parameters():
         part = next(part for key, part in COMPONENTS.items() if key in name)
@@ -135,6 +132,17 @@ def test_moe_names_say_total_and_active(name: str, total: int, active: int) -> N
     counts = count_parameters(get_flavor(name))
     assert round(counts.total_without_mtp / 1e9) == total
     assert round(counts.active / 1e9) == active
+
+
+def test_qwen3_next_says_what_its_model_card_says() -> None:
+    """80 B in all, 79 B without the two tables, of which 3 B are active; and what the Hub counts in
+    the files of Qwen/Qwen3-Next-80B-A3B-Instruct."""
+    counts = count_parameters(get_flavor("80b-a3b"))
+    tables = counts.embedding.total + counts.output.total
+    assert counts.total == 81_324_862_720
+    assert round(counts.total_without_mtp / 1e9) == 80
+    assert round((counts.total_without_mtp - tables) / 1e9) == 79
+    assert round((counts.active - tables) / 1e9) == 3
 
 
 @pytest.mark.parametrize(

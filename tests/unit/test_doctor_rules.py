@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from qwen35_mcore.doctor.kernel_paths import imagined_paths, kernel_findings, training_paths
+from qwen35_mcore.config.flavors import FLAVORS
+from qwen35_mcore.doctor.kernel_paths import MODEL, imagined_paths, kernel_findings, training_paths
 from qwen35_mcore.doctor.rules import SLOW_SWITCHES, judge
 from qwen35_mcore.doctor.snapshot import Finding, Gpu, Level, Package, Snapshot
 from tests.helpers.machines import (
@@ -31,6 +32,12 @@ def test_nothing_is_wrong_with_a_sound_gpu_machine() -> None:
 
 def test_nothing_is_wrong_with_a_machine_without_gpu() -> None:
     assert findings(LAPTOP) == {}
+
+
+def test_kernels_are_judged_by_the_head_dimensions_of_every_published_size() -> None:
+    published = [config for name, config in FLAVORS.items() if not name.startswith("tiny")]
+    dims = {(c.linear_key_head_dim, c.linear_value_head_dim, c.head_dim) for c in published}
+    assert dims == {(MODEL.linear_key_head_dim, MODEL.linear_value_head_dim, MODEL.head_dim)}
 
 
 ERRORS = {

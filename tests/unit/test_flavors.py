@@ -18,6 +18,7 @@ DENSE = {
     "27b": (5120, 64, 24, 4, 17408, 48, False),
 }
 # hidden, layers, heads, kv heads, GDN value heads, experts, top-k, expert width
+NEXT = {"80b-a3b": (2048, 48, 16, 2, 32, 512, 10, 512)}
 MOE = {
     "35b-a3b": (2048, 40, 16, 2, 32, 256, 8, 512),
     "122b-a10b": (3072, 48, 32, 2, 64, 256, 8, 1024),
@@ -28,7 +29,7 @@ TINY = ("tiny-dense", "tiny-moe")
 
 
 def test_the_table_is_complete() -> None:
-    assert set(FLAVORS) == {*DENSE, *MOE, *TINY}
+    assert set(FLAVORS) == {*DENSE, *MOE, *NEXT, *TINY}
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -47,7 +48,7 @@ def test_dense_sizes(name: str) -> None:
     assert not c.is_moe
 
 
-@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("name", [*MOE, *NEXT])
 def test_moe_sizes(name: str) -> None:
     c = FLAVORS[name]
     assert (
@@ -59,23 +60,24 @@ def test_moe_sizes(name: str) -> None:
         c.num_experts,
         c.num_experts_per_tok,
         c.moe_intermediate_size,
-    ) == MOE[name]
-    assert c.model_type == "qwen3_5_moe_text"
+    ) == (MOE | NEXT)[name]
+    assert c.model_type == ("qwen3_next" if name in NEXT else "qwen3_5_moe_text")
     assert c.is_moe
     assert c.shared_expert_intermediate_size == c.moe_intermediate_size
     assert not c.tie_word_embeddings
 
 
-@pytest.mark.parametrize("name", [*DENSE, *MOE])
+@pytest.mark.parametrize("name", [*DENSE, *MOE, *NEXT])
 def test_what_all_published_sizes_share(name: str) -> None:
     c = FLAVORS[name]
     assert interval_of(c.layer_types) == 4
-    assert (c.vocab_size, c.head_dim, c.rotary_dim, c.rms_norm_eps) == (248320, 256, 64, 1e-6)
+    assert (c.head_dim, c.rotary_dim, c.rms_norm_eps) == (256, 64, 1e-6)
+    assert c.vocab_size == (151936 if name in NEXT else 248320)
     assert (c.linear_key_head_dim, c.linear_value_head_dim) == (128, 128)
     assert (c.linear_num_key_heads, c.linear_conv_kernel_dim) == (16, 4)
     assert c.mtp_num_hidden_layers == 1
     assert c.rope_theta == 1e7
-    assert c.rope_parameters.mrope_section == (11, 11, 10)
+    assert c.rope_parameters.mrope_section == (None if name in NEXT else (11, 11, 10))
     if name != "397b-a19b":
         assert c.max_position_embeddings == 262144
         assert c.yarn is None
@@ -111,6 +113,9 @@ def test_tiny_flavors_have_every_mechanism(name: str) -> None:
         ("Qwen/Qwen3.5-35B-A3B-Base", "35b-a3b"),
         ("Qwen3.6-35B-A3B", "35b-a3b"),
         ("397B_A19B", "397b-a19b"),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", "80b-a3b"),
+        ("Qwen3-Next-80B-A3B-Thinking", "80b-a3b"),
+        ("qwen3_next_80b_a3b", "80b-a3b"),
         (" Qwen/Qwen3.5-0.8B ", "0.8b"),
         ("Tiny_MoE", "tiny-moe"),
     ],
@@ -128,7 +133,13 @@ def test_a_typo_is_answered_with_the_nearest_name_and_the_list() -> None:
     assert all(name in str(caught.value) for name in FLAVORS)
 
 
-@pytest.mark.parametrize("name", ["", "qwen3.6-9b", "qwen3-35b-a3b", "Qwen/Qwen3.5-tiny-moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "qwen3.6-9b", "qwen3-35b-a3b", "Qwen/Qwen3.5-tiny-moe"),
+        *("Qwen3.5-80B-A3B", "Qwen3-Next-35B-A3B", "Qwen/Qwen3-Next-80B-A3B-Instruct-FP8"),
+    ],
+)
 def test_models_that_do_not_exist_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="no such flavor"):
         get_flavor(name)

@@ -49,6 +49,14 @@ def test_512_gpus_in_under_ten_seconds() -> None:
     assert result["calibration"] == default_calibration("h100-80g").source
 
 
+def test_qwen3_next_is_planned() -> None:
+    model = ("--flavor", "80b-a3b", "--gpus", "32", "--global-batch-size", "512")
+    done = run(*model, "--explain", "pp=4,ep=8,recompute=full", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)["plan"]
+    assert (plan["dp"], plan["pipeline_layout"][-2:]) == (8, "mL")
+
+
 def test_tables_say_what_they_rest_on() -> None:
     done = run(*PINNED)
     assert done.returncode == 0, done.stderr

@@ -44,6 +44,27 @@ def test_import_export_load_generate_and_import_again(tmp_path: Path, member: st
     assert json.loads(ok(ckpt("inspect", back, "--json")).out)["mtp"] is mtp
 
 
+def test_qwen3_next_whose_config_does_not_mention_the_mtp_layer(tmp_path: Path) -> None:
+    """As it is published the layer is there; transformers drops it when it saves."""
+    source, saved = tmp_path / "hf", tmp_path / "saved"
+    write_toy(source, "qwen3_next")
+    config = json.loads((source / "config.json").read_text())
+    del config["num_nextn_predict_layers"]
+    (source / "config.json").write_text(json.dumps(config))
+    ok(ckpt("import", source, tmp_path / "m"))
+    ok(ckpt("export", tmp_path / "m", tmp_path / "back"))
+    assert read_all(tmp_path / "back").keys() == read_all(source).keys()
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+
+    load_pretrained(source).save_pretrained(saved)
+    refused(ckpt("import", saved, tmp_path / "again"), "also where it is not said", "--no-mtp")
+    ok(ckpt("import", saved, tmp_path / "again", "--no-mtp"))
+    ok(ckpt("export", tmp_path / "again", tmp_path / "without"))
+    said = json.loads((tmp_path / "without" / "config.json").read_text())
+    assert said["num_nextn_predict_layers"] == 0
+    ok(ckpt("import", tmp_path / "without", tmp_path / "third"))
+
+
 def saved_as_text(source: Path, folder: Path) -> None:
     """The usual way of text-only fine-tuning: the text class of a vision-language folder."""
     load_pretrained(source, text_only=True).save_pretrained(folder)

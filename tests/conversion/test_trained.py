@@ -16,7 +16,7 @@ from checkpoint_tools.mcore.read import MegatronCheckpoint
 from checkpoint_tools.table.names import Naming, rows
 from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ok
-from tests.helpers.hf_reference import load_pretrained, modeling
+from tests.helpers.hf_reference import load_pretrained, model_class
 from tests.helpers.hf_toy import read_all, write_toy
 from tests.helpers.pretrain_runs import script_server
 
@@ -54,8 +54,7 @@ class World:
 
     def transformers_loss(self, folder: Path) -> float:
         """Mean cross entropy of the validation set in transformers, computed in float32."""
-        module = modeling("qwen3_5_moe")
-        model = module.Qwen3_5MoeForConditionalGeneration.from_pretrained(folder).float().eval()
+        model = model_class(self.config).from_pretrained(folder).float().eval()
         tokens = torch.tensor(list((self.root / "valid.txt").read_bytes()))
         rows = torch.stack([tokens[i * LENGTH :][: LENGTH + 1] for i in range(SAMPLES)])
         with torch.no_grad():
@@ -64,12 +63,10 @@ class World:
         return float(torch.nn.functional.cross_entropy(flat, rows[:, 1:].reshape(-1)))
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def make_world(root: Path, kind: str) -> World:
     from qwen35_mcore.data import tokenize
 
-    root = tmp_path_factory.mktemp("trained")
-    config = write_toy(root / "hf", "qwen3_5_moe", dtype=torch.float32, vocab_size=512)
+    config = write_toy(root / "hf", kind, dtype=torch.float32, vocab_size=512)
     letters = random.Random(0)
     words = ["".join(letters.choices("abcdefgh", k=5)) for _ in range(40)]
     for name, samples in (("train", 5 * SAMPLES), ("valid", SAMPLES)):
@@ -86,6 +83,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         )
     ok(ckpt("import", root / "hf", root / "m"))
     return World(root, config)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("trained"), "qwen3_5_moe")
 
 
 def validation_loss(log: str) -> float:
@@ -124,6 +126,15 @@ def test_transformers_sees_the_loss_that_megatron_logged(
     assert len(changed) > 0.8 * sum("visual" not in name for name in before)
     assert not any("visual" in name for name in changed)
     assert world.transformers_loss(tmp_path / "hf") == pytest.approx(logged, rel=1e-6)
+
+
+@pytest.mark.exhaustive
+def test_so_it_does_of_qwen3_next(tmp_path: Path) -> None:
+    world = make_world(tmp_path, "qwen3_next")
+    logged = validation_loss(world.train(tmp_path / "run", f"--lr 1e-2 {PARALLEL}", 4))
+    result = export(world, tmp_path / "run", tmp_path / "back", "--dtype", "float32")
+    assert result.keys() == read_all(world.source).keys()
+    assert world.transformers_loss(tmp_path / "back") == pytest.approx(logged, rel=1e-6)
 
 
 def test_training_writes_the_states_that_import_writes(trained: tuple[Path, float]) -> None:

@@ -181,7 +181,7 @@ def _account(text: Mapping[str, Any], kind: ModelType) -> dict[str, Any]:
             raise ConfigError(
                 f"model_type {kind.text_model_type} has another key for {key}",
                 got=value,
-                fix=f"rename it to {kind.family.mtp_key}",
+                fix=f"write it as {kind.family.mtp_key} alone",
             )
         if key in unused:
             _check_unused(key, value)

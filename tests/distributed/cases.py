@@ -14,11 +14,7 @@ from tests.helpers.training import Layout
 
 MOE: dict[str, Any] = {"mtp_num_hidden_layers": 1}
 DENSE: dict[str, Any] = {"moe": False, "mtp_num_hidden_layers": 1, "tie_word_embeddings": True}
-QWEN3_NEXT: dict[str, Any] = NEXT | {
-    "num_experts": 16,
-    "num_experts_per_tok": 5,
-    "mtp_num_hidden_layers": 1,
-}
+QWEN3_NEXT: dict[str, Any] = NEXT | {"mtp_num_hidden_layers": 1}
 PLAIN: dict[str, Any] = {}  # MoE without MTP
 ODD: dict[str, Any] = {
     "num_hidden_layers": 5,

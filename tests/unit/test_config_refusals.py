@@ -93,7 +93,7 @@ class TestRefusals:
         text_level(raw)[key] = 1
         with pytest.raises(ConfigError, match=f"another key for {key}") as caught:
             Qwen35Config.from_hf(raw)
-        assert caught.value.fix == f"rename it to {right}"
+        assert caught.value.fix == f"write it as {right} alone"
 
     def test_another_head(self) -> None:
         raw = text_only("qwen3_5_text")

@@ -19,7 +19,7 @@ from qwen35_mcore.config.layer_pattern import pattern_from_interval, pattern_fro
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen35Config(ModelFields):
-    """A Qwen3.5 (or Qwen3.6) text model, dense or mixture-of-experts.
+    """A Qwen3.5, Qwen3.6 or Qwen3-Next text model, dense or mixture-of-experts.
 
     Immutable and hashable; derive variants with ``dataclasses.replace``, which checks them again.
 

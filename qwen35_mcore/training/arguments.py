@@ -22,6 +22,7 @@ from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.kernels.registry import KERNELS
 from qwen35_mcore.mcore import cpu_mode, imports
 from qwen35_mcore.mcore.megatron_errors import as_config_errors, raise_instead_of_usage
+from qwen35_mcore.model.build import DECODERS
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, architecture_arguments
 from qwen35_mcore.parallel.layout import GDN_CONTEXT_PARALLEL
 from qwen35_mcore.training.carried_files import take_over
@@ -35,6 +36,7 @@ from qwen35_mcore.training.checks.resume import check_resume
 from qwen35_mcore.training.checks.resume_schedule import schedule_of_flags
 from qwen35_mcore.training.checks.run import check_flags, check_run
 from qwen35_mcore.training.choices import AUTO, choose_dispatcher, cross_entropy_default
+from qwen35_mcore.training.decoder import take_hybrid_pattern
 from qwen35_mcore.training.flags import check_classes_while_parsing
 
 
@@ -88,7 +90,8 @@ def read_flags(
     """megatron's namespace: its defaults, `run_defaults` for the model, and the flags.
 
     Raises:
-        ConfigError: a flag that does not exist, or whose class refuses it.
+        ConfigError: a flag that does not exist, or whose class refuses it; see also
+            `take_hybrid_pattern`.
     """
     on_cpu = cpu_mode.is_needed() if on_cpu is None else on_cpu
 
@@ -105,7 +108,9 @@ def read_flags(
         return parser
 
     with _argv(argv):
-        return imports.parse_args(add_ours)
+        args = imports.parse_args(add_ours)
+    take_hybrid_pattern(args, model_config)
+    return args
 
 
 def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
@@ -217,6 +222,14 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default=[],
         metavar="KEY=VALUE",
         help="Change the model: a Hugging Face field and a JSON value, e.g. num_experts=64.",
+    )
+    group.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        default=DECODERS[0],
+        help="Which of Megatron's models assembles the layers: GPTModel or HybridModel. Weights, "
+        "losses and checkpoints are the same. With hybrid, --hybrid-layer-pattern can end a "
+        "pipeline stage between a token mixer and its feed-forward.",
     )
     group.add_argument(
         "--gdn-kernel",

@@ -167,12 +167,6 @@ class Qwen35HybridModel(Corrections, HybridModel):
         """GPTModel's, key by key: a half is saved under the number of its layer."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state.pop(f"{prefix}output_layer._extra_state", None)
-        mtp = f"{prefix}mtp.layers.0."  # no model has more than one
-        apply_prefix_mapping(
-            state,
-            {
-                f"{prefix}decoder.final_norm.": f"{prefix}decoder.final_layernorm.",
-                f"{mtp}mtp_model_layer.layers.0.": f"{mtp}transformer_layer.",
-            },
-        )
+        final_norm = {f"{prefix}decoder.final_norm.": f"{prefix}decoder.final_layernorm."}
+        apply_prefix_mapping(state, final_norm)
         return state

@@ -1,8 +1,7 @@
-"""megatron-core's multi-token-prediction layer: its padding mask, and what it recomputes."""
+"""megatron-core's multi-token-prediction layer, with the router's padding mask left in place."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -20,21 +19,19 @@ class MTPLayer(MultiTokenPredictionLayer):
     sequence parallelism the shapes do not fit either: the mask is a part of the sequence and the
     tokens are all of it.
 
-    In a HybridModel this layer holds a stack. Its balancing loss is logged as MTP's; megatron takes
-    it for that of the decoder's first layer. The stack is not recomputed by itself, because this
-    layer recomputes all that is in it.
+    In a HybridModel it holds one layer, as in a GPTModel. megatron builds a stack of two there: no
+    CUDA graph takes it, it is recomputed twice, and its balancing loss is logged as that of the
+    decoder's first layer.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        mtp_layer_pattern: str | None = None,
+        hybrid_submodules: Any = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        if self.mtp_layer_pattern is None:
-            return
-        stack = self.mtp_model_layer
-        stack.config = copy.copy(stack.config)
-        stack.config.recompute_granularity = None
-        for half in stack.layers:
-            if half.is_moe_layer:
-                half.is_mtp_layer = half.mlp.is_mtp_layer = half.mlp.router.is_mtp_layer = True
 
     def _get_embeddings(
         self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any

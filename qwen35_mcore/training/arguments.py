@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
 def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]) -> Qwen35Config:
     """The model of ``--flavor`` or ``--hf-config``, with every ``--override KEY=VALUE`` applied.
 
-    Values are JSON (or a bare word). Fewer ``num_hidden_layers`` than before keep the first layers.
+    Values are JSON (or a bare word); see `Qwen35Config.changed`.
 
     Raises:
         ConfigError: not exactly one of the two, an unknown key, or an impossible value.
@@ -144,12 +144,7 @@ def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]
             fix="see `qwen35 flavors` for the names",
         )
     model_config = get_flavor(flavor) if flavor else Qwen35Config.from_hf(str(hf_config))
-    changes = dict(_parse_override(item) for item in overrides)
-    layers = changes.get("num_hidden_layers")
-    if isinstance(layers, int) and "layer_types" not in changes:
-        whole = layers // len(model_config.layer_types) + 1
-        changes["layer_types"] = (model_config.layer_types * whole)[:layers]
-    return replace(model_config, **changes) if changes else model_config
+    return model_config.changed(**dict(_parse_override(item) for item in overrides))
 
 
 def _parse_override(item: str) -> tuple[str, Any]:

@@ -65,7 +65,8 @@ def main() -> int:
     try:
         prepare(args.output)
         tokenize(args.output)
-        loss = train_twice(args.output, args.iters, args.stop_at or max(1, args.iters * 5 // 8))
+        stop_at = args.stop_at or max(1, args.iters * 5 // 8)
+        loss = train_twice(args.output, args.iters, stop_at, args.decoder)
         draw_curve(args.output)
     except DemoError as error:
         console.print(f"[bold red]error:[/] {error}")
@@ -81,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to")
     parser.add_argument("--iters", type=int, default=160, help="iterations in all, at least 2")
+    parser.add_argument("--decoder", choices=("gpt", "hybrid"), default="gpt", help="see README.md")
     parser.add_argument("--stop-at", type=int, help="iteration to stop at; default: 5/8 of --iters")
     args = parser.parse_args()
     if args.iters < 2 or not 0 < (args.stop_at or 1) < args.iters:
@@ -115,9 +117,9 @@ def tokenize(output: Path) -> None:
     )
 
 
-def train_twice(output: Path, iters: int, stop_at: int) -> float:
+def train_twice(output: Path, iters: int, stop_at: int, decoder: str) -> float:
     """Train up to ``stop_at``, and from its checkpoint to ``iters``; the final validation loss."""
-    flags = ("--train-iters", iters, "--log-interval", max(1, iters // 16))
+    flags = ("--train-iters", iters, "--log-interval", max(1, iters // 16), "--decoder", decoder)
     headline("2", f"train tiny-moe with two processes and stop at iteration {stop_at} of {iters}")
     first = TrainingOutput(iters)
     run_script(output, "02_train.sh", *flags, "--exit-interval", stop_at, on_line=first)

@@ -8,14 +8,14 @@ that is the user's to fix is a `Qwen35Error`. Importing this package imports no 
     import qwen35_mcore as qwen35
 
     qwen35.initialize_model_parallel()  # this process alone, or a rank of torchrun
-    model_config = qwen35.get_flavor("tiny-moe")
+    model_config = qwen35.get_flavor(
+        "35b-a3b", num_hidden_layers=4, hidden_size=256, num_experts=16, vocab_size=1024
+    )
     # "local": plain torch, as without a GPU; leave it out for Transformer Engine
     config = qwen35.transformer_config(model_config, transformer_impl="local")
-    model = qwen35.build_model(model_config, config).cuda()
-    tokens = torch.randint(model_config.vocab_size, (1, 65), device="cuda")  # the CPU where no GPU
-    positions = torch.arange(64, device="cuda")[None]
-    losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])  # [1, 64], float32
-    losses.mean().backward()
+    print(model := qwen35.build_model(model_config, config).cuda())  # decoder="hybrid": HybridModel
+    ids = torch.arange(64, device="cuda")[None]  # tokens, positions, labels; the CPU where no GPU
+    (losses := model(ids, ids, None, labels=ids)).mean().backward()  # losses: [1, 64], float32
 
 Training runs do the first line by themselves: see `qwen35_mcore.training.pretrain`.
 """
@@ -35,6 +35,7 @@ _HOMES = {
     "transformer_config": "qwen35_mcore.model.transformer_config",
     "initialize_model_parallel": "qwen35_mcore.mcore.process_groups",
     "Qwen35Model": "qwen35_mcore.model.gpt_model",
+    "Qwen35HybridModel": "qwen35_mcore.model.hybrid_model",
     "build_model": "qwen35_mcore.model.build",
     "make_model_provider": "qwen35_mcore.model.build",
     "Qwen35Error": "qwen35_mcore.errors",

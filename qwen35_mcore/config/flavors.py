@@ -166,10 +166,13 @@ def flavor_name(name: str) -> str:
     )
 
 
-def get_flavor(name: str) -> Qwen35Config:
+def get_flavor(name: str, **changes: Any) -> Qwen35Config:
     """The config of a flavor; `name` in any spelling that `flavor_name` takes.
 
+    Args:
+        changes: as `Qwen35Config.changed` takes them.
+
     Raises:
-        ConfigError: no such flavor.
+        ConfigError: no such flavor, or an impossible value.
     """
-    return FLAVORS[flavor_name(name)]
+    return FLAVORS[flavor_name(name)].changed(**changes)

@@ -61,6 +61,18 @@ class Qwen35Config(ModelFields):
         config class reads the same values from it."""
         return hf_from_config(self)
 
+    def changed(self, **changes: Any) -> Qwen35Config:
+        """The same with other values; of another number of layers, the first, or more like them.
+
+        Raises:
+            ConfigError: a value is impossible, or two contradict each other.
+        """
+        layers = changes.get("num_hidden_layers")
+        if isinstance(layers, int) and "layer_types" not in changes:
+            whole = layers // len(self.layer_types) + 1
+            changes["layer_types"] = (self.layer_types * whole)[:layers]
+        return replace(self, **changes) if changes else self
+
     def to_text_only(self) -> Qwen35Config:
         """The same text model without the vision-language wrapper."""
         return replace(self, model_type=self.text_model_type, carried_outer={})

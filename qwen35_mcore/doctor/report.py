@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qwen35_mcore.doctor.snapshot import PACKAGES, Level
 from qwen35_mcore.doctor.supervise import Examination
+from qwen35_mcore.mcore.deprecated import IN_USE
 
 STYLES = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "dim"}
 
@@ -27,6 +28,7 @@ def to_json(found: Examination) -> dict[str, Any]:
         "findings": [asdict(finding) for finding in found.findings],
         "paths": found.paths,
         "paths_on_a_hopper_gpu": found.imagined_paths,
+        "deprecated_in_use": [asdict(one) for one in IN_USE],
         "gradient_check": _finite(found.gradient_check),
         "gradient_check_skipped": found.gradient_check_skipped,
     }
@@ -75,6 +77,7 @@ def print_report(found: Examination, console: Console) -> None:
     _print_paths(
         found.imagined_paths, "code that it would use with these packages and a Hopper GPU", console
     )
+    _print_deprecated(console)
     _print_gradients(found, console)
     _print_findings(found, console)
 
@@ -98,6 +101,13 @@ def _print_paths(paths: list[dict[str, Any]], title: str, console: Console) -> N
         style = "" if path["ok"] else "red"
         console.print(_indented(f"{path['part']:{widest}}{path['path']}", style))
         console.print(Padding(Text(path["why"], "dim"), (0, 0, 0, widest + 2), expand=False))
+
+
+def _print_deprecated(console: Console) -> None:
+    console.print(Text("\nparts of megatron-core that it deprecates, still in use", "bold"))
+    for one in IN_USE:
+        console.print(_indented(f"{one.part}: {one.when}"))
+        console.print(Padding(Text(one.instead, "dim"), (0, 0, 0, 4), expand=False))
 
 
 def _print_gradients(found: Examination, console: Console) -> None:

@@ -28,6 +28,8 @@ GDN_VARIANT = "gated_delta_net"
 BASE_CLASSES = {
     "ColumnParallelLinear": "_forward_impl",
     "GPTModel": "_postprocess _preprocess",
+    "HybridModel": "",
+    "HybridStack": "",
     "LinearWithGradAccumulationAndAsyncCommunication": "backward",
     "LocalSpecProvider": "column_parallel_layer_norm_linear core_attention "
     "fuse_layernorm_and_linear grouped_mlp_modules layer_norm",
@@ -41,6 +43,7 @@ BASE_CLASSES = {
     "TopKRouter": "_apply_global_aux_loss attach_and_log_load_balancing_loss "
     "reset_global_aux_loss_tracker routing",
     "TransformerConfig": "",
+    "TransformerLayer": "",
     "VocabParallelEmbedding": "",
 }
 """The classes that the model derives from, each with its methods that the model replaces or, where
@@ -56,6 +59,9 @@ _HOMES = {
     "GPTDatasetConfig": "megatron.core.datasets.gpt_dataset",
     "GPTModel": "megatron.core.models.gpt.gpt_model",
     "GatedDeltaNetSubmodules": "megatron.core.ssm.gated_delta_net.common",
+    "HybridModel": "megatron.core.models.hybrid.hybrid_model",
+    "HybridStack": "megatron.core.models.hybrid.hybrid_block",
+    "HybridStackSubmodules": "megatron.core.models.hybrid.hybrid_block",
     "IdentityOp": "megatron.core.transformer.identity_op",
     "IndexedDatasetBuilder": "megatron.core.datasets.indexed_dataset",
     "LayerType": "megatron.core.transformer.enums",
@@ -86,6 +92,7 @@ _HOMES = {
     "TransformerLayerSubmodules": "megatron.core.transformer.transformer_layer",
     "VocabParallelEmbedding": "megatron.core.tensor_parallel",
     "YarnRotaryEmbedding": "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
+    "apply_prefix_mapping": "megatron.core.dist_checkpointing.utils",
     "compiled": "megatron.core.jit:jit_fuser",
     "convert_split_vector_to_split_matrix": (
         "megatron.core.datasets.blended_megatron_dataset_config"

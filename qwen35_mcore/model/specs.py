@@ -1,4 +1,4 @@
-"""Layer specs for megatron's TransformerBlock and MultiTokenPredictionBlock."""
+"""Layer specs for megatron's TransformerBlock, HybridStack and MultiTokenPredictionBlock."""
 
 from __future__ import annotations
 
@@ -70,24 +70,33 @@ def moe_spec(config: TransformerConfig, spec_provider: Any) -> Any:
     return functools.partial(Qwen35MoELayer, submodules=submodules)
 
 
-def layer_spec(kind: LayerKind, config: TransformerConfig, spec_provider: Any) -> ModuleSpec:
-    """One decoder layer: a token mixer of the given kind and the model's MLP or MoE."""
+def mixer_modules(kind: LayerKind, spec_provider: Any) -> dict[str, Any]:
+    """The token mixer of a layer, by the names of megatron's TransformerLayerSubmodules."""
+    mixer = gated_delta_net_spec if kind is LayerKind.GDN else gated_attention_spec
+    return {"self_attention": mixer(spec_provider), "self_attn_bda": get_bias_dropout_add}
+
+
+def feed_forward_modules(config: TransformerConfig, spec_provider: Any) -> dict[str, Any]:
+    """The model's MLP or MoE, by the names of megatron's TransformerLayerSubmodules."""
     is_moe = config.num_moe_experts is not None
     if is_moe:
         mlp = moe_spec(config, spec_provider)
     else:
         mlp = get_mlp_module_spec_for_backend(spec_provider, num_experts=None)
-    mixer = gated_delta_net_spec if kind is LayerKind.GDN else gated_attention_spec
+    return {
+        # the router and the shared expert read the normed input too, so nothing is fused there
+        "pre_mlp_layernorm": spec_provider.layer_norm(rms_norm=True) if is_moe else IdentityOp,
+        "mlp": mlp,
+        "mlp_bda": get_bias_dropout_add,
+    }
+
+
+def layer_spec(kind: LayerKind, config: TransformerConfig, spec_provider: Any) -> ModuleSpec:
+    """One decoder layer: a token mixer of the given kind and the model's MLP or MoE."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp,
-            self_attention=mixer(spec_provider),
-            self_attn_bda=get_bias_dropout_add,
-            # the router and the shared expert read the normed input too, so nothing is fused there
-            pre_mlp_layernorm=spec_provider.layer_norm(rms_norm=True) if is_moe else IdentityOp,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            **mixer_modules(kind, spec_provider), **feed_forward_modules(config, spec_provider)
         ),
     )
 
@@ -132,6 +141,16 @@ def mtp_block_spec(
         for layer in block.layer_specs:
             layer.module = MTPLayer
     return block
+
+
+def layers_of_stages(config: TransformerConfig) -> list[int]:
+    """Decoder layers of every virtual pipeline stage, in the order of the forward pass."""
+    vpp = config.virtual_pipeline_model_parallel_size
+    return [
+        len(_local_layer_ids(config, vp_stage if vpp else None, pp_rank))
+        for vp_stage in range(vpp or 1)
+        for pp_rank in range(config.pipeline_model_parallel_size)
+    ]
 
 
 def _local_layer_ids(

@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.kernels.registry import KERNELS
 from qwen35_mcore.mcore import cpu_mode, imports
 from qwen35_mcore.mcore.megatron_errors import as_config_errors, raise_instead_of_usage
+from qwen35_mcore.model.build import DECODERS
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, architecture_arguments
 from qwen35_mcore.parallel.layout import GDN_CONTEXT_PARALLEL
 from qwen35_mcore.training.carried_files import take_over
@@ -35,6 +36,7 @@ from qwen35_mcore.training.checks.resume import check_resume
 from qwen35_mcore.training.checks.resume_schedule import schedule_of_flags
 from qwen35_mcore.training.checks.run import check_flags, check_run
 from qwen35_mcore.training.choices import AUTO, choose_dispatcher, cross_entropy_default
+from qwen35_mcore.training.decoder import take_hybrid_pattern
 from qwen35_mcore.training.flags import check_classes_while_parsing
 
 
@@ -88,7 +90,8 @@ def read_flags(
     """megatron's namespace: its defaults, `run_defaults` for the model, and the flags.
 
     Raises:
-        ConfigError: a flag that does not exist, or whose class refuses it.
+        ConfigError: a flag that does not exist, or whose class refuses it; see also
+            `take_hybrid_pattern`.
     """
     on_cpu = cpu_mode.is_needed() if on_cpu is None else on_cpu
 
@@ -105,7 +108,9 @@ def read_flags(
         return parser
 
     with _argv(argv):
-        return imports.parse_args(add_ours)
+        args = imports.parse_args(add_ours)
+    take_hybrid_pattern(args, model_config)
+    return args
 
 
 def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
@@ -125,7 +130,7 @@ def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
 def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]) -> Qwen35Config:
     """The model of ``--flavor`` or ``--hf-config``, with every ``--override KEY=VALUE`` applied.
 
-    Values are JSON (or a bare word). Fewer ``num_hidden_layers`` than before keep the first layers.
+    Values are JSON (or a bare word); see `Qwen35Config.changed`.
 
     Raises:
         ConfigError: not exactly one of the two, an unknown key, or an impossible value.
@@ -139,12 +144,7 @@ def choose_model(flavor: str | None, hf_config: str | None, overrides: list[str]
             fix="see `qwen35 flavors` for the names",
         )
     model_config = get_flavor(flavor) if flavor else Qwen35Config.from_hf(str(hf_config))
-    changes = dict(_parse_override(item) for item in overrides)
-    layers = changes.get("num_hidden_layers")
-    if isinstance(layers, int) and "layer_types" not in changes:
-        whole = layers // len(model_config.layer_types) + 1
-        changes["layer_types"] = (model_config.layer_types * whole)[:layers]
-    return replace(model_config, **changes) if changes else model_config
+    return model_config.changed(**dict(_parse_override(item) for item in overrides))
 
 
 def _parse_override(item: str) -> tuple[str, Any]:
@@ -217,6 +217,14 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         default=[],
         metavar="KEY=VALUE",
         help="Change the model: a Hugging Face field and a JSON value, e.g. num_experts=64.",
+    )
+    group.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        default=DECODERS[0],
+        help="Which of Megatron's models assembles the layers: GPTModel or HybridModel. Weights, "
+        "losses and checkpoints are the same. With hybrid, --hybrid-layer-pattern can end a "
+        "pipeline stage between a token mixer and its feed-forward.",
     )
     group.add_argument(
         "--gdn-kernel",

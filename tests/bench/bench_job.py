@@ -2,14 +2,16 @@
 
     python -m tests.bench.bench_job --gpus 4 --row natural --run native+parts ours+parts ours+full
     python -m tests.bench.bench_job --gpus 2 --row natural --run ours --profile
+    python -m tests.bench.bench_job --gpus 1 --row single --run ours ours+hybrid ours+parts \
+        ours+parts+hybrid
     python -m tests.bench.bench_job --cpu
 
 A row is a job: layout, layers, microbatch and routing. A run is whose model trains it (`ours`,
 `native`), and after each + what is switched on: `parts` and `full` (CUDA graphs of parts, or one of
-the whole step), `alltoall` (instead of the dispatcher that ours would choose), `fp8`. Every run is
-printed as it ends, and appended to the --json file: the median step after the warm-up, tokens and
-model TFLOP/s per GPU, the peak of the fullest rank, the first and last loss. --profile profiles a
-late step of each run on rank 0.
+the whole step), `alltoall` (instead of the dispatcher that ours would choose), `fp8`, `hybrid` (the
+hybrid decoder, of ours alone). Every run is printed as it ends, and appended to the --json file:
+the median step after the warm-up, tokens and model TFLOP/s per GPU, the peak of the fullest rank,
+the first and last loss. --profile profiles a late step of each run on rank 0.
 
 Exit status: 0 every run trained, 1 one did not, 2 bad arguments.
 """
@@ -92,6 +94,7 @@ SWITCHES = {
     "full": "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad",
     "alltoall": "--moe-token-dispatcher-type alltoall",
     "fp8": "--fp8-format hybrid --fp8-recipe tensorwise",
+    "hybrid": "--decoder hybrid",
 }
 
 
@@ -127,7 +130,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     for run in args.run:
         model, *switches = run.split("+")
-        if model not in ("ours", "native") or not set(switches) <= SWITCHES.keys():
+        known = SWITCHES.keys() - ({"hybrid"} if model == "native" else set())
+        if model not in ("ours", "native") or not set(switches) <= known:
             raise ConfigError(
                 "no such run", got=run, allowed=f"ours or native, + any of {', '.join(SWITCHES)}"
             )
@@ -238,6 +242,15 @@ def over_native(results: Results, row: str) -> None:
         print(f"{one['name']}: {min(native) / one['ms']:.2f} times the fastest native", flush=True)
 
 
+def hybrid_over_gpt(results: Results, row: str) -> None:
+    """How much longer a step took with the hybrid decoder than with the gpt decoder."""
+    ms = {r["name"]: r["ms"] for r in results.of(row) if "ms" in r}
+    for name, gpt in ms.items():
+        hybrid = ms.get(f"{name}+hybrid")
+        if hybrid is not None:
+            print(f"{name}+hybrid: {100 * (hybrid / gpt - 1):+.1f} % over {name}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
@@ -255,6 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     for run in args.run:
         train(machine, results, ROWS[args.row][args.gpus] if on_gpus else TOY, run, args)
     over_native(results, args.row)
+    hybrid_over_gpt(results, args.row)
     return results.exit_status()
 
 

@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from tests.helpers.kinds import kinds
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -53,11 +55,13 @@ def loss_curve(examples: None) -> ModuleType:
     return loss_curve
 
 
+@pytest.mark.parametrize("decoder", kinds(("gpt", "hybrid"), ("gpt",)))
 def test_trains_resumes_and_draws(
-    tmp_path: Path, environment: dict[str, str], loss_curve: ModuleType
+    tmp_path: Path, environment: dict[str, str], loss_curve: ModuleType, decoder: str
 ) -> None:
     output = tmp_path / "demo"
-    done = run_demo(environment, "--output", output, "--iters", "4", "--stop-at", "2")
+    few = ("--iters", "4", "--stop-at", "2", "--decoder", decoder)
+    done = run_demo(environment, "--output", output, *few)
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in ("[3/4]", "iteration    3   lm loss", "final validation loss", "35b-a3b"):
         assert expected in done.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -24,6 +26,7 @@ from qwen35_mcore.doctor.snapshot import Level
 from qwen35_mcore.kernels import reference
 from qwen35_mcore.kernels.base import DeltaRuleInputs
 from qwen35_mcore.kernels.torch_kernels import TorchKernels
+from qwen35_mcore.mcore.deprecated import IN_USE, Deprecated
 from qwen35_mcore.versions import MEGATRON_CORE, PYTHON, TRANSFORMER_ENGINE
 from tests.helpers.machines import kernels
 
@@ -214,3 +217,15 @@ def test_a_step_that_fails_is_a_finding_and_the_next_one_still_runs() -> None:
     found = supervise._collect(lines, "the end", None, True)
     assert not found.ok
     assert found.findings[0].what.endswith("ImportError: No module named 'pyarrow'")
+
+
+@pytest.mark.parametrize("one", IN_USE, ids=lambda one: one.part)
+def test_megatron_deprecates_what_the_report_lists(one: Deprecated) -> None:
+    """The installed release says so in the module that is named."""
+    file = importlib.metadata.distribution("megatron-core").locate_file(
+        f"{one.module.replace('.', '/')}.py"
+    )
+    assert one.says in Path(str(file)).read_text()
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_report(supervise.Examination(), console)
+    assert f"{one.part}: {one.when}" in console.export_text()

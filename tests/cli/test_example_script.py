@@ -1,10 +1,15 @@
-"""examples/pretrain_qwen35.py: it trains as the package does, and what is put into it trains."""
+"""Scripts of examples/: they train as the package does, and what is put into them trains."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from typing import Any
+
+import pytest
 
 from tests.cli.test_pretrain_errors import ROOT, flags
 from tests.helpers.pretrain_runs import script_server
@@ -62,3 +67,21 @@ def test_a_loss_and_datasets_of_ones_own() -> None:
     mine, output = losses(one_of_my_own, "my loss")
     assert "my datasets of 4 samples" in output
     assert mine[0] == losses()[0][0] / 2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("decoder", ["gpt", "hybrid"])
+def test_every_layer_pattern_learns(decoder: str) -> None:
+    """A uniform guess has a loss of 4.16; mixed layers are far below it after 60 steps."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/layer_pattern.py", "--steps", "60", "--decoder", decoder],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\S.*?) +(\d\.\d\d) +\d+$", done.stdout, flags=re.M)
+    assert len(rows) == 4, done.stdout
+    assert all(float(loss) < 4.15 for _, loss in rows)
+    assert min(float(loss) for _, loss in rows) < 3.6

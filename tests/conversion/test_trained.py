@@ -18,6 +18,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.hf_reference import load_pretrained, model_class
 from tests.helpers.hf_toy import read_all, write_toy
+from tests.helpers.kinds import kinds
 from tests.helpers.pretrain_runs import script_server
 
 LENGTH, SAMPLES, STEPS = 64, 8, 5
@@ -108,11 +109,12 @@ def test_the_untrained_import_has_transformers_loss(world: World, tmp_path: Path
     assert validation_loss(log) == pytest.approx(world.transformers_loss(world.source), rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def trained(world: World) -> tuple[Path, float]:
+@pytest.fixture(scope="module", params=kinds(("gpt", "hybrid"), ("gpt",)))
+def trained(request: pytest.FixtureRequest, world: World) -> tuple[Path, float]:
     """A float32 run at TP2 PP2 EP2 and the validation loss that Megatron logged at its end."""
-    log = world.train(world.root / "run", f"--lr 1e-2 {PARALLEL}", 4)
-    return world.root / "run", validation_loss(log)
+    run = world.root / request.param
+    log = world.train(run, f"--lr 1e-2 --decoder {request.param} {PARALLEL}", 4)
+    return run, validation_loss(log)
 
 
 def test_transformers_sees_the_loss_that_megatron_logged(

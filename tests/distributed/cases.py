@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tests.helpers.distributed import worker_pool
@@ -143,13 +144,48 @@ CASES += [
     Case("PP2, Qwen3-Next", 2, Layout(pp=2), QWEN3_NEXT),
 ]
 
+HYBRID = [
+    *(
+        replace(case, name=f"{case.name}, hybrid", layout=replace(case.layout, decoder="hybrid"))
+        for case in CASES
+    ),
+    *(
+        Case(name, world, replace(layout, decoder="hybrid"), model)
+        for name, world, layout, model in [
+            ("PP2, cut inside a layer", 2, Layout(pp=2, pattern="GEGEG|E*E/*E"), MOE),
+            ("PP2, the last stage a feed-forward", 2, Layout(pp=2, pattern="GEGEGE*|E/*E"), MOE),
+            ("PP2, embedding alone", 2, Layout(pp=2, pattern="|GEGEGE*E/*E"), MOE),
+            (
+                "PP2 x VPP2, cut inside layers, tied embeddings",
+                2,
+                Layout(pp=2, vpp=2, pattern="G-G|-|G-*|-/*-"),
+                DENSE,
+            ),
+            (
+                "PP2 x EP2, cut inside a layer, full recompute",
+                2 * 2,
+                Layout(pp=2, ep=2, pattern="GEGEG|E*E/*E", run=FULL_RECOMPUTE),
+                MOE,
+            ),
+        ]
+    ),
+    Case(
+        "CP2 x PP2, cut inside a layer, documents, hybrid",
+        4,
+        Layout(cp=2, pp=2, packed=True, decoder="hybrid", pattern="GEGEG|E*E/*E"),
+        MOE,
+        masked=True,
+    ),
+]
+"""The same with the hybrid decoder, each against the gpt decoder in one process."""
+
 
 def main() -> None:
     """Print the table of differences in markdown."""
     pool = worker_pool()
     print("| mode | ranks | largest loss difference of a token | largest gradient difference |")
     print("| --- | --- | --- | --- |")
-    for case in CASES:
+    for case in CASES + HYBRID:
         d = compare(pool, case)
         print(f"| {case.name} | {case.world} | {d.token_loss:.1e} | {d.gradient:.1e} |", flush=True)
     pool.close()

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed.cases import CASES
+from tests.distributed.cases import CASES, HYBRID
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.equivalence import Case, compare
 from tests.helpers.kinds import kinds
@@ -34,9 +34,12 @@ KINDS = (
     "CP2 x TP2, documents",
     "EP2, Qwen3-Next",
 )
+HYBRID_KINDS = ("TP2 x EP2, global_aux_loss, hybrid", "PP2, cut inside a layer")
 
 
-@pytest.mark.parametrize("case", kinds(CASES, KINDS, lambda case: case.name))
+@pytest.mark.parametrize(
+    "case", kinds(CASES + HYBRID, KINDS + HYBRID_KINDS, lambda case: case.name)
+)
 def test_equals_serial(case: Case, pool: WorkerPool) -> None:
     difference = compare(pool, replace(case, steps=STEPS))
     assert difference.token_loss <= TOKEN_LOSS_TOLERANCE

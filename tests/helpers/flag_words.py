@@ -36,6 +36,7 @@ def checking_parser(model_config: Qwen35Config, *, on_cpu: bool) -> ArgumentPars
     parser = megatron_parser()
     raise_instead_of_usage(parser)
     flags = [action.dest for action in parser._actions]
+    parser.add_argument("--decoder", default="gpt")
     parser.add_argument("--gdn-kernel", default="auto")
     parser.add_argument("--moe-experts", default="auto")
     parser.set_defaults(

@@ -60,6 +60,8 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     stages: str | None = None  # megatron's pipeline_model_parallel_layout
+    decoder: str = "gpt"
+    pattern: str | None = None  # of the hybrid decoder, with its cuts
     cp: int = 1
     ep: int = 1
     etp: int = 1
@@ -174,8 +176,11 @@ def _flags(layout: Layout) -> list[str]:
         "--lr": 1e-3,
         "--seq-length": 64,
         "--cuda-graph-impl": "none",
+        "--decoder": layout.decoder,
     }
-    if layout.stages:
+    if layout.pattern:
+        flags["--hybrid-layer-pattern"] = layout.pattern
+    elif layout.stages:
         flags["--pipeline-model-parallel-layout"] = layout.stages
     elif layout.vpp:
         flags["--num-virtual-stages-per-pipeline-rank"] = layout.vpp
@@ -209,7 +214,13 @@ def build_chunks(
         first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         chunk = build_model(
-            model_config, config, pre_process=first, post_process=last, vp_stage=vp_stage
+            model_config,
+            config,
+            decoder=layout.decoder,
+            hybrid_layer_pattern=layout.pattern,
+            pre_process=first,
+            post_process=last,
+            vp_stage=vp_stage,
         )
         chunks.append(chunk.cuda())
     return chunks

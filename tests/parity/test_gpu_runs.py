@@ -104,6 +104,22 @@ def test_graphed_and_eager_losses_agree(train: Train, saved: tuple[Path, Log], k
         assert graphed["lm loss"][step] == pytest.approx(eager["lm loss"][step], rel=1e-2), step
 
 
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_the_hybrid_decoder_trains_as_the_gpt_decoder_does(
+    train: Train, saved: tuple[Path, Log], kind: str
+) -> None:
+    """From its checkpoint, eagerly and in graphs."""
+    folder, gpt = saved
+    source = ("--decoder", "hybrid", "--load", folder, "--ckpt-step", HALF)
+    eager = train(*source)
+    graphed = train(
+        *source, "--cuda-graph-impl", kind, "--cuda-graph-warmup-steps", "1", *GRAPHS[kind]
+    )
+    for name in ("lm loss", "mtp_1 loss", "grad-norm"):
+        assert eager[name][HALF + 1] == pytest.approx(gpt[name][HALF + 1], rel=1e-3), name
+        assert graphed[name][HALF + 2] == pytest.approx(eager[name][HALF + 2], rel=1e-2), name
+
+
 def test_recomputation_changes_no_more_than_another_run_does(
     train: Train, saved: tuple[Path, Log]
 ) -> None:

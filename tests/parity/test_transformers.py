@@ -16,6 +16,7 @@ from checkpoint_tools.table.names import hf_to_mcore
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
 from tests.helpers.distributed import WorkerPool
+from tests.helpers.kinds import kinds
 from tests.helpers.reference_model import (
     ReferenceMTP,
     reference_loss,
@@ -38,6 +39,7 @@ class Case:
     config: Qwen35Config
     batch: int
     length: int
+    decoder: str = "gpt"
 
 
 GDN, ATTENTION = "linear_attention", "full_attention"
@@ -112,6 +114,9 @@ CASES = [
 ]
 
 
+HYBRID = [replace(case, name=f"{case.name}-hybrid", decoder="hybrid") for case in CASES]
+
+
 @dataclass
 class Comparison:
     """Both sides of one case; gradients by checkpoint key."""
@@ -123,7 +128,10 @@ class Comparison:
     gradients: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # ours, fp32, fp64
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(
+    scope="module",
+    params=kinds(CASES + HYBRID, [case.name for case in CASES], lambda case: case.name),
+)
 def comparison(request: pytest.FixtureRequest, pool: WorkerPool) -> Comparison:
     """Run one case on both sides, once for all the tests below."""
     case: Case = request.param
@@ -141,13 +149,21 @@ def comparison(request: pytest.FixtureRequest, pool: WorkerPool) -> Comparison:
         for key, value in hf_to_mcore(config, reference_weights(model, mtp)).items()
     }
     [ours] = pool.run(
-        trace_forward, 1, config=config, layout=Layout(), weights=weights, tokens=tokens[:, :-1]
+        trace_forward,
+        1,
+        config=config,
+        layout=Layout(decoder=case.decoder),
+        weights=weights,
+        tokens=tokens[:, :-1],
     )
     [result] = pool.run(
         train,
         1,
         model_config=config,
-        layout=Layout(run={"moe_router_load_balancing_type": "none"}),  # the reference has none
+        layout=Layout(
+            decoder=case.decoder,
+            run={"moe_router_load_balancing_type": "none"},  # the reference has none
+        ),
         weights=weights,
         batches=[Batch(tokens)],
         micro_batch_size=case.batch,

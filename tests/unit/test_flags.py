@@ -36,7 +36,7 @@ REFUSED = [
 ]
 NEEDY = [(flag, row) for flag, rows in TABLE.items() for row in rows if row.needs]
 TESTS = Path(__file__).parents[1]
-OURS = ("gdn_kernel", "moe_experts")
+OURS = ("decoder", "gdn_kernel", "moe_experts")
 
 
 @functools.cache
@@ -126,6 +126,19 @@ def test_advice_about_what_a_flag_needs(flag: str, row: Row) -> None:
         (
             ["--lr-warmup-fraction", "0.1", "--lr-warmup-iters", "2"],
             ["pass --lr-warmup-iters 0 as well, or drop --lr-warmup-fraction"],
+        ),
+        (["--hybrid-layer-pattern", "GE"], ["pass --decoder hybrid as well, or drop --hybrid-lay"]),
+        (
+            ["--decoder", "hybrid", "--cpu-offloading-num-layers", "2"],
+            ["--cpu-offloading-num-layers needs --decoder gpt", "or drop --cpu-offloading"],
+        ),
+        (
+            ["--decoder", "hybrid", "--fp8-format", "e4m3", "--first-last-layers-bf16"],
+            ["--first-last-layers-bf16 needs --decoder gpt"],
+        ),
+        (
+            ["--decoder", "hybrid", "--overlap-moe-expert-parallel-comm"],
+            ["--overlap-moe-expert-parallel-comm needs --decoder gpt"],
         ),
         (["--norm-epsilon", "1"], ["--norm-epsilon contradicts the model"]),
     ],

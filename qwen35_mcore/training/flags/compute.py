@@ -52,15 +52,24 @@ PRECISION = (
     ),
     free(
         "Megatron's own",
-        "first_last_layers_bf16 reuse_grad_buf_for_mxfp8_param_ag stream_ckpt_dequant",
+        "reuse_grad_buf_for_mxfp8_param_ag stream_ckpt_dequant",
         needs="fp8|fp4",
+    ),
+    free(
+        "Megatron's own; HybridStack counts a token mixer and its feed-forward as two layers",
+        "first_last_layers_bf16",
+        needs="decoder=gpt fp8|fp4",
     ),
     free(
         "Megatron's own",
         "num_layers_at_start_in_bf16 num_layers_at_end_in_bf16",
         needs="first_last_layers_bf16",
     ),
-    free("Transformer Engine's own", "te_precision_config_file", needs="gpu"),
+    free(
+        "Transformer Engine's own; it names modules, which HybridModel names otherwise",
+        "te_precision_config_file",
+        needs="decoder=gpt gpu",
+    ),
     no_effect("Transformer Engine scales anew in every step", "fp8_interval"),
     unsupported(
         "it is of NVIDIA's kitchen package, whose layers this model does not use",
@@ -149,9 +158,9 @@ RECOMPUTATION = (
 
 OFFLOADING = (
     free(
-        "Transformer Engine's own",
+        "Transformer Engine's own; HybridStack offloads no layer",
         "cpu_offloading_num_layers cpu_offloading_retain_pinned_cpu_buffers",
-        needs="gpu",
+        needs="decoder=gpt gpu",
     ),
     free("Megatron's own", "fine_grained_activation_offloading", needs="gpu"),
     free(

@@ -32,9 +32,8 @@ NETWORK = (
         rotary_seq_len_interpolation_factor mrope_section relative_attention_num_buckets
         relative_attention_max_distance use_mup mup_width_mult mup_base_hidden_size
         mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
-        mtp_use_repeated_layer mtp_hybrid_override_pattern is_hybrid_model hybrid_layer_pattern
-        hybrid_override_pattern heterogeneous_layers_config_path
-        heterogeneous_layers_config_encoded_json
+        mtp_use_repeated_layer mtp_hybrid_override_pattern is_hybrid_model hybrid_override_pattern
+        heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
         """,
     ),
     decided(

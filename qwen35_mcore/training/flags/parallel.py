@@ -25,10 +25,15 @@ LAYOUT = (
         """,
     ),
     free(
+        "tests/distributed/cases.py: cuts also between a token mixer and its feed-forward",
+        "hybrid_layer_pattern",
+        needs="decoder=hybrid",
+    ),
+    free(
         "tests/distributed",
         "microbatch_group_size_per_vp_stage",
         needs="num_layers_per_virtual_pipeline_stage|num_virtual_stages_per_pipeline_rank"
-        "|pipeline_model_parallel_layout",
+        "|pipeline_model_parallel_layout|hybrid_layer_pattern",
     ),
     free("Megatron's own", "use_tp_pp_dp_mapping"),
     unsupported(
@@ -79,9 +84,14 @@ COMMUNICATION = (
         """
         pipeline_model_parallel_comm_backend tp_comm_overlap nccl_ub use_sharp
         high_priority_stream_groups nccl_communicator_config_path use_ring_exchange_p2p
-        overlap_moe_expert_parallel_comm flight_recorder_dump_path
+        flight_recorder_dump_path
         """,
         needs="gpu",
+    ),
+    free(
+        "Megatron's own; HybridModel has no schedule for it",
+        "overlap_moe_expert_parallel_comm",
+        needs="decoder=gpt gpu",
     ),
     free(
         "Megatron's own",

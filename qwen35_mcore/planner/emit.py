@@ -6,10 +6,9 @@ import json
 import os
 import re
 import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.candidate import recompute_modules
@@ -178,13 +177,11 @@ def files(prediction: Prediction, folder: Path) -> dict[str, str]:
 def check_folder(folder: Path, *, overwrite: bool) -> None:
     """Whether a plan may be written there, which costs nothing to know before a search. Raises
     PlanError where the folder must not be overwritten, is a file, or cannot be written."""
-    problem = ""
-    if os.path.lexists(folder) and not folder.is_dir():
-        problem = "the folder for the plan is a file"
-    elif os.path.lexists(folder) and not overwrite:
-        problem = "the folder for the plan exists already"
-    if problem:
-        raise PlanError(problem, got=str(folder), fix="choose another one, or pass --overwrite")
+    if os.path.lexists(folder) and not (overwrite and folder.is_dir()):
+        is_folder = folder.is_dir()
+        problem = f"the folder for the plan {'exists already' if is_folder else 'is a file'}"
+        fix = "choose another one" + (", or pass --overwrite" if is_folder else "")
+        raise PlanError(problem, got=str(folder), fix=fix)
     check_writable("plan", folder / "run.sh")
 
 
@@ -195,18 +192,16 @@ def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> No
     check_folder(folder, overwrite=overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            partial.chmod(0o755)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            written = Path(scratch, folder.name)
+            written.mkdir()
             for name, text in files(prediction, folder).items():
-                (partial / name).write_text(text, encoding="utf-8")
-            (partial / "run.sh").chmod(0o755)
+                (written / name).write_text(text, encoding="utf-8")
+            (written / "run.sh").chmod(0o755)
             if not folder.exists():
-                os.rename(partial, folder)
+                written.rename(folder)
                 return
-            for file in partial.iterdir():
-                os.replace(file, folder / file.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for file in written.iterdir():
+                file.replace(folder / file.name)
     except OSError as error:
         raise cannot_write("plan", folder, error.strerror) from error

@@ -5,13 +5,16 @@ README.md says what of it overlaps.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from qwen35_mcore.config.layer_pattern import LayerKind
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.planner import activations, cost, memory
+from qwen35_mcore.planner.activations import Kept
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import all_to_all, gather, groups_of, send
 from qwen35_mcore.planner.memory import Parameters
@@ -32,70 +35,99 @@ class Part:
 
     kind: str
     parameters: Parameters
-    static_bytes: float
-    """Weights, gradients and optimizer state, held all the time."""
-    saved_bytes: float
-    """What a microbatch keeps from the forward to the backward pass, beyond the workspace."""
+    kept: Kept
+    """Of a microbatch."""
     terms: tuple[Term, ...]
+    forward_s: float
+    """All terms together, as the next."""
+    backward_s: float
 
-    @cached_property
-    def unit(self) -> Unit:
-        """As the stage search takes it."""
-        forward_s = sum(term.forward_s for term in self.terms)
-        backward_s = sum(term.backward_s for term in self.terms)
-        return Unit(forward_s, backward_s, self.static_bytes, self.saved_bytes)
+
+def kinds_of(model_config: Qwen35Config) -> str:
+    """One character for each part, in the order of the forward pass."""
+    layers = ["g" if kind is LayerKind.GDN else "a" for kind in model_config.layer_types]
+    return "".join(["E", *layers, "m" * model_config.mtp_num_hidden_layers, "L"])
+
+
+@lru_cache(maxsize=16384)
+def holds_parameters(job: Job, candidate: Candidate) -> bool:
+    """Whether all ranks together have room for weights, gradients and optimizer state."""
+    held = 0.0
+    for kind, times in Counter(kinds_of(job.model_config)).items():
+        parameters = memory.part_parameters(job.model_config, candidate, kind)
+        held += times * sum(memory.static_bytes(parameters, job, candidate))
+    room = job.usable_bytes - memory.overhead_bytes(job.gpu, job.gpus)
+    return held <= candidate.pp * room
 
 
 class Model:
     """The parts of a job's model under a candidate, whatever its virtual stages."""
 
     def __init__(self, job: Job, candidate: Candidate) -> None:
-        self.job, self.candidate = job, candidate
-        self.batch = Microbatch(job.model_config, candidate, job.seq_length)
+        self.job, self.candidate, self.kinds = job, candidate, kinds_of(job.model_config)
         self.groups = groups_of(candidate, job)
-        config = job.model_config
-        layers = ["g" if kind is LayerKind.GDN else "a" for kind in config.layer_types]
-        self.kinds = "".join(["E", *layers, "m" * config.mtp_num_hidden_layers, "L"])
-        """One character for each part, in the order of the forward pass."""
-        kept = {kind: memory.kept(self.batch, kind) for kind in dict.fromkeys(self.kinds)}
-        self.workspace_bytes = max(one.transient for one in kept.values())
+        alike = replace(candidate, pp=min(2, candidate.pp), vpp=1)
+        self.part = {kind: _part(job, alike, kind) for kind in dict.fromkeys(self.kinds)}
+        self.workspace_bytes = max(part.kept.transient for part in self.part.values())
         """Most that a backward pass needs on top of what is kept."""
         overhead = memory.overhead_bytes(job.gpu, job.gpus)
         self.capacity_bytes = job.usable_bytes - overhead - self.workspace_bytes
         """What parameters and activations may take on a GPU."""
-        self.part = {kind: self._part(kind, one.saved) for kind, one in kept.items()}
-
-    def _part(self, kind: str, saved_bytes: float) -> Part:
-        parameters = memory.part_parameters(self.job.model_config, self.candidate, kind)
-        # the loss is over when a layer's backward pass takes the workspace
-        shared = self.workspace_bytes if kind == "L" else 0.0
-        terms = tuple(self._terms(kind))
-        if self.candidate.recompute == "full" and kind not in "EL":
-            terms += tuple(Term(name, 0.0, forward_s) for name, forward_s, _ in terms)
-        return Part(
-            kind=kind,
-            parameters=parameters,
-            static_bytes=sum(memory.static_bytes(parameters, self.job, self.candidate)),
-            saved_bytes=max(0.0, saved_bytes - shared),
-            terms=terms,
-        )
 
     @cached_property
     def chain(self) -> Chain:
         """The parts as the stage search takes them, MTP and loss together."""
-        whole = len(self.kinds.rstrip("mL"))
-        runs = [*self.kinds[:whole], self.kinds[whole:]]
-
-        held = ([self.part[kind].unit for kind in run] for run in runs)
-        return Chain([Unit(*map(sum, zip(*units, strict=True))) for units in held])
+        unit, whole = {}, len(self.kinds.rstrip("mL"))
+        for kind, part in self.part.items():
+            static = sum(memory.static_bytes(part.parameters, self.job, self.candidate))
+            # the loss is over when a layer's backward pass takes the workspace
+            shared = self.workspace_bytes if kind == "L" else 0.0
+            saved = max(0.0, part.kept.saved - shared)
+            unit[kind] = Unit(part.forward_s, part.backward_s, static, saved)
+        units = [unit[kind] for kind in self.kinds]
+        return Chain([*units[:whole], Unit(*map(sum, zip(*units[whole:], strict=True)))])
 
     @cached_property
     def p2p_s(self) -> float:
         """Seconds for a microbatch's activations to the next stage."""
-        size = 2 * self.batch.own_tokens * self.job.model_config.hidden_size
+        tokens = Microbatch(self.job.model_config, self.candidate, self.job.seq_length).own_tokens
+        size = 2 * tokens * self.job.model_config.hidden_size
         return send(size, self.groups["pp"], self.job.gpu)
 
-    def _terms(self, kind: str) -> Iterator[Term]:
+
+@lru_cache(maxsize=16384)
+def _part(job: Job, candidate: Candidate, kind: str) -> Part:
+    """A part, which depends on ``pp`` only in whether there is a pipeline: candidates share it."""
+    batch = Microbatch(job.model_config, candidate, job.seq_length)
+    terms = tuple(_Times(job, batch).terms(kind))
+    if candidate.recompute == "full" and kind not in "EL":
+        terms += tuple(Term(name, 0.0, forward_s) for name, forward_s, _ in terms)
+    return Part(
+        kind=kind,
+        parameters=memory.part_parameters(job.model_config, candidate, kind),
+        kept=memory.kept(batch, kind),
+        terms=terms,
+        forward_s=sum(term.forward_s for term in terms),
+        backward_s=sum(term.backward_s for term in terms),
+    )
+
+
+@lru_cache(maxsize=16384)
+def _compute(job: Job, candidate: Candidate, part: str) -> Term:
+    batch = Microbatch(job.model_config, candidate, job.seq_length)
+    return Term("compute", *cost.seconds(part, batch, job.gpu, job.calibration))
+
+
+class _Times:
+    """Where the seconds of a microbatch in a part go."""
+
+    def __init__(self, job: Job, batch: Microbatch) -> None:
+        self.job, self.batch, self.candidate = job, batch, batch.candidate
+        self.groups = groups_of(batch.candidate, job)
+        # of what changes no part's computing, so that candidates share it
+        self.alone = replace(batch.candidate, pp=1, recompute="none")
+
+    def terms(self, kind: str) -> Iterator[Term]:
         config = self.job.model_config
         losses = 1 + config.mtp_num_hidden_layers
         if kind in "EL":
@@ -123,10 +155,7 @@ class Model:
                 yield self._compute("embedding")  # its own copy
 
     def _compute(self, part: str) -> Term:
-        # what does not change it is left out, so that candidates share what was worked out
-        sizes = replace(self.candidate, pp=1, vpp=1, recompute="none")
-        batch = replace(self.batch, candidate=sizes)
-        return Term("compute", *_seconds(part, batch, self.job.gpu, self.job.calibration))
+        return _compute(self.job, self.alone, part)
 
     def _tp(self, forward: int, backward: int) -> Term:
         """The residual stream, gathered or scattered over TP so many times."""
@@ -147,6 +176,3 @@ class Model:
         over_ep = all_to_all(sent, self.groups["ep"], self.job.gpu)
         over_etp = gather(sent * self.candidate.etp, self.groups["etp"], self.job.gpu)
         return Term("ep", *2 * [2 * (over_ep + over_etp)])
-
-
-_seconds = lru_cache(maxsize=4096)(cost.seconds)

@@ -15,7 +15,7 @@ from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.folders import cannot_write, check_writable
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction
-from qwen35_mcore.planner.report import short_stage
+from qwen35_mcore.planner.report import even_split, short_stage
 
 FORMATS = (".png", ".svg")
 _INK, _MUTED, _IDLE, _AFTER, _LIMIT = "#1f2430", "#6b7280", "#eef0f3", "#6d597a", "#c1121f"
@@ -109,9 +109,7 @@ def _figure(figure_class: Any, prediction: Prediction) -> Any:
     interleaved = f"{candidate.vpp} chunks each, interleaved" if candidate.vpp > 1 else "1F1B"
     facts = [f"step {prediction.step_s:.2f} s", f"bubble {prediction.bubble:.2f}"]
     facts += [f"{candidate.pp} ranks", interleaved, f"{prediction.microbatches} microbatches"]
-    if prediction.even is not None and candidate.pp > 1:
-        even = prediction.even_split_step_s
-        facts += ["the even split does not fit" if even is None else f"split evenly {even:.2f} s"]
+    facts += even_split(prediction)
     title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
     lines = [title, "   ·   ".join(facts), *wrap(prediction.pipeline_layout, 150)]
     left = {"x": 0.01, "ha": "left", "size": 11, "color": _INK}

@@ -7,7 +7,6 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from qwen35_mcore.config.flops import training_flops
-from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.stages import write_pipeline_layout
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.communication import Group, gather
@@ -57,18 +56,10 @@ class Prediction:
 
     @cached_property
     def splits(self) -> Splits:
-        """The ways to split the model, which may have been made for another ``vpp``. Raises
-        PlanError for more stages than parts."""
+        """The ways to split the model, which may have been made for another ``vpp``."""
         shape = Shape(pp=self.candidate.pp, vpp=self.candidate.vpp, microbatches=self.microbatches)
-        chain = self.model.chain
-        if chain.total < shape.stages:
-            raise PlanError(
-                "there are more virtual stages than layers for them",
-                got=f"pp {shape.pp} * vpp {shape.vpp}, {chain.total - 2} layers",
-                allowed=f"up to {chain.total} stages: embedding and loss can stand alone",
-                fix="lower pp or vpp",
-            )
-        return Splits(chain, shape, self.model.p2p_s, self.model.capacity_bytes)
+        model = self.model
+        return Splits(model.chain, shape, model.p2p_s, model.capacity_bytes)
 
     @cached_property
     def simulation(self) -> Simulation:
@@ -200,8 +191,8 @@ class Prediction:
             expert = gather(size * parameters.expert, groups["expert_dp"], gpu)
             return max(0.0, dense + expert - hidden_s)
 
-        reduced = beyond(sum(part.unit.backward_s for part in parts), GRADIENT)
-        gathered = beyond(sum(part.unit.forward_s for part in parts), WEIGHT)
+        reduced = beyond(sum(part.backward_s for part in parts), GRADIENT)
+        gathered = beyond(sum(part.forward_s for part in parts), WEIGHT)
         return reduced + gathered + (self._tied_s() if rank in (0, self.candidate.pp - 1) else 0.0)
 
     def _tied_s(self) -> float:
@@ -222,8 +213,8 @@ class Prediction:
 
 
 def predict(job: Job, candidate: Candidate) -> Prediction:
-    """Balance the stages of a candidate and predict its step; with the stages that were nearest to
-    fitting, where none fit. Raises PlanError as `Prediction.splits`."""
+    """Balance the stages of a candidate that obeys the rules and predict its step; with the stages
+    that were nearest to fitting, where none fit."""
     whole = Prediction(job, candidate, Model(job, candidate), ())
     return replace(whole, cuts=whole.splits.best())
 

@@ -87,7 +87,6 @@ def found_data(job: Job, found: Found) -> dict[str, Any]:
         "layouts_that_may_fit": found.fitting,
         "layouts_simulated": found.simulated,
         "search_complete": found.complete,
-        "proven_best": found.exact,
         "plans": [prediction_data(prediction) for prediction in found.best],
     }
 
@@ -112,29 +111,18 @@ def print_found(job: Job, found: Found) -> None:
         f"global batch {job.global_batch_size:,} (predicted)"
     )
     units = ("step s", "tokens/s\nper GPU", "TFLOP/s\nper GPU", "MFU", "bubble", "GiB")
-    rows = [
-        (
-            str(number),
-            _compact(one),
-            f"{one.step_s:.2f}",
-            f"{one.tokens_per_gpu_s:,.0f}",
-            f"{one.model_flops_per_gpu_s / 1e12:.0f}",
-            f"{one.mfu:.2f}",
-            f"{one.bubble:.2f}",
-            f"{one.fullest_bytes / GIB:.1f}",
-        )
-        for number, one in enumerate(found.best, 1)
-    ]
-    _print_table(title, ("", "layout", *units), rows, caption="mbs: sequences per microbatch")
+    rows = []
+    for one in found.best:
+        speed = f"{one.tokens_per_gpu_s:,.0f}", f"{one.model_flops_per_gpu_s / 1e12:.0f}"
+        shares = f"{one.mfu:.2f}", f"{one.bubble:.2f}"
+        fullest = f"{one.fullest_bytes / GIB:.1f}"
+        rows.append((_compact(one), f"{one.step_s:.2f}", *speed, *shares, fullest))
+    _print_table(title, ("layout", *units), rows, caption="mbs: sequences per microbatch")
     print_prediction(found.best[0])
-    note = "others could be faster, which the effort of a search does not cover"
-    if found.exact:
-        note = "no other is faster than the first by these figures"
-    elif found.complete:
-        note = "no other can be faster, unless better balanced stages of one are"
+    note = "no other is faster, unless its stages are balanced better than that"
     _print(
         f"{found.allowed} layouts obey the rules, {found.fitting} may fit in memory, "
-        f"{found.simulated} were simulated: {note}."
+        f"{found.simulated} were simulated: {note if found.complete else 'others may be faster'}."
     )
     print_sources(job, found.best[0].candidate)
 
@@ -174,18 +162,17 @@ def print_sources(job: Job, candidate: Candidate) -> None:
 
 def print_prediction(prediction: Prediction) -> None:
     """One layout: its stages, where the seconds go, the memory of every pipeline rank."""
-    candidate, seconds = prediction.candidate, prediction.breakdown()
-    even = prediction.even_split_step_s
-    beside = f"; split evenly {even:.2f} s" if even is not None and candidate.pp > 1 else ""
+    candidate, step_s = prediction.candidate, prediction.step_s
+    shares = (
+        f"{name} {value:.2f} ({value / step_s:.0%})"
+        for name, value in prediction.breakdown().items()
+    )
     _print(
         f"\n{candidate}, dp={candidate.dp(prediction.job)}",
         f"pipeline layout  {prediction.pipeline_layout}",
-        f"step {prediction.step_s:.2f} s{beside}; "
-        f"{prediction.fullest_bytes / GIB:.1f} GiB on the fullest GPU",
+        "; ".join([f"step {step_s:.2f} s", *even_split(prediction)]),
+        f"seconds of the slowest rank: {', '.join(shares)}",
     )
-    shares = [f"{value / prediction.step_s:.0%}" for value in seconds.values()]
-    rows = [[f"{value:.2f}" for value in seconds.values()], shares]
-    _print_table("seconds of a step, slowest rank", seconds, rows)
     ranks = []
     for rank, memory in enumerate(prediction.memory()):
         stages = " ".join(map(short_stage, prediction.stages[rank :: candidate.pp]))
@@ -202,14 +189,19 @@ def short_stage(stage: str) -> str:
     return stage.replace("t" * layers, f"t*{layers}") if layers > 2 else stage or "-"
 
 
+def even_split(prediction: Prediction) -> list[str]:
+    """What as many layers in every stage would do."""
+    if prediction.even is None or prediction.candidate.pp == 1:
+        return []
+    even = prediction.even_split_step_s
+    return ["the even split does not fit" if even is None else f"split evenly {even:.2f} s"]
+
+
 def _compact(prediction: Prediction) -> str:
-    """Sizes above one, in few characters."""
+    """Sizes that differ from the usual ones."""
     one, usual = prediction.candidate, ("=1", "=none", "=bf16")
-    words = [word for word in str(one).split(",") if not word.endswith(usual) or "mbs" in word]
-    if not prediction.job.model_config.is_moe:
-        words = [word for word in words if not word.startswith("etp")]
-    text = " ".join([*words, f"dp={one.dp(prediction.job)}"])
-    return text.replace("recompute=", "recompute ").replace("precision=", "").replace("=", "")
+    words = [word for word in str(one).split(",") if not word.endswith(usual)]
+    return " ".join([*words, f"dp={one.dp(prediction.job)}"])
 
 
 def _print(*lines: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from operator import ge
+from operator import ge, mul
 from typing import NamedTuple
 
 _STEADY_GROUPS = 4
@@ -169,13 +169,7 @@ def _fullest(shape: Shape, rank: int) -> tuple[tuple[int, ...], ...]:
     return tuple(kept)
 
 
-def peak_saved_bytes(saved_bytes: Sequence[float], shape: Shape) -> list[float]:
-    """The most activation bytes each rank holds at one moment, where a microbatch keeps so many per
-    virtual stage. The chunks of a rank are not at their fullest at the same time."""
-    return [
-        max(
-            sum(n * size for n, size in zip(moment, saved_bytes[rank :: shape.pp], strict=True))
-            for moment in moments
-        )
-        for rank, moments in enumerate(alive(shape))
-    ]
+def peak_saved_bytes(saved_bytes: Sequence[float], shape: Shape, rank: int) -> float:
+    """The most activation bytes a rank holds at one moment, where a microbatch keeps so many per
+    chunk. The chunks of a rank are not at their fullest at the same time."""
+    return max(sum(map(mul, moment, saved_bytes)) for moment in alive(shape)[rank])

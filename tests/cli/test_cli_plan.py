@@ -227,7 +227,7 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
         ),
         (
             (*SMALL, "--gpu", "a100", "--precision", "fp8-tensorwise"),
-            ["a100-80g has no FP8", "allowed: bf16", "fix: leave out --precision"],
+            ["no such --precision of a100-80g", "allowed: bf16, all", "fix: "],
         ),
         ((*SMALL, "--explain", "tp=2,layout="), ["layout is empty", "fix: "]),
         ((*SMALL, "--explain", "tp"), ["got: tp", "tp=N"]),

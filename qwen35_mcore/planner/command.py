@@ -51,13 +51,10 @@ class Output:
 
 def refuse_pins(pins: Mapping[str, object]) -> None:
     """Refuse, as a PlanError, what chooses the sizes that a search tries."""
-    given = [f"--{name.replace('_', '-')}" for name, value in pins.items() if value]
+    given = " ".join(f"--{name.replace('_', '-')}" for name, value in pins.items() if value)
     if given:
-        raise PlanError(
-            "--explain searches nothing, so that sizes to try mean nothing",
-            got=" ".join(given),
-            fix="name them in the layout: --explain tp=8,pp=4,mbs=1,recompute=full",
-        )
+        fix = "name them in the layout: --explain tp=8,pp=4,mbs=1,recompute=full"
+        raise PlanError("--explain looks at one layout, not at sizes to try", got=given, fix=fix)
 
 
 def make_job(
@@ -76,12 +73,9 @@ def make_job(
     one model, an unknown GPU, nodes that the GPUs do not fill, or more headroom than memory, and
     ConfigError for an unknown flavor or a config that cannot be read."""
     if (flavor is None) == (hf_config is None):
-        raise PlanError(
-            "a plan needs exactly one model",
-            got=f"--flavor {flavor} --hf-config {hf_config}",
-            allowed="--flavor NAME, or --hf-config PATH of a config.json",
-            fix="see `qwen35 flavors` for the names",
-        )
+        got, fix = f"--flavor {flavor} --hf-config {hf_config}", "`qwen35 flavors` lists the names"
+        allowed = "--flavor NAME, or --hf-config PATH of a config.json"
+        raise PlanError("a plan needs exactly one model", got=got, allowed=allowed, fix=fix)
     if flavor:
         name = flavor_name(flavor)
         model_config, model_flags = get_flavor(name), ("--flavor", name)
@@ -98,14 +92,15 @@ def make_job(
             allowed=f"0 to {memory:.1f}, less what a plan needs",
             fix=f"leave it out for {DEFAULT_HEADROOM_GIB:g} GiB",
         )
-    measured = read_calibration(calibration) if calibration else default_calibration(kind.name)
     return Job(
         model_config=model_config,
         gpu=kind,
         gpus=gpus,
         seq_length=seq_length,
         global_batch_size=global_batch_size,
-        calibration=measured,
+        calibration=read_calibration(calibration)
+        if calibration
+        else default_calibration(kind.name),
         headroom_bytes=int(headroom_gib * GIB),
         model_name=name,
         model_flags=model_flags,

@@ -73,11 +73,8 @@ def _cannot_read(item: str, name: str) -> PlanError:
 
 
 def explain(job: Job, candidate: Candidate, pipeline_layout: str | None = None) -> Explanation:
-    """Check a layout against every rule and against memory, and predict it where it runs.
-
-    Args:
-        pipeline_layout: Megatron's layout string, or None to balance the stages.
-    """
+    """Check a layout against every rule and against memory, and predict it where it runs. Without
+    Megatron's layout string the stages are balanced."""
     violations = broken_rules(job, candidate, pipeline_layout)
     if candidate.precision not in job.gpu.precisions:
         no_fp8 = Violation(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 from qwen35_mcore.config.layer_pattern import LayerKind
@@ -16,7 +16,8 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.planner import activations, cost, memory
 from qwen35_mcore.planner.activations import Kept
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
-from qwen35_mcore.planner.communication import all_to_all, gather, groups_of, send
+from qwen35_mcore.planner.communication import Group, all_to_all, gather, groups_of, send
+from qwen35_mcore.planner.hardware import Gpu
 from qwen35_mcore.planner.memory import Parameters
 from qwen35_mcore.planner.stages import Chain, Unit
 
@@ -31,9 +32,8 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """A part of a model, named as in `memory`: what it holds and how long it takes."""
+    """What a part of a model holds and how long it takes."""
 
-    kind: str
     parameters: Parameters
     kept: Kept
     """Of a microbatch."""
@@ -99,11 +99,10 @@ class Model:
 def _part(job: Job, candidate: Candidate, kind: str) -> Part:
     """A part, which depends on ``pp`` only in whether there is a pipeline: candidates share it."""
     batch = Microbatch(job.model_config, candidate, job.seq_length)
-    terms = tuple(_Times(job, batch).terms(kind))
+    terms = tuple(_terms(job, batch, kind))
     if candidate.recompute == "full" and kind not in "EL":
         terms += tuple(Term(name, 0.0, forward_s) for name, forward_s, _ in terms)
     return Part(
-        kind=kind,
         parameters=memory.part_parameters(job.model_config, candidate, kind),
         kept=memory.kept(batch, kind),
         terms=terms,
@@ -118,61 +117,48 @@ def _compute(job: Job, candidate: Candidate, part: str) -> Term:
     return Term("compute", *cost.seconds(part, batch, job.gpu, job.calibration))
 
 
-class _Times:
+def _terms(job: Job, batch: Microbatch, kind: str) -> Iterator[Term]:
     """Where the seconds of a microbatch in a part go."""
+    config, candidate, gpu = job.model_config, batch.candidate, job.gpu
+    groups = groups_of(candidate, job)
+    # of what changes no part's computing, so that candidates share it
+    compute = partial(_compute, job, replace(candidate, pp=1, recompute="none"))
+    # the residual stream, gathered or scattered over TP
+    each = gather(2 * batch.tokens * config.hidden_size, groups["tp"], gpu)
+    losses = 1 + config.mtp_num_hidden_layers
+    if kind in "EL":
+        yield compute("embedding" if kind == "E" else "output")
+        times = 1 if kind == "E" else losses
+        yield Term("tp", times * each, times * each)
+        return
+    yield compute("gdn" if kind == "g" else "attention")
+    yield compute("moe" if config.is_moe else "mlp")
+    yield Term("tp", 4 * each, 2 * each)  # of the mixer and the dense or shared feed-forward layer
+    if config.is_moe:
+        yield _dispatches(batch, groups, gpu)
+    elif candidate.recompute == "selective":
+        # what is dropped elsewhere costs less to do again than could be measured
+        yield Term("compute", 0.0, compute("mlp").forward_s)
+        yield Term("tp", 0.0, each)
+    if kind == "g":
+        tokens, shape = batch.own_tokens, config.gdn_shape
+        widths = shape.qkvz_width, shape.value_width
+        exchanges = (all_to_all(2 * tokens * width, groups["cp"], gpu) for width in widths)
+        yield Term("cp", *2 * [sum(exchanges)])
+    elif activations.gathers_qkv(batch):
+        size = batch.tokens * activations.qkv_projection(batch)
+        yield Term("tp", *2 * [gather(size, groups["tp"], gpu)])
+    if kind == "m":
+        yield compute("joining")
+        yield Term("tp", each, each)
+        if candidate.pp > 1:
+            yield compute("embedding")  # its own copy
 
-    def __init__(self, job: Job, batch: Microbatch) -> None:
-        self.job, self.batch, self.candidate = job, batch, batch.candidate
-        self.groups = groups_of(batch.candidate, job)
-        # of what changes no part's computing, so that candidates share it
-        self.alone = replace(batch.candidate, pp=1, recompute="none")
 
-    def terms(self, kind: str) -> Iterator[Term]:
-        config = self.job.model_config
-        losses = 1 + config.mtp_num_hidden_layers
-        if kind in "EL":
-            yield self._compute("embedding" if kind == "E" else "output")
-            yield self._tp(1, 1) if kind == "E" else self._tp(losses, losses)
-            return
-        yield self._compute("gdn" if kind == "g" else "attention")
-        yield self._compute("moe" if config.is_moe else "mlp")
-        yield self._tp(4, 2)  # of the mixer and the dense or shared feed-forward layer
-        if config.is_moe:
-            yield self._dispatches()
-        elif self.candidate.recompute == "selective":
-            # what is dropped elsewhere costs less to do again than could be measured
-            yield Term("compute", 0.0, self._compute("mlp").forward_s)
-            yield self._tp(0, 1)
-        if kind == "g":
-            yield self._gdn_exchange()
-        elif activations.gathers_qkv(self.batch):
-            size = self.batch.tokens * activations.qkv_projection(self.batch)
-            yield Term("tp", *2 * [gather(size, self.groups["tp"], self.job.gpu)])
-        if kind == "m":
-            yield self._compute("joining")
-            yield self._tp(1, 1)
-            if self.candidate.pp > 1:
-                yield self._compute("embedding")  # its own copy
-
-    def _compute(self, part: str) -> Term:
-        return _compute(self.job, self.alone, part)
-
-    def _tp(self, forward: int, backward: int) -> Term:
-        """The residual stream, gathered or scattered over TP so many times."""
-        size = 2 * self.batch.tokens * self.job.model_config.hidden_size
-        each = gather(size, self.groups["tp"], self.job.gpu)
-        return Term("tp", forward * each, backward * each)
-
-    def _gdn_exchange(self) -> Term:
-        config, tokens = self.job.model_config, self.batch.tokens / self.candidate.tp
-        widths = config.gdn_shape.qkvz_width, config.gdn_shape.value_width
-        exchanges = (all_to_all(2 * tokens * n, self.groups["cp"], self.job.gpu) for n in widths)
-        return Term("cp", *2 * [sum(exchanges)])
-
-    def _dispatches(self) -> Term:
-        """Rows on their way to their experts and back."""
-        rows = self.batch.own_tokens * self.job.model_config.num_experts_per_tok
-        sent = rows * (2 * self.job.model_config.hidden_size + 4)
-        over_ep = all_to_all(sent, self.groups["ep"], self.job.gpu)
-        over_etp = gather(sent * self.candidate.etp, self.groups["etp"], self.job.gpu)
-        return Term("ep", *2 * [2 * (over_ep + over_etp)])
+def _dispatches(batch: Microbatch, groups: dict[str, Group], gpu: Gpu) -> Term:
+    """Rows on their way to their experts and back."""
+    config = batch.model_config
+    sent = batch.own_tokens * config.num_experts_per_tok * (2 * config.hidden_size + 4)
+    over_ep = all_to_all(sent, groups["ep"], gpu)
+    over_etp = gather(sent * batch.candidate.etp, groups["etp"], gpu)
+    return Term("ep", *2 * [2 * (over_ep + over_etp)])

@@ -12,7 +12,7 @@ from textwrap import wrap
 from typing import Any
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.planner.folders import cannot_write, check_writable
+from qwen35_mcore.planner.emit import cannot_write, check_writable
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.report import even_split, short_stage
@@ -41,14 +41,9 @@ _BAR = 0.82
 
 
 def draw(prediction: Prediction, path: str | os.PathLike[str]) -> None:
-    """Draw the schedule of a plan and, beside it, the memory of its ranks.
-
-    Args:
-        path: file to write, its suffix, .png or .svg, the format; its folder is made if missing.
-
-    Raises:
-        PlanError: as `check_target`, or the file cannot be written.
-    """
+    """Draw the schedule of a plan and, beside it, the memory of its ranks, into a .png or .svg file
+    whose folder is made if missing. Raises PlanError as `check_target`, or where the file cannot be
+    written."""
     target = Path(path)
     suffix = check_target(target)
     figure_class, rc_context = _matplotlib()
@@ -71,12 +66,9 @@ def check_target(target: Path) -> str:
     matplotlib is not installed, or the folder cannot be written."""
     suffix = target.suffix.lower()
     if suffix not in FORMATS:
-        raise PlanError(
-            "the picture has no known format",
-            got=str(target),
-            allowed="*.png, *.svg",
-            fix=f"name it {target.with_suffix('.svg')}" if target.name else "name a file",
-        )
+        problem, allowed = "the picture has no known format", "*.png, *.svg"
+        fix = f"name it {target.with_suffix('.svg')}" if target.name else "name a file"
+        raise PlanError(problem, got=str(target), allowed=allowed, fix=fix)
     _matplotlib()
     if os.path.isdir(target):  # false for a name that is too long, where Path.is_dir raises
         raise cannot_write("picture", target, "it is a folder")

@@ -154,12 +154,10 @@ class Prediction:
 
     @cached_property
     def missing_bytes(self) -> float:
-        """Memory that the ranks lack, all together."""
         return self.splits.missing_bytes(self.cuts)
 
     @property
     def fullest_bytes(self) -> float:
-        """Of the fullest rank."""
         return max(memory.total for memory in self.memory())
 
     def breakdown(self) -> dict[str, float]:
@@ -220,11 +218,7 @@ def predict(job: Job, candidate: Candidate) -> Prediction:
 
 
 def predict_split(job: Job, candidate: Candidate, stages: tuple[str, ...]) -> Prediction:
-    """Predict a candidate whose stages are given, whether it fits in memory or not.
-
-    Args:
-        stages: layer characters of every virtual stage, valid for the model, as
-            `parallel.stages.parse_pipeline_layout` reads them.
-    """
+    """Predict a candidate whose stages are given, valid for the model and as
+    `parallel.stages.parse_pipeline_layout` reads them, whether it fits in memory or not."""
     cuts = tuple(accumulate(map(len, stages[:-1])))
     return Prediction(job, candidate, Model(job, candidate), cuts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qwen35_mcore.planner.calibration.rows import PARTS
@@ -14,7 +14,6 @@ from qwen35_mcore.planner.memory import overhead_bytes
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.search import Found
 
-_ASKED = ("headroom_bytes", "seq_length", "global_batch_size")
 _PREDICTED = (
     *("microbatches", "pipeline_layout", "step_s", "even_split_step_s"),
     *("tokens_per_gpu_s", "model_flops_per_gpu_s", "mfu", "bubble"),
@@ -55,7 +54,9 @@ def job_data(job: Job, candidate: Candidate) -> dict[str, Any]:
         "gpu": job.gpu.name,
         "nodes": job.nodes,
         "gpus_per_node": job.gpus_of_a_node,
-        **{name: getattr(job, name) for name in _ASKED},
+        "headroom_bytes": job.headroom_bytes,
+        "seq_length": job.seq_length,
+        "global_batch_size": job.global_batch_size,
         "calibration": job.calibration.source,
         "calibration_gpu": job.calibration.gpu,
         "measured": True,
@@ -106,10 +107,7 @@ def explanation_data(job: Job, explanation: Explanation) -> dict[str, Any]:
 
 def print_found(job: Job, found: Found) -> None:
     """The best layouts, the first one in detail."""
-    title = (
-        f"{job.model_name} on {job.gpus} {job.gpu.name}, sequence {job.seq_length:,}, "
-        f"global batch {job.global_batch_size:,} (predicted)"
-    )
+    title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
     units = ("step s", "tokens/s\nper GPU", "TFLOP/s\nper GPU", "MFU", "bubble", "GiB")
     rows = []
     for one in found.best:
@@ -117,10 +115,10 @@ def print_found(job: Job, found: Found) -> None:
         shares = f"{one.mfu:.2f}", f"{one.bubble:.2f}"
         fullest = f"{one.fullest_bytes / GIB:.1f}"
         rows.append((_compact(one), f"{one.step_s:.2f}", *speed, *shares, fullest))
-    _print_table(title, ("layout", *units), rows, caption="mbs: sequences per microbatch")
+    _print_table(title, ("layout", *units), rows)
     print_prediction(found.best[0])
     note = "no other is faster, unless its stages are balanced better than that"
-    _print(
+    print(
         f"{found.allowed} layouts obey the rules, {found.fitting} may fit in memory, "
         f"{found.simulated} were simulated: {note if found.complete else 'others may be faster'}."
     )
@@ -135,7 +133,7 @@ def print_explanation(job: Job, explanation: Explanation) -> None:
         return
     reasons = [f"  - {violation}" for violation in explanation.violations]
     reasons += [f"  {line}" for line in explanation.memory.splitlines()]
-    _print(f"{explanation.candidate} cannot run:", *reasons)
+    print(f"{explanation.candidate} cannot run:", *reasons, sep="\n")
 
 
 def print_sources(job: Job, candidate: Candidate) -> None:
@@ -157,22 +155,18 @@ def print_sources(job: Job, candidate: Candidate) -> None:
         f"and fragmentation; {job.headroom_bytes / GIB:.1f} GiB of "
         f"{gpu.memory_bytes / GIB:.1f} stay free (--headroom).": True,
     }
-    _print(*(line for line, holds in lines.items() if holds))
+    print(*(line for line, holds in lines.items() if holds), sep="\n")
 
 
 def print_prediction(prediction: Prediction) -> None:
     """One layout: its stages, where the seconds go, the memory of every pipeline rank."""
     candidate, step_s = prediction.candidate, prediction.step_s
-    shares = (
-        f"{name} {value:.2f} ({value / step_s:.0%})"
-        for name, value in prediction.breakdown().items()
-    )
-    _print(
-        f"\n{candidate}, dp={candidate.dp(prediction.job)}",
-        f"pipeline layout  {prediction.pipeline_layout}",
-        "; ".join([f"step {step_s:.2f} s", *even_split(prediction)]),
-        f"seconds of the slowest rank: {', '.join(shares)}",
-    )
+    seconds = prediction.breakdown().items()
+    shares = (f"{name} {value:.2f} ({value / step_s:.0%})" for name, value in seconds)
+    print(f"\n{candidate}, dp={candidate.dp(prediction.job)}")
+    print(f"pipeline layout  {prediction.pipeline_layout}")
+    print("; ".join([f"step {step_s:.2f} s", *even_split(prediction)]))
+    print(f"seconds of the slowest rank: {', '.join(shares)}")
     ranks = []
     for rank, memory in enumerate(prediction.memory()):
         stages = " ".join(map(short_stage, prediction.stages[rank :: candidate.pp]))
@@ -204,19 +198,11 @@ def _compact(prediction: Prediction) -> str:
     return " ".join([*words, f"dp={one.dp(prediction.job)}"])
 
 
-def _print(*lines: str) -> None:
-    from rich.console import Console
-
-    Console().print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
-
-
-def _print_table(
-    title: str, headers: Iterable[str], rows: Sequence[Sequence[str]], caption: str | None = None
-) -> None:
+def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", caption=caption)
+    table = Table(title=title, title_justify="left")
     for header in headers:
         words = header in ("layout", "layers")
         table.add_column(header, justify="left" if words else "right", no_wrap=not words)

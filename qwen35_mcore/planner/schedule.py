@@ -12,8 +12,9 @@ from functools import cached_property, lru_cache
 from operator import ge, mul
 from typing import NamedTuple
 
-_STEADY_GROUPS = 4
-"""Groups of pp microbatches after which a rank holds nothing that it did not hold before."""
+STEADY_GROUPS = 4
+"""Groups of pp microbatches after which a pipeline is full: what follows repeats, and no rank holds
+what it did not hold before."""
 _NOTHING = -1
 
 
@@ -151,7 +152,7 @@ class Simulation:
 def alive(shape: Shape) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """For each rank its fullest moments: microbatches that went forward and not yet backward, one
     number per chunk. What holds no more than another moment in any chunk is left out."""
-    most = _STEADY_GROUPS * shape.pp + shape.microbatches % shape.pp
+    most = STEADY_GROUPS * shape.pp + shape.microbatches % shape.pp
     if shape.microbatches > most:
         return alive(replace(shape, microbatches=most))
     return tuple(_fullest(shape, rank) for rank in range(shape.pp))

@@ -10,6 +10,7 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice, product
+from operator import attrgetter
 
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.check import check_layout
@@ -61,31 +62,20 @@ class Found:
 
 
 def search(job: Job, space: Space, *, top: int = 5) -> Found:
-    """The fastest layouts of a job.
-
-    Args:
-        top: how many to return.
-
-    Raises:
-        PlanError: no layout obeys the rules, or none fits in memory; the message says what would.
-    """
+    """The ``top`` fastest layouts of a job. Raises PlanError where no layout obeys the rules, or
+    none fits in memory; the message says what would."""
     allowed = list(candidates(job, space))
     if not allowed:
         raise _nothing_allowed(job, space)
-    fitting = [one for one in _not_split(job, _large_enough(job, allowed)) if one.splits.may_fit()]
-    fitting.sort(key=_bound_s)
+    fitting = sorted(_may_fit(job, allowed), key=_bound_s)
     started = _started(fitting, top)
     split = sorted((one for one in started if not one.missing_bytes), key=_nearly_s)
     improved = (replace(one, cuts=one.splits.best()) for one in split[: max(IMPROVED, top)])
-    best = tuple(sorted(sorted(improved, key=_nearly_s)[:top], key=_step_s))
+    best = tuple(sorted(sorted(improved, key=_nearly_s)[:top], key=attrgetter("step_s")))
     if not best:
         raise _nothing_fits(job, space, allowed)
     complete = all(_bound_s(one) >= best[-1].step_s for one in fitting[len(started) :])
     return Found(best, len(allowed), len(fitting), len(started), complete)
-
-
-def _step_s(prediction: Prediction) -> float:
-    return prediction.step_s
 
 
 def _nearly_s(prediction: Prediction) -> float:
@@ -103,11 +93,11 @@ def _not_split(job: Job, allowed: Iterable[Candidate]) -> Iterator[Prediction]:
         yield from (Prediction(job, candidate, model, ()) for candidate in alike)
 
 
-def _large_enough(job: Job, allowed: Iterable[Candidate]) -> Iterator[Candidate]:
-    """Candidates whose parameters fit, which costs least to know and refuses most."""
-    for one in allowed:
-        if holds_parameters(job, replace(one, vpp=1, micro_batch_size=1, recompute="none")):
-            yield one
+def _may_fit(job: Job, allowed: Iterable[Candidate]) -> Iterator[Prediction]:
+    """Those that may fit in memory, asked first what costs least to know and refuses most."""
+    alike = {"vpp": 1, "micro_batch_size": 1, "recompute": "none"}
+    able = (one for one in allowed if holds_parameters(job, replace(one, **alike)))  # type: ignore[arg-type]
+    return (one for one in _not_split(job, able) if one.splits.may_fit())
 
 
 def _started(fitting: Iterable[Prediction], top: int) -> list[Prediction]:
@@ -134,7 +124,7 @@ def candidates(job: Job, space: Space) -> Iterator[Candidate]:
         if job.global_batch_size % (micro * plain.dp(job)):
             continue
         # no rule is about both of them
-        every_vpp = space.vpp or _virtual_stages(job, plain)
+        every_vpp = space.vpp or range(1, LARGEST_VPP + 1)
         vpps = [n for n in every_vpp if not broken_rules(job, replace(plain, vpp=n))]
         if not vpps:
             continue
@@ -188,12 +178,6 @@ def _sizes(job: Job, space: Space) -> Iterator[Candidate]:
                 yield Candidate(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
 
 
-def _virtual_stages(job: Job, plain: Candidate) -> list[int]:
-    most = min(LARGEST_VPP, (job.model_config.num_hidden_layers + 2) // plain.pp)
-    interleaves = plain.pp > 1 and plain.microbatches(job) % plain.pp == 0
-    return [1, *range(2, most + 1)] if interleaves else [1]
-
-
 def _nothing_allowed(job: Job, space: Space) -> PlanError:
     near = _batches_near(job, space)
     if near:
@@ -237,8 +221,8 @@ def _smallest_that_fits(job: Job, space: Space) -> int | None:
     lean = replace(space, vpp=(1,), micro_batch_size=micro, recompute=recompute)
 
     def first(sizes: Iterable[int]) -> int | None:
-        larger = (n for n in sizes if n > job.gpus)
-        return next((n for n in larger if _fits(replace(job, gpus=n), lean)), None)
+        fitting = (n for n in sizes if n > job.gpus and _fits(replace(job, gpus=n), lean))
+        return next(fitting, None)
 
     node = job.gpu.gpus_per_node
     doubled = {2**i for i in range(8) if 2**i < node} | {node * 2**i for i in range(10)}
@@ -247,6 +231,5 @@ def _smallest_that_fits(job: Job, space: Space) -> int | None:
 
 
 def _fits(job: Job, space: Space) -> bool:
-    able = _large_enough(job, candidates(job, space))
-    started = (one.splits for one in _not_split(job, able))
-    return any(not one.missing_bytes(one.first()) for one in started if one.may_fit())
+    started = (one.splits for one in _may_fit(job, candidates(job, space)))
+    return any(not one.missing_bytes(one.first()) for one in started)

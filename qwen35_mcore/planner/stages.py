@@ -15,14 +15,12 @@ from itertools import accumulate, pairwise
 from operator import add
 from typing import NamedTuple
 
-from qwen35_mcore.planner.schedule import Shape, Simulation, alive, peak_saved_bytes
+from qwen35_mcore.planner.schedule import STEADY_GROUPS, Shape, Simulation, alive, peak_saved_bytes
 
 Cuts = tuple[int, ...]
 
 MOVES = 1000
 """Moves of a layer that are tried for one layout."""
-_FILLING = 4
-"""Groups of pp microbatches after which a pipeline is full."""
 _HALVINGS = 12
 """Of the interval in which the time of equal stages lies."""
 _SMALL = 1e-9
@@ -73,7 +71,7 @@ class Splits:
         """Nearly the seconds of `simulate`, in fewer passes: once the pipeline is full, every group
         of pp microbatches adds as much as the one before."""
         whole, pp = self.shape.microbatches, self.shape.pp
-        few = _FILLING * pp + whole % pp
+        few = STEADY_GROUPS * pp + whole % pp
         if whole <= 2 * few + pp:
             return self.simulate(cuts).step_s
         shapes = (replace(self.shape, microbatches=n) for n in (few, few + pp))

@@ -52,7 +52,7 @@ def test_512_gpus_in_under_ten_seconds() -> None:
 def test_tables_say_what_they_rest_on() -> None:
     done = run(*PINNED)
     assert done.returncode == 0, done.stderr
-    assert "pp2 ep8" in done.stdout
+    assert "pp=2 ep=8" in done.stdout
     assert "pipeline layout  E" in done.stdout
     assert default_calibration("h100-80g").source in done.stdout.replace("\n", "")
     assert "GiB for CUDA, NCCL and fragmentation" in done.stdout

@@ -87,12 +87,11 @@ def read_calibration(path: Path) -> Calibration:
         raise PlanError("cannot read the calibration file", got=got, fix=fix) from error
     except ValueError as error:
         raise _unusable(path, "is not valid JSON", error) from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        raise _unusable(path, f"has another schema than {SCHEMA}", repr(schema))
-    layers = content.get("layers")
-    if not isinstance(layers, list) or not layers:
-        raise _unusable(path, 'needs at least one row in "layers"', json.dumps(layers))
+    content = content if isinstance(content, dict) else {}
+    schema, layers = content.get("schema"), content.get("layers")
+    if schema != SCHEMA or not isinstance(layers, list) or not layers:
+        got = f"schema {schema}, layers {layers}"
+        raise _unusable(path, f'needs "schema": {SCHEMA} and at least one row in "layers"', got)
     gpu = _read(content.get("gpu", _STANDARD), path, lambda name: get_gpu(str(name)))
     rows = (_read(row, path, lambda row: layer_row(row, gpu.precisions)) for row in layers)
     return Calibration(source=str(path), gpu=gpu.name, layers=tuple(rows))

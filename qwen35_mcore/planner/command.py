@@ -86,12 +86,10 @@ def make_job(
     kind = _in_nodes(get_gpu(gpu), gpus, gpus_per_node)
     memory = kind.memory_bytes / GIB
     if not 0 <= headroom_gib < memory:
-        raise PlanError(
-            "--headroom leaves no memory",
-            got=f"{headroom_gib:g} GiB of the {memory:.1f} of {kind.name}",
-            allowed=f"0 to {memory:.1f}, less what a plan needs",
-            fix=f"leave it out for {DEFAULT_HEADROOM_GIB:g} GiB",
-        )
+        got = f"{headroom_gib:g} GiB of the {memory:.1f} of {kind.name}"
+        allowed = f"0 to {memory:.1f}, less what a plan needs"
+        fix = f"leave it out for {DEFAULT_HEADROOM_GIB:g} GiB"
+        raise PlanError("--headroom leaves no memory", got=got, allowed=allowed, fix=fix)
     return Job(
         model_config=model_config,
         gpu=kind,
@@ -116,12 +114,10 @@ def _in_nodes(gpu: Gpu, gpus: int, per_node: int | None) -> Gpu:
         return gpu if gpus <= most else gpu.in_nodes_of(fills[-1])
     if gpus > per_node and gpus % per_node:
         less = gpus // per_node * per_node
-        raise PlanError(
-            "the GPUs do not fill whole nodes",
-            got=f"--gpus {gpus} --gpus-per-node {per_node}",
-            allowed=f"--gpus-per-node {', '.join(map(str, fills))}",
-            fix=f"pass --gpus {less} or {less + per_node}, or another --gpus-per-node",
-        )
+        got = f"--gpus {gpus} --gpus-per-node {per_node}"
+        allowed = f"--gpus-per-node {', '.join(map(str, fills))}"
+        fix = f"pass --gpus {less} or {less + per_node}, or another --gpus-per-node"
+        raise PlanError("the GPUs do not fill whole nodes", got=got, allowed=allowed, fix=fix)
     return gpu.in_nodes_of(per_node)
 
 

@@ -163,9 +163,7 @@ def files(prediction: Prediction, folder: Path) -> dict[str, str]:
 def check_writable(what: str, target: Path) -> None:
     """Refuse, as a PlanError, a target that cannot be written in its folder, which is made where it
     is missing."""
-    nearest = target.parent
-    while not os.path.lexists(nearest) and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = next(folder for folder in target.parents if os.path.lexists(folder))
     if not os.path.isdir(nearest):
         raise cannot_write(what, target, f"{nearest} is no folder")
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -48,8 +48,7 @@ class Gpu:
 
     def in_nodes_of(self, gpus: int) -> Gpu:
         """The same in nodes of so many GPUs; NVLink that leaves nodes joins as many as before."""
-        joins_racks = self.nvlink_gpus > self.gpus_per_node
-        joined = self.nvlink_gpus if joins_racks else gpus
+        joined = self.nvlink_gpus if self.nvlink_gpus > self.gpus_per_node else gpus
         return replace(self, gpus_per_node=gpus, nvlink_gpus=joined)
 
     def peak_flops(self, precision: str) -> float:

@@ -1,7 +1,5 @@
-"""A job's model under a candidate: memory and seconds of each of its parts, communication included.
-
-README.md says what of it overlaps.
-"""
+"""A job's model under a candidate: memory and seconds of each of its parts, communication included
+(README.md says what of it overlaps)."""
 
 from __future__ import annotations
 
@@ -70,8 +68,8 @@ class Model:
         self.part = {kind: _part(job, alike, kind) for kind in dict.fromkeys(self.kinds)}
         self.workspace_bytes = max(part.kept.transient for part in self.part.values())
         """Most that a backward pass needs on top of what is kept."""
-        overhead = memory.overhead_bytes(job.gpu, job.gpus)
-        self.capacity_bytes = job.usable_bytes - overhead - self.workspace_bytes
+        self.overhead_bytes = memory.overhead_bytes(job.gpu, job.gpus)
+        self.capacity_bytes = job.usable_bytes - self.overhead_bytes - self.workspace_bytes
         """What parameters and activations may take on a GPU."""
 
     @cached_property

@@ -37,9 +37,8 @@ class Parameters:
     in_fp8: float = 0.0
 
     def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(
-            self.dense + other.dense, self.expert + other.expert, self.in_fp8 + other.in_fp8
-        )
+        dense, expert = self.dense + other.dense, self.expert + other.expert
+        return Parameters(dense, expert, self.in_fp8 + other.in_fp8)
 
     @property
     def count(self) -> float:

@@ -104,8 +104,7 @@ def _figure(figure_class: Any, prediction: Prediction) -> Any:
     facts += even_split(prediction)
     title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
     lines = [title, "   ·   ".join(facts), *wrap(prediction.pipeline_layout, 150)]
-    left = {"x": 0.01, "ha": "left", "size": 11, "color": _INK}
-    figure.suptitle("\n".join(lines), **left)
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", size=11, color=_INK)
     key = "E embedding, t decoder layer, m MTP, L output and loss; numbers: microbatches"
     times.set_xlabel(key, size=8, color=_MUTED, loc="left")
     figure.legend(loc="outside lower left", ncols=5, frameon=False, fontsize=8.5)

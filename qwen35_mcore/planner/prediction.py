@@ -12,14 +12,7 @@ from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.communication import Group, gather
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
 from qwen35_mcore.planner.layers import Model, Part
-from qwen35_mcore.planner.memory import (
-    GRADIENT,
-    WEIGHT,
-    Parameters,
-    overhead_bytes,
-    own_share,
-    static_bytes,
-)
+from qwen35_mcore.planner.memory import GRADIENT, WEIGHT, Parameters, own_share, static_bytes
 from qwen35_mcore.planner.schedule import Shape, Simulation
 from qwen35_mcore.planner.stages import Cuts, Splits
 
@@ -94,18 +87,14 @@ class Prediction:
         ranks = range(self.candidate.pp)
         return max(self._exposed_s(rank) + self._optimizer_s(rank) for rank in ranks)
 
-    @cached_property
-    def even(self) -> Prediction | None:
-        """The same with as many layers in every stage, fitting or not, which is what Megatron takes
-        without a layout string; None where they do not divide."""
-        cuts = self.splits.even()
-        return None if cuts is None else replace(self, cuts=cuts)
-
     @property
     def even_split_step_s(self) -> float | None:
-        """Seconds of `even`; None where there is none or it does not fit in memory."""
-        fits = self.even is not None and not self.even.missing_bytes
-        return self.even.simulation.step_s + self.after_s if self.even and fits else None
+        """Seconds with as many layers in every stage; None where they do not divide, or where that
+        does not fit in memory."""
+        even = self.splits.even()
+        if even is None or self.splits.missing_bytes(even):
+            return None
+        return self.splits.simulate(even).step_s + self.after_s
 
     @property
     def microbatches(self) -> int:
@@ -143,13 +132,10 @@ class Prediction:
 
     def memory(self) -> list[StageMemory]:
         """The fullest moment of every pipeline rank."""
-        overhead = overhead_bytes(self.job.gpu, self.job.gpus)
-        gathered = []
+        besides, gathered = (self.model.workspace_bytes, self.model.overhead_bytes), []
         for rank, held in enumerate(self.splits.rank_bytes(self.cuts)):
             static = static_bytes(self.rank_parameters(rank), self.job, self.candidate)
-            activations = held - sum(static)
-            workspace = self.model.workspace_bytes
-            gathered.append(StageMemory(*static, activations, workspace, overhead))
+            gathered.append(StageMemory(*static, held - sum(static), *besides))
         return gathered
 
     @cached_property

@@ -185,7 +185,7 @@ def short_stage(stage: str) -> str:
 
 def even_split(prediction: Prediction) -> list[str]:
     """What as many layers in every stage would do."""
-    if prediction.even is None or prediction.candidate.pp == 1:
+    if prediction.splits.even() is None or prediction.candidate.pp == 1:
         return []
     even = prediction.even_split_step_s
     return ["the even split does not fit" if even is None else f"split evenly {even:.2f} s"]

@@ -13,8 +13,7 @@ from operator import ge, mul
 from typing import NamedTuple
 
 STEADY_GROUPS = 4
-"""Groups of pp microbatches after which a pipeline is full: what follows repeats, and no rank holds
-what it did not hold before."""
+"""Groups of pp microbatches after which a pipeline is full: what follows repeats."""
 _NOTHING = -1
 
 

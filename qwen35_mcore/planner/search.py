@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice, product
 from operator import attrgetter
 
@@ -95,8 +96,8 @@ def _not_split(job: Job, allowed: Iterable[Candidate]) -> Iterator[Prediction]:
 
 def _may_fit(job: Job, allowed: Iterable[Candidate]) -> Iterator[Prediction]:
     """Those that may fit in memory, asked first what costs least to know and refuses most."""
-    alike = {"vpp": 1, "micro_batch_size": 1, "recompute": "none"}
-    able = (one for one in allowed if holds_parameters(job, replace(one, **alike)))  # type: ignore[arg-type]
+    sizes = partial(replace, vpp=1, micro_batch_size=1, recompute="none")
+    able = (one for one in allowed if holds_parameters(job, sizes(one)))
     return (one for one in _not_split(job, able) if one.splits.may_fit())
 
 
@@ -187,9 +188,8 @@ def _nothing_allowed(job: Job, space: Space) -> PlanError:
     # the sizes that were asked for, the first of several; otherwise 1
     pinned = Candidate(**{name: values[0] for name, values in vars(space).items() if values})
     rule = broken_rules(job, pinned)[0]
-    problem = f"no layout of {job.gpus} GPUs obeys the rules with these sizes: {rule.rule}"
-    what = f"{problem}: {rule.reason}"
-    return PlanError(what, got=rule.value, allowed=rule.allowed, fix=rule.fix)
+    problem = f"no layout of {job.gpus} GPUs obeys the rules: {rule.rule}: {rule.reason}"
+    return PlanError(problem, got=rule.value, allowed=rule.allowed, fix=rule.fix)
 
 
 def _batches_near(job: Job, space: Space) -> list[str]:

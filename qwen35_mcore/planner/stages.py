@@ -208,9 +208,7 @@ class Splits:
 
 
 @lru_cache(maxsize=16384)
-def _held_bytes(
-    chain: Chain, shape: Shape, rank: int, chunks: tuple[tuple[int, int], ...]
-) -> float:
+def _held_bytes(chain: Chain, shape: Shape, rank: int, chunks: tuple[Cuts, ...]) -> float:
     """What a rank holds at its fullest; a move changes it for few ranks."""
     static, saved = chain.static_bytes, chain.saved_bytes
     kept = [saved[end] - saved[begin] for begin, end in chunks]

@@ -93,8 +93,9 @@ def test_the_stages_are_better_than_even_ones() -> None:
 
     too_large = search(job_of("35b-a3b", 16, 512), Space(pp=(4,)), top=1).best[0]
     assert too_large.even_split_step_s is None
-    assert too_large.even is not None
-    assert too_large.even.missing_bytes > 0
+    even_cuts = too_large.splits.even()
+    assert even_cuts is not None
+    assert too_large.splits.missing_bytes(even_cuts) > 0
 
 
 def test_pinned_sizes_are_kept() -> None:

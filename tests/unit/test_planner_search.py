@@ -105,6 +105,17 @@ def test_pinned_sizes_are_kept() -> None:
     }
 
 
+def test_every_virtual_stage_has_a_layer() -> None:
+    """24 layers, embedding and loss make 26 stages at most."""
+    job = job_of("2b", 16, 256)
+    found = search(job, Space(tp=(1,), vpp=(4,), micro_batch_size=(1,)))
+    assert all(one.candidate.pp * 4 <= 26 for one in found.best)
+    [violation] = explain(job, Candidate(pp=8, vpp=4)).violations
+    assert violation.rule == "every virtual stage has a layer"
+    with pytest.raises(PlanError, match=r"every virtual stage has a layer(.|\n)*fix: lower pp"):
+        search(job, Space(pp=(8,), vpp=(4,)))
+
+
 def test_more_memory_is_not_slower() -> None:
     """What fits on an H100 fits on an H200 too."""
     h100, h200 = (search(job_of("35b-a3b", 16, 512, gpu), Space()) for gpu in ("h100", "h200"))

@@ -29,11 +29,8 @@ class Kept:
 
     def __add__(self, other: Kept) -> Kept:
         """Parts of one layer: what they keep adds up, their backward passes take turns."""
-        return Kept(
-            self.saved + other.saved,
-            max(self.transient, other.transient),
-            self.recomputed + other.recomputed,
-        )
+        transient = max(self.transient, other.transient)
+        return Kept(self.saved + other.saved, transient, self.recomputed + other.recomputed)
 
 
 def gdn(batch: Microbatch) -> Kept:

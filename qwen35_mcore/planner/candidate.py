@@ -10,10 +10,13 @@ from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.planner.calibration.rows import Calibration
 from qwen35_mcore.planner.hardware import Gpu
 
+RECOMPUTE = ("none", "selective", "full")
+"""Nothing; `recompute_modules`; every layer from its input."""
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """A training run to be laid out."""
+    """A training run to be laid out. Compared by identity, which caches rely on."""
 
     model_config: Qwen35Config
     gpu: Gpu
@@ -56,7 +59,6 @@ class Candidate:
     etp: int = 1
     micro_batch_size: int = 1
     recompute: str = "none"
-    """none, selective (`recompute_modules`), or full (every layer from its input)."""
     precision: str = "bf16"
 
     @property
@@ -82,9 +84,10 @@ class Candidate:
 
     def layout(self, pipeline_layout: str | None = None) -> ParallelLayout:
         """The same as `parallel.check_layout` wants it."""
-        names = ("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel")
-        sizes = {name: getattr(self, name) for name in names}
-        return ParallelLayout(**sizes, pipeline_layout=pipeline_layout)
+        sizes = {name: getattr(self, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")}
+        return ParallelLayout(
+            **sizes, sequence_parallel=self.sequence_parallel, pipeline_layout=pipeline_layout
+        )
 
     def __str__(self) -> str:
         """As ``--explain`` reads it."""

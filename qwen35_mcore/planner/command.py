@@ -15,11 +15,10 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner import report
 from qwen35_mcore.planner.calibration.rows import default_calibration, read_calibration
-from qwen35_mcore.planner.candidate import Job
-from qwen35_mcore.planner.choices import PRECISIONS, RECOMPUTE
+from qwen35_mcore.planner.candidate import RECOMPUTE, Job
 from qwen35_mcore.planner.emit import check_folder, emit, files
 from qwen35_mcore.planner.explain import explain, parse_layout
-from qwen35_mcore.planner.hardware import GIB, Gpu, get_gpu
+from qwen35_mcore.planner.hardware import GIB, PRECISIONS, Gpu, get_gpu
 from qwen35_mcore.planner.picture import check_target, draw
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.search import Space, search
@@ -40,10 +39,10 @@ class Output:
 
     def check(self) -> None:
         """Refuse, as a PlanError, what could not be written after a search."""
-        for flag, given in (("--dry-run", self.dry_run), ("--overwrite", self.overwrite)):
-            if given and self.emit is None:
-                fix = f"add --emit DIR, or leave out {flag}"
-                raise PlanError(f"{flag} is for the files of --emit, which is missing", fix=fix)
+        if self.emit is None and (self.dry_run or self.overwrite):
+            flag = "--dry-run" if self.dry_run else "--overwrite"
+            fix = f"add --emit DIR, or leave out {flag}"
+            raise PlanError(f"{flag} is for the files of --emit, which is missing", fix=fix)
         if self.emit is not None and not self.dry_run:
             check_folder(self.emit, overwrite=self.overwrite)
         if self.picture is not None:
@@ -52,13 +51,10 @@ class Output:
 
 def refuse_pins(pins: Mapping[str, object]) -> None:
     """Refuse, as a PlanError, what chooses the sizes that a search tries."""
-    given = [f"--{name.replace('_', '-')}" for name, value in pins.items() if value]
+    given = " ".join(f"--{name.replace('_', '-')}" for name, value in pins.items() if value)
     if given:
-        raise PlanError(
-            "--explain searches nothing, so that sizes to try mean nothing",
-            got=" ".join(given),
-            fix="name them in the layout: --explain tp=8,pp=4,mbs=1,recompute=full",
-        )
+        fix = "name them in the layout: --explain tp=8,pp=4,mbs=1,recompute=full"
+        raise PlanError("--explain looks at one layout, not at sizes to try", got=given, fix=fix)
 
 
 def make_job(
@@ -77,12 +73,9 @@ def make_job(
     one model, an unknown GPU, nodes that the GPUs do not fill, or more headroom than memory, and
     ConfigError for an unknown flavor or a config that cannot be read."""
     if (flavor is None) == (hf_config is None):
-        raise PlanError(
-            "a plan needs exactly one model",
-            got=f"--flavor {flavor} --hf-config {hf_config}",
-            allowed="--flavor NAME, or --hf-config PATH of a config.json",
-            fix="see `qwen35 flavors` for the names",
-        )
+        got, fix = f"--flavor {flavor} --hf-config {hf_config}", "`qwen35 flavors` lists the names"
+        allowed = "--flavor NAME, or --hf-config PATH of a config.json"
+        raise PlanError("a plan needs exactly one model", got=got, allowed=allowed, fix=fix)
     if flavor:
         name = flavor_name(flavor)
         model_config, model_flags = get_flavor(name), ("--flavor", name)
@@ -93,20 +86,19 @@ def make_job(
     kind = _in_nodes(get_gpu(gpu), gpus, gpus_per_node)
     memory = kind.memory_bytes / GIB
     if not 0 <= headroom_gib < memory:
-        raise PlanError(
-            "--headroom leaves no memory",
-            got=f"{headroom_gib:g} GiB of the {memory:.1f} of {kind.name}",
-            allowed=f"0 to {memory:.1f}, less what a plan needs",
-            fix=f"leave it out for {DEFAULT_HEADROOM_GIB:g} GiB",
-        )
-    measured = read_calibration(calibration) if calibration else default_calibration(kind.name)
+        got = f"{headroom_gib:g} GiB of the {memory:.1f} of {kind.name}"
+        allowed = f"0 to {memory:.1f}, less what a plan needs"
+        fix = f"leave it out for {DEFAULT_HEADROOM_GIB:g} GiB"
+        raise PlanError("--headroom leaves no memory", got=got, allowed=allowed, fix=fix)
     return Job(
         model_config=model_config,
         gpu=kind,
         gpus=gpus,
         seq_length=seq_length,
         global_batch_size=global_batch_size,
-        calibration=measured,
+        calibration=read_calibration(calibration)
+        if calibration
+        else default_calibration(kind.name),
         headroom_bytes=int(headroom_gib * GIB),
         model_name=name,
         model_flags=model_flags,
@@ -116,45 +108,35 @@ def make_job(
 def _in_nodes(gpu: Gpu, gpus: int, per_node: int | None) -> Gpu:
     """The GPU in nodes of so many; None: of as many as it comes in, or the next smaller number that
     the job fills."""
+    most = per_node or gpu.gpus_per_node
+    fills = [n for n in range(1, most + 1) if gpus % n == 0]
     if per_node is None:
-        fills = [n for n in range(1, gpu.gpus_per_node + 1) if gpus % n == 0]
-        return gpu if gpus <= gpu.gpus_per_node else gpu.in_nodes_of(fills[-1])
+        return gpu if gpus <= most else gpu.in_nodes_of(fills[-1])
     if gpus > per_node and gpus % per_node:
         less = gpus // per_node * per_node
-        divisors = [str(n) for n in range(1, per_node) if gpus % n == 0]
-        raise PlanError(
-            "the GPUs do not fill whole nodes",
-            got=f"--gpus {gpus} --gpus-per-node {per_node}",
-            allowed=f"--gpus-per-node {', '.join(divisors)}",
-            fix=f"pass --gpus {less} or {less + per_node}, or another --gpus-per-node",
-        )
+        got = f"--gpus {gpus} --gpus-per-node {per_node}"
+        allowed = f"--gpus-per-node {', '.join(map(str, fills))}"
+        fix = f"pass --gpus {less} or {less + per_node}, or another --gpus-per-node"
+        raise PlanError("the GPUs do not fill whole nodes", got=got, allowed=allowed, fix=fix)
     return gpu.in_nodes_of(per_node)
 
 
 def precisions(text: str | None, gpu: Gpu) -> tuple[str, ...]:
-    """``all`` that the GPU has, or one precision, bfloat16 for None. Raises PlanError for another
-    word, or FP8 on a GPU without."""
-    there = PRECISIONS if gpu.has_fp8 else PRECISIONS[:1]
-    precision = _one_of("precision", text or PRECISIONS[0], (*PRECISIONS, "all"))
-    if precision not in (*there, "all"):
-        raise PlanError(
-            f"{gpu.name} has no FP8 tensor cores",
-            got=f"--precision {precision}",
-            allowed=", ".join(there),
-            fix="leave out --precision, or plan for a GPU that has them: --gpu h100-80g",
-        )
-    return there if precision == "all" else (precision,)
+    """``all`` that the GPU has, or one precision, bfloat16 for None. Raises PlanError for a word
+    that is no precision of the GPU."""
+    word = _one_of((*gpu.precisions, "all"), text or PRECISIONS[0], f"--precision of {gpu.name}")
+    return gpu.precisions if word == "all" else (word,)
 
 
 def recomputations(text: str | None) -> tuple[str, ...]:
     """One way to recompute, or all for None. Raises PlanError for another word."""
-    return () if text is None else (_one_of("recompute", text, RECOMPUTE),)
+    return () if text is None else (_one_of(RECOMPUTE, text, "--recompute"),)
 
 
-def _one_of(name: str, text: str, words: tuple[str, ...]) -> str:
+def _one_of(words: tuple[str, ...], text: str, what: str) -> str:
     if text not in words:
-        allowed = ", ".join(words)
-        raise PlanError(f"--{name} is unknown", got=text, allowed=allowed, fix="name one of these")
+        allowed, fix = ", ".join(words), "name one of these, or leave it out"
+        raise PlanError(f"there is no such {what}", got=text, allowed=allowed, fix=fix)
     return text
 
 

@@ -12,6 +12,8 @@ from math import ceil
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.hardware import Gpu
 
+_NVLINK_S, _NETWORK_S = 8e-6, 18e-6
+"""Latency of a message over either link."""
 _LONGEST_RING = 16
 """Nodes; NCCL builds trees over more."""
 _PEERS_AT_A_TIME = 8
@@ -51,11 +53,11 @@ def gather(total_bytes: float, group: Group, gpu: Gpu) -> float:
         return 0.0
     members = group.joined(gpu)
     nodes = ceil(group.size / members)
-    rate, alpha_s = gpu.nvlink.bytes_per_s, (members - 1) * gpu.nvlink.alpha_s
+    rate, latency_s = gpu.nvlink_bytes_per_s, (members - 1) * _NVLINK_S
     if nodes > 1:
-        rate = min(rate, members * gpu.network.bytes_per_s)
-        alpha_s += min(nodes - 1, _LONGEST_RING) * gpu.network.alpha_s
-    return alpha_s + total_bytes * (group.size - 1) / group.size / rate
+        rate = min(rate, members * gpu.network_bytes_per_s)
+        latency_s += min(nodes - 1, _LONGEST_RING) * _NETWORK_S
+    return latency_s + total_bytes * (group.size - 1) / group.size / rate
 
 
 def all_to_all(own_bytes: float, group: Group, gpu: Gpu) -> float:
@@ -64,17 +66,18 @@ def all_to_all(own_bytes: float, group: Group, gpu: Gpu) -> float:
     if group.size == 1:
         return 0.0
     members, share = group.joined(gpu), own_bytes / group.size
-    inside = gpu.nvlink.alpha_s + (members - 1) * share / gpu.nvlink.bytes_per_s
+    inside = _NVLINK_S + (members - 1) * share / gpu.nvlink_bytes_per_s
     if group.size == members:
         return inside
     peers = group.size - members
     turns = ceil(peers / _PEERS_AT_A_TIME)
-    return max(inside, turns * gpu.network.alpha_s + peers * share / gpu.network.bytes_per_s)
+    return max(inside, turns * _NETWORK_S + peers * share / gpu.network_bytes_per_s)
 
 
 def send(total_bytes: float, group: Group, gpu: Gpu) -> float:
     """From one member to the next."""
     if group.size == 1:
         return 0.0
-    link = gpu.nvlink if group.stride < gpu.nvlink_gpus else gpu.network
-    return link.alpha_s + total_bytes / link.bytes_per_s
+    if group.stride < gpu.nvlink_gpus:
+        return _NVLINK_S + total_bytes / gpu.nvlink_bytes_per_s
+    return _NETWORK_S + total_bytes / gpu.network_bytes_per_s

@@ -18,6 +18,7 @@ from qwen35_mcore.planner.candidate import Candidate, Microbatch
 from qwen35_mcore.planner.hardware import Gpu, get_gpu
 from qwen35_mcore.planner.memory import Parameters, feed_forward_parameters, mixer_parameters
 
+Pair = tuple[float, float]
 ASSUMED_EFFICIENCY = 0.7
 """Of the ideal, for parts that nobody measured, and at most for work beyond a measurement that was
 bound by launches."""
@@ -48,7 +49,7 @@ class Work:
     bf16_flops: float = 0.0
     """Of products that are in bfloat16 in every run."""
 
-    def ideal_s(self, gpu: Gpu, precision: str, gradient_bytes: int = ADDED) -> tuple[float, float]:
+    def ideal_s(self, gpu: Gpu, precision: str, gradient_bytes: int = ADDED) -> Pair:
         """Forward and backward seconds at the card's peak and bandwidth."""
         compute = self.flops / gpu.peak_flops(precision) + self.bf16_flops / gpu.bf16_flops
         backward_bytes = self.backward_bytes + gradient_bytes * self.parameters
@@ -114,9 +115,7 @@ def precision_of(part: str, batch: Microbatch) -> str:
     return "bf16" if part in ("output", "embedding") else batch.candidate.precision
 
 
-def seconds(
-    part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration
-) -> tuple[float, float]:
+def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) -> Pair:
     """Forward and backward seconds of one part on one rank."""
     precision, todo = precision_of(part, batch), work(part, batch)
     forward, backward = todo.ideal_s(gpu, precision)
@@ -137,7 +136,7 @@ class Curve:
     efficiency or, where launches hid that, at `efficiency` as soon as this takes longer; below the
     smallest at its efficiency, but never faster than the launches allow."""
 
-    points: tuple[tuple[float, float], ...]
+    points: tuple[Pair, ...]
     """(ideal, measured), ascending."""
     launch_s: float
     efficiency: float = ASSUMED_EFFICIENCY
@@ -215,7 +214,7 @@ def _measured(
     return Measured(curve(0, LAUNCH_S[part] / 3), curve(1, LAUNCH_S[part] * 2 / 3), chosen, gpu)
 
 
-def _points(row: LayerRow, gpu: Gpu) -> tuple[tuple[float, float], tuple[float, float]]:
+def _points(row: LayerRow, gpu: Gpu) -> tuple[Pair, Pair]:
     """(ideal, measured) of both passes."""
     alone = Candidate(micro_batch_size=row.micro_batch_size, precision=row.precision)
     batch = Microbatch(row.model_config, alone, row.seq_length)

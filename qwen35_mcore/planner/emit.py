@@ -6,14 +6,12 @@ import json
 import os
 import re
 import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.candidate import recompute_modules
-from qwen35_mcore.planner.folders import cannot_write, check_writable
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.report import job_data, prediction_data
@@ -28,36 +26,26 @@ def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
     job, candidate = prediction.job, prediction.candidate
     yield "the model; it fills every architecture flag", [shlex.join(job.model_flags)]
     yield from _sizes(prediction)
+    batch = [f"--seq-length {job.seq_length}", f"--micro-batch-size {candidate.micro_batch_size}"]
     yield (
         f"{prediction.microbatches} microbatches per step on each of {candidate.dp(job)} data "
         "parallel ranks",
-        [
-            f"--seq-length {job.seq_length}",
-            f"--micro-batch-size {candidate.micro_batch_size}",
-            f"--global-batch-size {job.global_batch_size}",
-        ],
+        [*batch, f"--global-batch-size {job.global_batch_size}"],
     )
     if candidate.recompute == "selective":
         what = "the experts' activations" if job.model_config.is_moe else "feed-forward layers"
         modules = " ".join(recompute_modules(job.model_config))
-        yield (
-            f"{what} and the norm behind the delta rule are computed again",
-            ["--recompute-granularity selective", f"--recompute-modules {modules}"],
-        )
+        selective = ["--recompute-granularity selective", f"--recompute-modules {modules}"]
+        yield f"{what} and the norm behind the delta rule are computed again", selective
     elif candidate.recompute == "full":
-        yield (
-            "every layer is computed again from its input: the fastest way to fit in memory",
-            [
-                "--recompute-granularity full",
-                "--recompute-method uniform",
-                "--recompute-num-layers 1",
-            ],
-        )
-    precision = ["--bf16"]
+        why = "every layer is computed again from its input: the fastest way to fit in memory"
+        each = ["--recompute-method uniform", "--recompute-num-layers 1"]
+        yield why, ["--recompute-granularity full", *each]
     if candidate.fp8:
-        precision += ["--fp8-format hybrid", f"--fp8-recipe {candidate.precision[4:]}"]
-    products = "matrix products in FP8, everything else in bfloat16"
-    yield products if candidate.fp8 else "bfloat16 weights, float32 optimizer", precision
+        fp8 = ["--fp8-format hybrid", f"--fp8-recipe {candidate.precision.removeprefix('fp8-')}"]
+        yield "matrix products in FP8, everything else in bfloat16", ["--bf16", *fp8]
+    else:
+        yield "bfloat16 weights, float32 optimizer", ["--bf16"]
     yield (
         "optimizer state is shared by data parallel ranks; gradients are reduced under the last "
         "backward pass and weights gathered under the first forward pass",
@@ -79,10 +67,12 @@ def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
 def _sizes(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
     job, candidate = prediction.job, prediction.candidate
     why = f"{job.gpus} GPUs, data parallel {candidate.dp(job)}"
-    sizes = [f"--tensor-model-parallel-size {candidate.tp}"]
-    sizes += ["--sequence-parallel"] if candidate.sequence_parallel else []
-    sizes.append(f"--pipeline-model-parallel-size {candidate.pp}")
-    sizes.append(f"--context-parallel-size {candidate.cp}")
+    sizes = [
+        f"--tensor-model-parallel-size {candidate.tp}",
+        *(["--sequence-parallel"] if candidate.sequence_parallel else []),
+        f"--pipeline-model-parallel-size {candidate.pp}",
+        f"--context-parallel-size {candidate.cp}",
+    ]
     if job.model_config.is_moe:
         experts = job.model_config.num_experts // candidate.ep
         why += f", {experts} experts of each layer on a GPU"
@@ -103,21 +93,20 @@ def _sizes(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
 
 def flags(prediction: Prediction) -> list[str]:
     """The words of `flag_groups` without reasons."""
-    lines = (line for _, group in flag_groups(prediction) for line in group)
-    return [word for line in lines for word in shlex.split(line)]
+    return shlex.split(" ".join(line for _, group in flag_groups(prediction) for line in group))
 
 
 def layout_args(prediction: Prediction) -> str:
     """The text of ``layout.args``: one flag with its values a line, comments with reasons."""
     job, fullest = prediction.job, prediction.fullest_bytes
-    lines = [
-        f"# {job.model_name} on {job.gpus} {job.gpu.name}, written by `qwen35 plan`.",
+    text = (
+        f"# {job.model_name} on {job.gpus} {job.gpu.name}, written by `qwen35 plan`.\n"
         f"# Predicted: {prediction.step_s:.2f} s a step, {prediction.tokens_per_gpu_s:,.0f} "
-        f"tokens/s/GPU, {fullest / GIB:.1f} GiB on the fullest GPU.",
-    ]
+        f"tokens/s/GPU, {fullest / GIB:.1f} GiB on the fullest GPU.\n"
+    )
     for reason, group in flag_groups(prediction):
-        lines += ["", f"# {reason}", *group]
-    return "\n".join(lines) + "\n"
+        text += "\n".join(["", f"# {reason}", *group, ""])
+    return text
 
 
 def run_sh(prediction: Prediction, folder: Path) -> str:
@@ -125,13 +114,9 @@ def run_sh(prediction: Prediction, folder: Path) -> str:
     is submitted where options for sbatch are given."""
     job = prediction.job
     nodes, each = job.nodes, job.gpus_of_a_node
-    values = {
-        "what": f"{job.model_name} on {job.gpus} {job.gpu.name}",
-        "folder": folder.name,
-        "repository": _repository(folder),
-        "nodes": str(nodes),
-        "each": str(each),
-    }
+    values = {"folder": folder.name, "repository": _repository(folder)}
+    values |= {"nodes": str(nodes), "each": str(each)}
+    values["what"] = f"{job.model_name} on {job.gpus} {job.gpu.name}"
     if nodes > 1:
         values["what"] += f", {nodes} nodes of {each}"
         values["needs"] = f"this plan runs on {nodes} nodes"
@@ -158,8 +143,8 @@ def _repository(folder: Path) -> str:
 
 def plan_json(prediction: Prediction) -> str:
     """The text of ``plan.json``: what was asked, and everything predicted of the plan."""
-    job, candidate = prediction.job, prediction.candidate
-    asked = {**job_data(job, candidate), "layout": str(candidate)}
+    candidate = prediction.candidate
+    asked = {**job_data(prediction.job, candidate), "layout": str(candidate)}
     text = json.dumps(asked | {"plan": prediction_data(prediction)})
     # six significant digits: the same text on every machine
     rounded = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
@@ -175,16 +160,29 @@ def files(prediction: Prediction, folder: Path) -> dict[str, str]:
     }
 
 
+def check_writable(what: str, target: Path) -> None:
+    """Refuse, as a PlanError, a target that cannot be written in its folder, which is made where it
+    is missing."""
+    nearest = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not os.path.isdir(nearest):
+        raise cannot_write(what, target, f"{nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise cannot_write(what, target, f"you may not write in {nearest}")
+
+
+def cannot_write(what: str, target: Path, reason: object) -> PlanError:
+    fix = "choose a folder where you may write"
+    return PlanError(f"cannot write the {what}", got=f"{target}: {reason}", fix=fix)
+
+
 def check_folder(folder: Path, *, overwrite: bool) -> None:
     """Whether a plan may be written there, which costs nothing to know before a search. Raises
     PlanError where the folder must not be overwritten, is a file, or cannot be written."""
-    problem = ""
-    if os.path.lexists(folder) and not folder.is_dir():
-        problem = "the folder for the plan is a file"
-    elif os.path.lexists(folder) and not overwrite:
-        problem = "the folder for the plan exists already"
-    if problem:
-        raise PlanError(problem, got=str(folder), fix="choose another one, or pass --overwrite")
+    if os.path.lexists(folder) and not (overwrite and folder.is_dir()):
+        is_folder = folder.is_dir()
+        problem = f"the folder for the plan {'exists already' if is_folder else 'is a file'}"
+        fix = "choose another one" + (", or pass --overwrite" if is_folder else "")
+        raise PlanError(problem, got=str(folder), fix=fix)
     check_writable("plan", folder / "run.sh")
 
 
@@ -195,18 +193,16 @@ def emit(prediction: Prediction, folder: Path, *, overwrite: bool = False) -> No
     check_folder(folder, overwrite=overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            partial.chmod(0o755)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            written = Path(scratch, folder.name)
+            written.mkdir()
             for name, text in files(prediction, folder).items():
-                (partial / name).write_text(text, encoding="utf-8")
-            (partial / "run.sh").chmod(0o755)
+                (written / name).write_text(text, encoding="utf-8")
+            (written / "run.sh").chmod(0o755)
             if not folder.exists():
-                os.rename(partial, folder)
+                written.rename(folder)
                 return
-            for file in partial.iterdir():
-                os.replace(file, folder / file.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for file in written.iterdir():
+                file.replace(folder / file.name)
     except OSError as error:
         raise cannot_write("plan", folder, error.strerror) from error

@@ -6,17 +6,14 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from qwen35_mcore.errors import ConfigError, PlanError
+from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.rules import Violation
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
-from qwen35_mcore.planner.candidate import Candidate, Job
-from qwen35_mcore.planner.choices import PRECISIONS, RECOMPUTE
-from qwen35_mcore.planner.hardware import GIB
+from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job
+from qwen35_mcore.planner.hardware import GIB, PRECISIONS
 from qwen35_mcore.planner.prediction import Prediction, predict, predict_split
 from qwen35_mcore.planner.search import broken_rules
 
-_LARGEST = 2**20
-"""Of a size; more GPUs than anybody has."""
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "mbs")
 _WORDS = {"recompute": RECOMPUTE, "precision": PRECISIONS}
 
@@ -46,64 +43,52 @@ def parse_layout(text: str) -> tuple[Candidate, str | None]:
     parts = (part.strip(" ,") for part in re.split(r",(?=\s*\w+=)", text))
     items = [part.partition("=") for part in parts if part]
     names = [name for name, _, _ in items]
-    if not items:
-        fix = "name its sizes, such as tp=1,pp=2,ep=8"
+    if not items or ("layout", "") in ((name, value) for name, _, value in items):
+        fix = "name sizes, such as tp=1,pp=2,ep=8; stages that are left out are balanced"
         raise PlanError("the layout is empty", got=repr(text), fix=fix)
     values: dict[str, object] = {}
-    layout = None
     for name, equals, value in items:
         if names.count(name) > 1:
             raise PlanError(f"the layout names {name} more than once", got=text, fix="name it once")
-        if name == "layout" and value:
-            layout = value
-        elif name == "layout":
-            fix = "leave it out: the stages are then balanced"
-            raise PlanError("layout is empty", got=text, fix=fix)
-        elif name in _WORDS and value in _WORDS[name]:
-            values[name] = value
-        elif name in _SIZES and value.isdecimal() and 0 < int(value) <= _LARGEST:
+        if name in _SIZES and re.fullmatch("[1-9][0-9]{0,5}", value):
             values["micro_batch_size" if name == "mbs" else name] = int(value)
+        elif name == "layout" or value in _WORDS.get(name, ()):
+            values[name] = value
         else:
             raise _cannot_read(name + equals + value, name)
-    return Candidate(**values), layout  # type: ignore[arg-type]
+    layout = values.pop("layout", None)
+    return Candidate(**values), layout  # type: ignore[arg-type, return-value]
 
 
 def _cannot_read(item: str, name: str) -> PlanError:
     names = [*_SIZES, *_WORDS, "layout"]
     near = get_close_matches(name, names, n=1)
-    allowed = "NAME=VALUE with NAME one of " + ", ".join(names)
-    fix = f"did you mean {near[0]}?" if near else "name sizes, such as tp=1,pp=2,ep=8"
-    if name in _WORDS:
-        allowed = ", ".join(f"{name}={word}" for word in _WORDS[name])
-        fix = "name one of these"
-    elif name in _SIZES:
-        allowed, fix = f"{name}=N with N from 1 to {_LARGEST}", f"write {name}=1"
+    if name in names:
+        words = _WORDS.get(name, ("N with N from 1 to 999999",))
+        allowed, fix = ", ".join(f"{name}={word}" for word in words), "write one of these"
+    else:
+        allowed = "NAME=VALUE with NAME one of " + ", ".join(names)
+        fix = f"did you mean {near[0]}?" if near else "name sizes, such as tp=1,pp=2,ep=8"
     return PlanError("cannot read the layout", got=item, allowed=allowed, fix=fix)
 
 
 def explain(job: Job, candidate: Candidate, pipeline_layout: str | None = None) -> Explanation:
-    """Check a layout against every rule and against memory, and predict it where it runs.
-
-    Args:
-        pipeline_layout: Megatron's layout string, or None to balance the stages.
-    """
+    """Check a layout against every rule and against memory, and predict it where it runs. Without
+    Megatron's layout string the stages are balanced."""
     violations = broken_rules(job, candidate, pipeline_layout)
-    if candidate.fp8 and not job.gpu.has_fp8:
+    if candidate.precision not in job.gpu.precisions:
         no_fp8 = Violation(
             rule="precision is one of the GPU's",
             reason=f"{job.gpu.name} has no FP8 tensor cores",
             value=f"precision={candidate.precision}",
-            allowed="precision=bf16",
+            allowed=f"precision={job.gpu.precisions[0]}",
             fix="leave precision out of the layout, or pass --gpu h100-80g",
         )
         violations.insert(0, no_fp8)
     if violations:
         return Explanation(candidate, tuple(violations), "", None)
-    try:
-        stages = parse_pipeline_layout(pipeline_layout) if pipeline_layout else None
-        prediction = predict_split(job, candidate, stages) if stages else predict(job, candidate)
-    except (PlanError, ConfigError) as error:
-        return Explanation(candidate, (), str(error), None)
+    stages = parse_pipeline_layout(pipeline_layout) if pipeline_layout else None
+    prediction = predict_split(job, candidate, stages) if stages else predict(job, candidate)
     missing = _missing_memory(prediction)
     return Explanation(candidate, (), missing, None if missing else prediction)
 

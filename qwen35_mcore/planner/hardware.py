@@ -1,25 +1,22 @@
-"""GPUs and the nodes they come in, as data.
+"""GPUs and the nodes they come in, as `gpus.json` lists them.
 
 Bandwidths of links are what a large NCCL transfer reaches, about 80 % of the nominal NVLink rate
-and 90 % of the nominal network rate. One H100 was measured; the rest is from data sheets.
+and 90 % of the nominal network rate. One H100 was measured; the rest is from data sheets. Nodes
+have eight GPUs with NVSwitch and a 400 Gbit/s InfiniBand card for each GPU, 200 Gbit/s for an A100;
+GB200 comes in trays of four in racks of 72 (NVL72).
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 
 from qwen35_mcore.errors import PlanError
 
 GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """Latency and bandwidth of one GPU's connection, in one direction."""
-
-    alpha_s: float
-    bytes_per_s: float
+PRECISIONS = ("bf16", "fp8-blockwise", "fp8-tensorwise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,76 +33,30 @@ class Gpu:
     memory_bytes: int
     """What the driver reports as total."""
     bytes_per_s: float
-    nvlink: Link
-    """Between the GPUs of a node, or of a rack that NVLink joins."""
-    network: Link
-    """Beyond them, for each GPU's own network card."""
+    nvlink_bytes_per_s: float
+    """One direction, as the next: between the GPUs of a node, or of a rack that NVLink joins."""
+    network_bytes_per_s: float
+    """Beyond them, of each GPU's own network card."""
     gpus_per_node: int = 8
     nvlink_gpus: int = 8
     """How many GPUs NVLink joins: those of a node, or of a rack."""
 
     @property
-    def has_fp8(self) -> bool:
-        return self.fp8_flops > 0
+    def precisions(self) -> tuple[str, ...]:
+        """Those of `PRECISIONS` that it has."""
+        return PRECISIONS if self.fp8_flops else PRECISIONS[:1]
 
     def in_nodes_of(self, gpus: int) -> Gpu:
         """The same in nodes of so many GPUs; NVLink that leaves nodes joins as many as before."""
-        joins_racks = self.nvlink_gpus > self.gpus_per_node
-        joined = self.nvlink_gpus if joins_racks else gpus
+        joined = self.nvlink_gpus if self.nvlink_gpus > self.gpus_per_node else gpus
         return replace(self, gpus_per_node=gpus, nvlink_gpus=joined)
 
     def peak_flops(self, precision: str) -> float:
-        """Peak of a precision name of `choices.PRECISIONS`."""
         return self.bf16_flops if precision == "bf16" else self.fp8_flops
 
 
-_H100 = Gpu(
-    name="h100-80g",
-    card="NVIDIA H100 80GB HBM3",
-    bf16_flops=989e12,
-    fp8_flops=1979e12,
-    memory_bytes=81_559 * 2**20,
-    bytes_per_s=3.35e12,
-    nvlink=Link(alpha_s=8e-6, bytes_per_s=360e9),
-    network=Link(alpha_s=18e-6, bytes_per_s=45e9),
-)
-_H200 = replace(
-    _H100, name="h200-141g", card="NVIDIA H200", memory_bytes=143_771 * 2**20, bytes_per_s=4.8e12
-)
-_B200 = replace(
-    _H100,
-    name="b200-180g",
-    card="NVIDIA B200",
-    bf16_flops=2250e12,
-    fp8_flops=4500e12,
-    memory_bytes=183_359 * 2**20,
-    bytes_per_s=8.0e12,
-    nvlink=Link(alpha_s=8e-6, bytes_per_s=720e9),
-)
-_GB200 = replace(
-    _B200,
-    name="gb200-186g",
-    card="NVIDIA GB200",
-    bf16_flops=2500e12,
-    fp8_flops=5000e12,
-    memory_bytes=189_471 * 2**20,
-    gpus_per_node=4,
-    nvlink_gpus=72,
-)
-_A100 = replace(
-    _H100,
-    name="a100-80g",
-    card="NVIDIA A100-SXM4-80GB",
-    bf16_flops=312e12,
-    fp8_flops=0.0,
-    memory_bytes=81_251 * 2**20,
-    bytes_per_s=2.039e12,
-    nvlink=Link(alpha_s=8e-6, bytes_per_s=240e9),
-    network=Link(alpha_s=18e-6, bytes_per_s=22.5e9),
-)
-GPUS = {gpu.name: gpu for gpu in (_H100, _H200, _B200, _GB200, _A100)}
-"""Nodes of eight GPUs with NVSwitch and one 400 Gbit/s InfiniBand card for each GPU, 200 Gbit/s for
-an A100; of GB200, trays of four in racks of 72 (NVL72)."""
+_TABLE = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
+GPUS = {name: Gpu(name=name, **fields) for name, fields in _TABLE.items()}
 
 
 def get_gpu(name: str) -> Gpu:

@@ -11,14 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen35_mcore.config.counts import (
-    attention_parameters,
-    expert_parameters,
-    gdn_parameters,
-    mlp_parameters,
-    router_parameters,
-    shared_expert_parameters,
-)
+from qwen35_mcore.config import counts
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.activations import Kept
@@ -44,9 +37,8 @@ class Parameters:
     in_fp8: float = 0.0
 
     def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(
-            self.dense + other.dense, self.expert + other.expert, self.in_fp8 + other.in_fp8
-        )
+        dense, expert = self.dense + other.dense, self.expert + other.expert
+        return Parameters(dense, expert, self.in_fp8 + other.in_fp8)
 
     @property
     def count(self) -> float:
@@ -76,17 +68,17 @@ def own_share(parameters: Parameters, job: Job, candidate: Candidate) -> float:
 
 def mixer_parameters(model_config: Qwen35Config, candidate: Candidate, kind: str) -> Parameters:
     """GatedDeltaNet (g) or attention (a), and the norm before it, on one rank."""
-    count = gdn_parameters if kind == "g" else attention_parameters
+    count = counts.gdn_parameters if kind == "g" else counts.attention_parameters
     split = count(model_config) / candidate.tp
     return Parameters(dense=split + model_config.hidden_size, in_fp8=split)
 
 
 def feed_forward_parameters(model_config: Qwen35Config, candidate: Candidate) -> Parameters:
     """MLP or MoE, and the norm before it, on one rank. The router is on every TP rank."""
-    dense = mlp_parameters(model_config) + shared_expert_parameters(model_config)
+    dense = counts.mlp_parameters(model_config) + counts.shared_expert_parameters(model_config)
     split = dense / candidate.tp
-    expert = expert_parameters(model_config).total / (candidate.ep * candidate.etp)
-    everywhere = model_config.hidden_size + router_parameters(model_config)
+    expert = counts.expert_parameters(model_config).total / (candidate.ep * candidate.etp)
+    everywhere = model_config.hidden_size + counts.router_parameters(model_config)
     return Parameters(dense=split + everywhere, expert=expert, in_fp8=split)
 
 

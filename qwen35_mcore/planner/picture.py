@@ -12,10 +12,10 @@ from textwrap import wrap
 from typing import Any
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.planner.folders import cannot_write, check_writable
+from qwen35_mcore.planner.emit import cannot_write, check_writable
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction
-from qwen35_mcore.planner.report import short_stage
+from qwen35_mcore.planner.report import even_split, short_stage
 
 FORMATS = (".png", ".svg")
 _INK, _MUTED, _IDLE, _AFTER, _LIMIT = "#1f2430", "#6b7280", "#eef0f3", "#6d597a", "#c1121f"
@@ -41,14 +41,9 @@ _BAR = 0.82
 
 
 def draw(prediction: Prediction, path: str | os.PathLike[str]) -> None:
-    """Draw the schedule of a plan and, beside it, the memory of its ranks.
-
-    Args:
-        path: file to write, its suffix, .png or .svg, the format; its folder is made if missing.
-
-    Raises:
-        PlanError: as `check_target`, or the file cannot be written.
-    """
+    """Draw the schedule of a plan and, beside it, the memory of its ranks, into a .png or .svg file
+    whose folder is made if missing. Raises PlanError as `check_target`, or where the file cannot be
+    written."""
     target = Path(path)
     suffix = check_target(target)
     figure_class, rc_context = _matplotlib()
@@ -71,12 +66,9 @@ def check_target(target: Path) -> str:
     matplotlib is not installed, or the folder cannot be written."""
     suffix = target.suffix.lower()
     if suffix not in FORMATS:
-        raise PlanError(
-            "the picture has no known format",
-            got=str(target),
-            allowed="*.png, *.svg",
-            fix=f"name it {target.with_suffix('.svg')}" if target.name else "name a file",
-        )
+        problem, allowed = "the picture has no known format", "*.png, *.svg"
+        fix = f"name it {target.with_suffix('.svg')}" if target.name else "name a file"
+        raise PlanError(problem, got=str(target), allowed=allowed, fix=fix)
     _matplotlib()
     if os.path.isdir(target):  # false for a name that is too long, where Path.is_dir raises
         raise cannot_write("picture", target, "it is a folder")
@@ -109,13 +101,10 @@ def _figure(figure_class: Any, prediction: Prediction) -> Any:
     interleaved = f"{candidate.vpp} chunks each, interleaved" if candidate.vpp > 1 else "1F1B"
     facts = [f"step {prediction.step_s:.2f} s", f"bubble {prediction.bubble:.2f}"]
     facts += [f"{candidate.pp} ranks", interleaved, f"{prediction.microbatches} microbatches"]
-    if prediction.even is not None and candidate.pp > 1:
-        even = prediction.even_split_step_s
-        facts += ["the even split does not fit" if even is None else f"split evenly {even:.2f} s"]
+    facts += even_split(prediction)
     title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
     lines = [title, "   ·   ".join(facts), *wrap(prediction.pipeline_layout, 150)]
-    left = {"x": 0.01, "ha": "left", "size": 11, "color": _INK}
-    figure.suptitle("\n".join(lines), **left)
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", size=11, color=_INK)
     key = "E embedding, t decoder layer, m MTP, L output and loss; numbers: microbatches"
     times.set_xlabel(key, size=8, color=_MUTED, loc="left")
     figure.legend(loc="outside lower left", ncols=5, frameon=False, fontsize=8.5)

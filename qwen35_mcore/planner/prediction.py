@@ -7,20 +7,12 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from qwen35_mcore.config.flops import training_flops
-from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.stages import write_pipeline_layout
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.communication import Group, gather
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
 from qwen35_mcore.planner.layers import Model, Part
-from qwen35_mcore.planner.memory import (
-    GRADIENT,
-    WEIGHT,
-    Parameters,
-    overhead_bytes,
-    own_share,
-    static_bytes,
-)
+from qwen35_mcore.planner.memory import GRADIENT, WEIGHT, Parameters, own_share, static_bytes
 from qwen35_mcore.planner.schedule import Shape, Simulation
 from qwen35_mcore.planner.stages import Cuts, Splits
 
@@ -57,18 +49,10 @@ class Prediction:
 
     @cached_property
     def splits(self) -> Splits:
-        """The ways to split the model, which may have been made for another ``vpp``. Raises
-        PlanError for more stages than parts."""
+        """The ways to split the model, which may have been made for another ``vpp``."""
         shape = Shape(pp=self.candidate.pp, vpp=self.candidate.vpp, microbatches=self.microbatches)
-        chain = self.model.chain
-        if chain.total < shape.stages:
-            raise PlanError(
-                "there are more virtual stages than layers for them",
-                got=f"pp {shape.pp} * vpp {shape.vpp}, {chain.total - 2} layers",
-                allowed=f"up to {chain.total} stages: embedding and loss can stand alone",
-                fix="lower pp or vpp",
-            )
-        return Splits(chain, shape, self.model.p2p_s, self.model.capacity_bytes)
+        model = self.model
+        return Splits(model.chain, shape, model.p2p_s, model.capacity_bytes)
 
     @cached_property
     def simulation(self) -> Simulation:
@@ -103,18 +87,14 @@ class Prediction:
         ranks = range(self.candidate.pp)
         return max(self._exposed_s(rank) + self._optimizer_s(rank) for rank in ranks)
 
-    @cached_property
-    def even(self) -> Prediction | None:
-        """The same with as many layers in every stage, fitting or not, which is what Megatron takes
-        without a layout string; None where they do not divide."""
-        cuts = self.splits.even()
-        return None if cuts is None else replace(self, cuts=cuts)
-
     @property
     def even_split_step_s(self) -> float | None:
-        """Seconds of `even`; None where there is none or it does not fit in memory."""
-        fits = self.even is not None and not self.even.missing_bytes
-        return self.even.simulation.step_s + self.after_s if self.even and fits else None
+        """Seconds with as many layers in every stage; None where they do not divide, or where that
+        does not fit in memory."""
+        even = self.splits.even()
+        if even is None or self.splits.missing_bytes(even):
+            return None
+        return self.splits.simulate(even).step_s + self.after_s
 
     @property
     def microbatches(self) -> int:
@@ -152,23 +132,18 @@ class Prediction:
 
     def memory(self) -> list[StageMemory]:
         """The fullest moment of every pipeline rank."""
-        overhead = overhead_bytes(self.job.gpu, self.job.gpus)
-        gathered = []
+        besides, gathered = (self.model.workspace_bytes, self.model.overhead_bytes), []
         for rank, held in enumerate(self.splits.rank_bytes(self.cuts)):
             static = static_bytes(self.rank_parameters(rank), self.job, self.candidate)
-            activations = held - sum(static)
-            workspace = self.model.workspace_bytes
-            gathered.append(StageMemory(*static, activations, workspace, overhead))
+            gathered.append(StageMemory(*static, held - sum(static), *besides))
         return gathered
 
     @cached_property
     def missing_bytes(self) -> float:
-        """Memory that the ranks lack, all together."""
         return self.splits.missing_bytes(self.cuts)
 
     @property
     def fullest_bytes(self) -> float:
-        """Of the fullest rank."""
         return max(memory.total for memory in self.memory())
 
     def breakdown(self) -> dict[str, float]:
@@ -200,8 +175,8 @@ class Prediction:
             expert = gather(size * parameters.expert, groups["expert_dp"], gpu)
             return max(0.0, dense + expert - hidden_s)
 
-        reduced = beyond(sum(part.unit.backward_s for part in parts), GRADIENT)
-        gathered = beyond(sum(part.unit.forward_s for part in parts), WEIGHT)
+        reduced = beyond(sum(part.backward_s for part in parts), GRADIENT)
+        gathered = beyond(sum(part.forward_s for part in parts), WEIGHT)
         return reduced + gathered + (self._tied_s() if rank in (0, self.candidate.pp - 1) else 0.0)
 
     def _tied_s(self) -> float:
@@ -222,18 +197,14 @@ class Prediction:
 
 
 def predict(job: Job, candidate: Candidate) -> Prediction:
-    """Balance the stages of a candidate and predict its step; with the stages that were nearest to
-    fitting, where none fit. Raises PlanError as `Prediction.splits`."""
+    """Balance the stages of a candidate that obeys the rules and predict its step; with the stages
+    that were nearest to fitting, where none fit."""
     whole = Prediction(job, candidate, Model(job, candidate), ())
     return replace(whole, cuts=whole.splits.best())
 
 
 def predict_split(job: Job, candidate: Candidate, stages: tuple[str, ...]) -> Prediction:
-    """Predict a candidate whose stages are given, whether it fits in memory or not.
-
-    Args:
-        stages: layer characters of every virtual stage, valid for the model, as
-            `parallel.stages.parse_pipeline_layout` reads them.
-    """
+    """Predict a candidate whose stages are given, valid for the model and as
+    `parallel.stages.parse_pipeline_layout` reads them, whether it fits in memory or not."""
     cuts = tuple(accumulate(map(len, stages[:-1])))
     return Prediction(job, candidate, Model(job, candidate), cuts)

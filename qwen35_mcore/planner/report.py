@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qwen35_mcore.planner.calibration.rows import PARTS
@@ -14,7 +14,6 @@ from qwen35_mcore.planner.memory import overhead_bytes
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.search import Found
 
-_ASKED = ("headroom_bytes", "seq_length", "global_batch_size")
 _PREDICTED = (
     *("microbatches", "pipeline_layout", "step_s", "even_split_step_s"),
     *("tokens_per_gpu_s", "model_flops_per_gpu_s", "mfu", "bubble"),
@@ -55,7 +54,9 @@ def job_data(job: Job, candidate: Candidate) -> dict[str, Any]:
         "gpu": job.gpu.name,
         "nodes": job.nodes,
         "gpus_per_node": job.gpus_of_a_node,
-        **{name: getattr(job, name) for name in _ASKED},
+        "headroom_bytes": job.headroom_bytes,
+        "seq_length": job.seq_length,
+        "global_batch_size": job.global_batch_size,
         "calibration": job.calibration.source,
         "calibration_gpu": job.calibration.gpu,
         "measured": True,
@@ -87,7 +88,6 @@ def found_data(job: Job, found: Found) -> dict[str, Any]:
         "layouts_that_may_fit": found.fitting,
         "layouts_simulated": found.simulated,
         "search_complete": found.complete,
-        "proven_best": found.exact,
         "plans": [prediction_data(prediction) for prediction in found.best],
     }
 
@@ -107,34 +107,20 @@ def explanation_data(job: Job, explanation: Explanation) -> dict[str, Any]:
 
 def print_found(job: Job, found: Found) -> None:
     """The best layouts, the first one in detail."""
-    title = (
-        f"{job.model_name} on {job.gpus} {job.gpu.name}, sequence {job.seq_length:,}, "
-        f"global batch {job.global_batch_size:,} (predicted)"
-    )
+    title = f"{job.model_name} on {job.gpus} {job.gpu.name} (predicted)"
     units = ("step s", "tokens/s\nper GPU", "TFLOP/s\nper GPU", "MFU", "bubble", "GiB")
-    rows = [
-        (
-            str(number),
-            _compact(one),
-            f"{one.step_s:.2f}",
-            f"{one.tokens_per_gpu_s:,.0f}",
-            f"{one.model_flops_per_gpu_s / 1e12:.0f}",
-            f"{one.mfu:.2f}",
-            f"{one.bubble:.2f}",
-            f"{one.fullest_bytes / GIB:.1f}",
-        )
-        for number, one in enumerate(found.best, 1)
-    ]
-    _print_table(title, ("", "layout", *units), rows, caption="mbs: sequences per microbatch")
+    rows = []
+    for one in found.best:
+        speed = f"{one.tokens_per_gpu_s:,.0f}", f"{one.model_flops_per_gpu_s / 1e12:.0f}"
+        shares = f"{one.mfu:.2f}", f"{one.bubble:.2f}"
+        fullest = f"{one.fullest_bytes / GIB:.1f}"
+        rows.append((_compact(one), f"{one.step_s:.2f}", *speed, *shares, fullest))
+    _print_table(title, ("layout", *units), rows)
     print_prediction(found.best[0])
-    note = "others could be faster, which the effort of a search does not cover"
-    if found.exact:
-        note = "no other is faster than the first by these figures"
-    elif found.complete:
-        note = "no other can be faster, unless better balanced stages of one are"
-    _print(
+    note = "no other is faster, unless its stages are balanced better than that"
+    print(
         f"{found.allowed} layouts obey the rules, {found.fitting} may fit in memory, "
-        f"{found.simulated} were simulated: {note}."
+        f"{found.simulated} were simulated: {note if found.complete else 'others may be faster'}."
     )
     print_sources(job, found.best[0].candidate)
 
@@ -147,7 +133,7 @@ def print_explanation(job: Job, explanation: Explanation) -> None:
         return
     reasons = [f"  - {violation}" for violation in explanation.violations]
     reasons += [f"  {line}" for line in explanation.memory.splitlines()]
-    _print(f"{explanation.candidate} cannot run:", *reasons)
+    print(f"{explanation.candidate} cannot run:", *reasons, sep="\n")
 
 
 def print_sources(job: Job, candidate: Candidate) -> None:
@@ -169,23 +155,18 @@ def print_sources(job: Job, candidate: Candidate) -> None:
         f"and fragmentation; {job.headroom_bytes / GIB:.1f} GiB of "
         f"{gpu.memory_bytes / GIB:.1f} stay free (--headroom).": True,
     }
-    _print(*(line for line, holds in lines.items() if holds))
+    print(*(line for line, holds in lines.items() if holds), sep="\n")
 
 
 def print_prediction(prediction: Prediction) -> None:
     """One layout: its stages, where the seconds go, the memory of every pipeline rank."""
-    candidate, seconds = prediction.candidate, prediction.breakdown()
-    even = prediction.even_split_step_s
-    beside = f"; split evenly {even:.2f} s" if even is not None and candidate.pp > 1 else ""
-    _print(
-        f"\n{candidate}, dp={candidate.dp(prediction.job)}",
-        f"pipeline layout  {prediction.pipeline_layout}",
-        f"step {prediction.step_s:.2f} s{beside}; "
-        f"{prediction.fullest_bytes / GIB:.1f} GiB on the fullest GPU",
-    )
-    shares = [f"{value / prediction.step_s:.0%}" for value in seconds.values()]
-    rows = [[f"{value:.2f}" for value in seconds.values()], shares]
-    _print_table("seconds of a step, slowest rank", seconds, rows)
+    candidate, step_s = prediction.candidate, prediction.step_s
+    seconds = prediction.breakdown().items()
+    shares = (f"{name} {value:.2f} ({value / step_s:.0%})" for name, value in seconds)
+    print(f"\n{candidate}, dp={candidate.dp(prediction.job)}")
+    print(f"pipeline layout  {prediction.pipeline_layout}")
+    print("; ".join([f"step {step_s:.2f} s", *even_split(prediction)]))
+    print(f"seconds of the slowest rank: {', '.join(shares)}")
     ranks = []
     for rank, memory in enumerate(prediction.memory()):
         stages = " ".join(map(short_stage, prediction.stages[rank :: candidate.pp]))
@@ -202,29 +183,26 @@ def short_stage(stage: str) -> str:
     return stage.replace("t" * layers, f"t*{layers}") if layers > 2 else stage or "-"
 
 
+def even_split(prediction: Prediction) -> list[str]:
+    """What as many layers in every stage would do."""
+    if prediction.splits.even() is None or prediction.candidate.pp == 1:
+        return []
+    even = prediction.even_split_step_s
+    return ["the even split does not fit" if even is None else f"split evenly {even:.2f} s"]
+
+
 def _compact(prediction: Prediction) -> str:
-    """Sizes above one, in few characters."""
+    """Sizes that differ from the usual ones."""
     one, usual = prediction.candidate, ("=1", "=none", "=bf16")
-    words = [word for word in str(one).split(",") if not word.endswith(usual) or "mbs" in word]
-    if not prediction.job.model_config.is_moe:
-        words = [word for word in words if not word.startswith("etp")]
-    text = " ".join([*words, f"dp={one.dp(prediction.job)}"])
-    return text.replace("recompute=", "recompute ").replace("precision=", "").replace("=", "")
+    words = [word for word in str(one).split(",") if not word.endswith(usual)]
+    return " ".join([*words, f"dp={one.dp(prediction.job)}"])
 
 
-def _print(*lines: str) -> None:
-    from rich.console import Console
-
-    Console().print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
-
-
-def _print_table(
-    title: str, headers: Iterable[str], rows: Sequence[Sequence[str]], caption: str | None = None
-) -> None:
+def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", caption=caption)
+    table = Table(title=title, title_justify="left")
     for header in headers:
         words = header in ("layout", "layers")
         table.add_column(header, justify="left" if words else "right", no_wrap=not words)

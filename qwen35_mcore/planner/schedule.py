@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from operator import ge
+from operator import ge, mul
 from typing import NamedTuple
 
-_STEADY_GROUPS = 4
-"""Groups of pp microbatches after which a rank holds nothing that it did not hold before."""
+STEADY_GROUPS = 4
+"""Groups of pp microbatches after which a pipeline is full: what follows repeats."""
 _NOTHING = -1
 
 
@@ -151,7 +151,7 @@ class Simulation:
 def alive(shape: Shape) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """For each rank its fullest moments: microbatches that went forward and not yet backward, one
     number per chunk. What holds no more than another moment in any chunk is left out."""
-    most = _STEADY_GROUPS * shape.pp + shape.microbatches % shape.pp
+    most = STEADY_GROUPS * shape.pp + shape.microbatches % shape.pp
     if shape.microbatches > most:
         return alive(replace(shape, microbatches=most))
     return tuple(_fullest(shape, rank) for rank in range(shape.pp))
@@ -169,13 +169,7 @@ def _fullest(shape: Shape, rank: int) -> tuple[tuple[int, ...], ...]:
     return tuple(kept)
 
 
-def peak_saved_bytes(saved_bytes: Sequence[float], shape: Shape) -> list[float]:
-    """The most activation bytes each rank holds at one moment, where a microbatch keeps so many per
-    virtual stage. The chunks of a rank are not at their fullest at the same time."""
-    return [
-        max(
-            sum(n * size for n, size in zip(moment, saved_bytes[rank :: shape.pp], strict=True))
-            for moment in moments
-        )
-        for rank, moments in enumerate(alive(shape))
-    ]
+def peak_saved_bytes(saved_bytes: Sequence[float], shape: Shape, rank: int) -> float:
+    """The most activation bytes a rank holds at one moment, where a microbatch keeps so many per
+    chunk. The chunks of a rank are not at their fullest at the same time."""
+    return max(sum(map(mul, moment, saved_bytes)) for moment in alive(shape)[rank])

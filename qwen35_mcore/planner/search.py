@@ -9,15 +9,16 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import partial
+from itertools import groupby, islice, product
+from operator import attrgetter
 
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.check import check_layout
 from qwen35_mcore.parallel.rules import Violation
-from qwen35_mcore.planner.candidate import Candidate, Job
-from qwen35_mcore.planner.choices import RECOMPUTE
+from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job
 from qwen35_mcore.planner.hardware import GIB
-from qwen35_mcore.planner.layers import Model
+from qwen35_mcore.planner.layers import Model, holds_parameters
 from qwen35_mcore.planner.prediction import Prediction
 
 EVEN_SPLIT_RULE = "pp * vpp divides num_hidden_layers"
@@ -59,38 +60,27 @@ class Found:
     simulated: int
     complete: bool
     """Whether every layout was simulated whose bound allows it to be among `best`."""
-    exact: bool
-    """Whether every other layout's lower bound is above the step of the first of `best`."""
 
 
 def search(job: Job, space: Space, *, top: int = 5) -> Found:
-    """The fastest layouts of a job.
-
-    Args:
-        top: how many to return.
-
-    Raises:
-        PlanError: no layout obeys the rules, or none fits in memory; the message says what would.
-    """
+    """The ``top`` fastest layouts of a job. Raises PlanError where no layout obeys the rules, or
+    none fits in memory; the message says what would."""
     allowed = list(candidates(job, space))
     if not allowed:
         raise _nothing_allowed(job, space)
-    fitting = [one for one in _not_split(job, allowed) if one.splits.may_fit()]
-    fitting.sort(key=_bound_s)
+    fitting = sorted(_may_fit(job, allowed), key=_bound_s)
     started = _started(fitting, top)
-    split = sorted((one for one in started if not one.missing_bytes), key=_step_s)
+    split = sorted((one for one in started if not one.missing_bytes), key=_nearly_s)
     improved = (replace(one, cuts=one.splits.best()) for one in split[: max(IMPROVED, top)])
-    best = tuple(sorted(improved, key=_step_s)[:top])
+    best = tuple(sorted(sorted(improved, key=_nearly_s)[:top], key=attrgetter("step_s")))
     if not best:
         raise _nothing_fits(job, space, allowed)
-    others = [_bound_s(one) for one in fitting if one.candidate != best[0].candidate]
     complete = all(_bound_s(one) >= best[-1].step_s for one in fitting[len(started) :])
-    exact = all(bound >= best[0].step_s for bound in others)
-    return Found(best, len(allowed), len(fitting), len(started), complete, exact)
+    return Found(best, len(allowed), len(fitting), len(started), complete)
 
 
-def _step_s(prediction: Prediction) -> float:
-    return prediction.step_s
+def _nearly_s(prediction: Prediction) -> float:
+    return prediction.splits.step_s(prediction.cuts) + prediction.after_s
 
 
 def _bound_s(prediction: Prediction) -> float:
@@ -98,13 +88,17 @@ def _bound_s(prediction: Prediction) -> float:
 
 
 def _not_split(job: Job, allowed: Iterable[Candidate]) -> Iterator[Prediction]:
-    """Candidates with their models, which those that differ only in vpp share."""
-    models: dict[Candidate, Model] = {}
-    for candidate in allowed:
-        plain = replace(candidate, vpp=1)
-        if plain not in models:
-            models[plain] = Model(job, plain)
-        yield Prediction(job, candidate, models[plain], ())
+    """Candidates with their models, which neighbours that differ only in vpp share."""
+    for plain, alike in groupby(allowed, lambda candidate: replace(candidate, vpp=1)):
+        model = Model(job, plain)
+        yield from (Prediction(job, candidate, model, ()) for candidate in alike)
+
+
+def _may_fit(job: Job, allowed: Iterable[Candidate]) -> Iterator[Prediction]:
+    """Those that may fit in memory, asked first what costs least to know and refuses most."""
+    sizes = partial(replace, vpp=1, micro_batch_size=1, recompute="none")
+    able = (one for one in allowed if holds_parameters(job, sizes(one)))
+    return (one for one in _not_split(job, able) if one.splits.may_fit())
 
 
 def _started(fitting: Iterable[Prediction], top: int) -> list[Prediction]:
@@ -120,7 +114,7 @@ def _started(fitting: Iterable[Prediction], top: int) -> list[Prediction]:
         passes += 2 * shape.stages * shape.microbatches
         started.append(replace(one, cuts=one.splits.first()))
         if not started[-1].missing_bytes:
-            insort(steps, started[-1].step_s)
+            insort(steps, _nearly_s(started[-1]))
     return started
 
 
@@ -130,14 +124,15 @@ def candidates(job: Job, space: Space) -> Iterator[Candidate]:
         plain = replace(sizes, micro_batch_size=micro)
         if job.global_batch_size % (micro * plain.dp(job)):
             continue
-        for vpp in space.vpp or _virtual_stages(job, plain):
-            staged = replace(plain, vpp=vpp)
-            if broken_rules(job, staged):
-                continue
-            for recompute, precision in product(space.recompute or RECOMPUTE, space.precision):
-                chosen = replace(staged, recompute=recompute, precision=precision)
-                if not chosen.fp8 or not broken_rules(job, chosen):
-                    yield chosen
+        # no rule is about both of them
+        every_vpp = space.vpp or range(1, LARGEST_VPP + 1)
+        vpps = [n for n in every_vpp if not broken_rules(job, replace(plain, vpp=n))]
+        if not vpps:
+            continue
+        first = replace(plain, vpp=vpps[0])
+        words = [p for p in space.precision if not broken_rules(job, replace(first, precision=p))]
+        for recompute, precision, vpp in product(space.recompute or RECOMPUTE, words, vpps):
+            yield replace(plain, recompute=recompute, precision=precision, vpp=vpp)
 
 
 def broken_rules(
@@ -154,7 +149,18 @@ def broken_rules(
         global_batch_size=job.global_batch_size,
         fp8=candidate.fp8,
     )
-    return [violation for violation in violations if violation.rule != EVEN_SPLIT_RULE]
+    violations = [violation for violation in violations if violation.rule != EVEN_SPLIT_RULE]
+    most = job.model_config.num_hidden_layers + 2
+    if candidate.pp * candidate.vpp > most:
+        too_many = Violation(
+            rule="every virtual stage has a layer",
+            reason="a stage without layers has empty gradient buffers",
+            value=f"pp {candidate.pp} * vpp {candidate.vpp}, {most - 2} layers",
+            allowed=f"up to {most} stages: embedding and loss can stand alone",
+            fix="lower pp or vpp",
+        )
+        violations.append(too_many)
+    return violations
 
 
 def _sizes(job: Job, space: Space) -> Iterator[Candidate]:
@@ -165,53 +171,35 @@ def _sizes(job: Job, space: Space) -> Iterator[Candidate]:
     every_cp = [n for n in powers if n == 1 or job.seq_length // n >= LEAST_LOCAL_SEQUENCE]
     every_ep = [n for n in range(1, experts + 1) if experts % n == 0] or [1]
     for tp, cp, pp in product(every_tp, space.cp or every_cp, space.pp or range(1, layers + 1)):
-        if job.gpus % (tp * cp * pp) or pp > layers + 2:
+        if job.gpus % (tp * cp * pp):
             continue
-        for etp, ep in product(
-            space.etp or sorted({1 if experts else tp, tp}), space.ep or every_ep
-        ):
+        every_etp = space.etp or (sorted({1, tp}) if experts else [1])
+        for etp, ep in product(every_etp, space.ep or every_ep):
             if not experts or job.gpus % (pp * ep * etp) == 0:
                 yield Candidate(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
 
 
-def _virtual_stages(job: Job, plain: Candidate) -> list[int]:
-    most = min(LARGEST_VPP, (job.model_config.num_hidden_layers + 2) // plain.pp)
-    interleaves = plain.pp > 1 and plain.microbatches(job) % plain.pp == 0
-    return [1, *range(2, most + 1)] if interleaves else [1]
-
-
 def _nothing_allowed(job: Job, space: Space) -> PlanError:
-    problem = f"no layout of {job.gpus} GPUs obeys the rules with these sizes"
-    near = _near(job, space, "global_batch_size")
+    near = _batches_near(job, space)
     if near:
-        got, problem = job.global_batch_size, "no layout of these GPUs divides this global batch"
-        return PlanError(problem, got=got, allowed=near, fix="change --global-batch-size")
-    for rule in broken_rules(job, _pinned(job, space)):
-        problem += f": {rule.rule}: {rule.reason}"
-        return PlanError(problem, got=rule.value, allowed=rule.allowed, fix=rule.fix)
-    allowed = f"{_near(job, space, 'gpus') or 'no other number of'} GPUs"
-    fix = "change --gpus, or ask with --explain why one layout is refused"
-    return PlanError(problem, got=f"{job.gpus} GPUs", allowed=allowed, fix=fix)
+        problem = "no layout of these GPUs divides this global batch"
+        got, fix = job.global_batch_size, "change --global-batch-size"
+        return PlanError(problem, got=got, allowed=" or ".join(near), fix=fix)
+    # the sizes that were asked for, the first of several; otherwise 1
+    pinned = Candidate(**{name: values[0] for name, values in vars(space).items() if values})
+    rule = broken_rules(job, pinned)[0]
+    problem = f"no layout of {job.gpus} GPUs obeys the rules: {rule.rule}: {rule.reason}"
+    return PlanError(problem, got=rule.value, allowed=rule.allowed, fix=rule.fix)
 
 
-def _near(job: Job, space: Space, name: str) -> str:
-    """The next smaller and larger values of a field with which some layout obeys the rules."""
-    value, found = getattr(job, name), []
-    for sizes in (range(value - 1, 0, -1), range(value + 1, value + 2 * job.gpus + 1)):
-        for size in sizes:
-            changed = replace(job, **{name: size})  # type: ignore[arg-type]
-            if any(True for _ in candidates(changed, space)):
-                found.append(str(size))
-                break
-    return " or ".join(found)
-
-
-def _pinned(job: Job, space: Space) -> Candidate:
-    """The sizes that were asked for, the first of several; otherwise 1."""
-    chosen = {name: values[0] for name, values in vars(space).items() if values}
-    if not job.model_config.is_moe:
-        chosen.setdefault("etp", chosen.get("tp", 1))
-    return Candidate(**chosen)
+def _batches_near(job: Job, space: Space) -> list[str]:
+    """The next smaller and larger global batch with which some layout obeys the rules."""
+    size, found = job.global_batch_size, []
+    for sizes in (range(size - 1, 0, -1), range(size + 1, size + 2 * job.gpus + 1)):
+        others = (replace(job, global_batch_size=one) for one in sizes)
+        obey = (one for one in others if any(True for _ in candidates(one, space)))
+        found += [str(one.global_batch_size) for one in islice(obey, 1)]
+    return found
 
 
 def _nothing_fits(job: Job, space: Space, allowed: list[Candidate]) -> PlanError:
@@ -233,16 +221,15 @@ def _smallest_that_fits(job: Job, space: Space) -> int | None:
     lean = replace(space, vpp=(1,), micro_batch_size=micro, recompute=recompute)
 
     def first(sizes: Iterable[int]) -> int | None:
-        larger = (n for n in sizes if n > job.gpus)
-        return next((n for n in larger if _fits(replace(job, gpus=n), lean)), None)
+        fitting = (n for n in sizes if n > job.gpus and _fits(replace(job, gpus=n), lean))
+        return next(fitting, None)
 
     node = job.gpu.gpus_per_node
-    enough = first(
-        sorted({2**i for i in range(8) if 2**i < node} | {node * 2**i for i in range(10)})
-    )
+    doubled = {2**i for i in range(8) if 2**i < node} | {node * 2**i for i in range(10)}
+    enough = first(sorted(doubled))
     return enough and (first(range(node * (enough // 2 // node + 1), enough, node)) or enough)
 
 
 def _fits(job: Job, space: Space) -> bool:
-    started = (one.splits for one in _not_split(job, candidates(job, space)))
-    return any(not one.missing_bytes(one.first()) for one in started if one.may_fit())
+    started = (one.splits for one in _may_fit(job, candidates(job, space)))
+    return any(not one.missing_bytes(one.first()) for one in started)

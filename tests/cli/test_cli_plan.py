@@ -60,7 +60,7 @@ def test_qwen3_next_is_planned() -> None:
 def test_tables_say_what_they_rest_on() -> None:
     done = run(*PINNED)
     assert done.returncode == 0, done.stderr
-    assert "pp2 ep8" in done.stdout
+    assert "pp=2 ep=8" in done.stdout
     assert "pipeline layout  E" in done.stdout
     assert default_calibration("h100-80g").source in done.stdout.replace("\n", "")
     assert "GiB for CUDA, NCCL and fragmentation" in done.stdout
@@ -235,7 +235,7 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
         ),
         (
             (*SMALL, "--gpu", "a100", "--precision", "fp8-tensorwise"),
-            ["a100-80g has no FP8", "allowed: bf16", "fix: leave out --precision"],
+            ["no such --precision of a100-80g", "allowed: bf16, all", "fix: "],
         ),
         ((*SMALL, "--explain", "tp=2,layout="), ["layout is empty", "fix: "]),
         ((*SMALL, "--explain", "tp"), ["got: tp", "tp=N"]),

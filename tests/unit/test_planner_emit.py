@@ -16,8 +16,7 @@ from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.planner.calibration.rows import default_calibration
-from qwen35_mcore.planner.candidate import Candidate, Job, recompute_modules
-from qwen35_mcore.planner.choices import RECOMPUTE
+from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job, recompute_modules
 from qwen35_mcore.planner.command import DEFAULT_HEADROOM_GIB
 from qwen35_mcore.planner.emit import emit, files, flags, layout_args
 from qwen35_mcore.planner.explain import parse_layout

@@ -64,7 +64,7 @@ def test_the_even_split_is_named_beside_the_choice(tmp_path: Path) -> None:
     full = Candidate(pp=4, ep=4, micro_batch_size=4, recompute="full")
     free, tight = plan(4, 1, 16), predict(job_of("35b-a3b", 16, 512), full)
     assert free.even_split_step_s is not None
-    assert tight.even is not None
+    assert tight.splits.even() is not None
     assert tight.even_split_step_s is None
     for drawn, words in (
         (free, f"split evenly {free.even_split_step_s:.2f} s"),

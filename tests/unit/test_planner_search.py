@@ -93,8 +93,9 @@ def test_the_stages_are_better_than_even_ones() -> None:
 
     too_large = search(job_of("35b-a3b", 16, 512), Space(pp=(4,)), top=1).best[0]
     assert too_large.even_split_step_s is None
-    assert too_large.even is not None
-    assert too_large.even.missing_bytes > 0
+    even_cuts = too_large.splits.even()
+    assert even_cuts is not None
+    assert too_large.splits.missing_bytes(even_cuts) > 0
 
 
 def test_pinned_sizes_are_kept() -> None:
@@ -102,6 +103,17 @@ def test_pinned_sizes_are_kept() -> None:
     assert {(p.candidate.pp, p.candidate.ep, p.candidate.recompute) for p in found.best} == {
         (2, 8, "full")
     }
+
+
+def test_every_virtual_stage_has_a_layer() -> None:
+    """24 layers, embedding and loss make 26 stages at most."""
+    job = job_of("2b", 16, 256)
+    found = search(job, Space(tp=(1,), vpp=(4,), micro_batch_size=(1,)))
+    assert all(one.candidate.pp * 4 <= 26 for one in found.best)
+    [violation] = explain(job, Candidate(pp=8, vpp=4)).violations
+    assert violation.rule == "every virtual stage has a layer"
+    with pytest.raises(PlanError, match=r"every virtual stage has a layer(.|\n)*fix: lower pp"):
+        search(job, Space(pp=(8,), vpp=(4,)))
 
 
 def test_more_memory_is_not_slower() -> None:

@@ -131,6 +131,14 @@ def test_large_models_are_split_better_than_evenly(pp: int, vpp: int) -> None:
     assert step_s(splits, found) <= 1.3 * splits.least_of_all_s
 
 
+@pytest.mark.parametrize(("pp", "vpp", "microbatches"), [(4, 1, 131), (8, 1, 256), (4, 4, 128)])
+def test_many_microbatches_are_carried_on_from_few(pp: int, vpp: int, microbatches: int) -> None:
+    """What the search compares is the step that the whole simulation has."""
+    splits = splits_of(hybrid(48), pp, vpp, microbatches, p2p_s=0.02)
+    cuts = splits.first()
+    assert splits.step_s(cuts) == pytest.approx(step_s(splits, cuts), rel=1e-9)
+
+
 def test_equal_layers_are_split_evenly() -> None:
     nothing = Unit(0.0, 0.0, 0.0, 0.0)
     splits = splits_of([nothing, *[Unit(1.0, 2.0, 2.0, 0.3)] * 64, nothing], 8)

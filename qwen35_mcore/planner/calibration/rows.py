@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from typing import Any
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError, Qwen35Error
-from qwen35_mcore.planner.choices import PRECISIONS
-from qwen35_mcore.planner.hardware import get_gpu
+from qwen35_mcore.planner.hardware import PRECISIONS, get_gpu
 
 SCHEMA = 1
 PARTS = ("gdn", "attention", "moe", "mlp", "output")
@@ -61,11 +60,8 @@ class Calibration:
 
 def model_of(flavor: str, overrides: Mapping[str, Any]) -> Qwen35Config:
     """A flavor with some Hugging Face fields changed; fewer layers keep the first ones. Raises
-    PlanError where there is no such field."""
+    TypeError where there is no such field."""
     model_config = get_flavor(flavor)
-    unknown = set(overrides) - {f.name for f in fields(model_config)}
-    if unknown:
-        raise PlanError("an override names no field of the model", got=", ".join(sorted(unknown)))
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
     layers, pattern = changes.get("num_hidden_layers"), model_config.layer_types
     if isinstance(layers, int) and "layer_types" not in changes:
@@ -91,19 +87,14 @@ def read_calibration(path: Path) -> Calibration:
         raise PlanError("cannot read the calibration file", got=got, fix=fix) from error
     except ValueError as error:
         raise _unusable(path, "is not valid JSON", error) from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        raise _unusable(path, f"has another schema than {SCHEMA}", repr(schema))
-    layers = content.get("layers")
-    if not isinstance(layers, list) or not layers:
-        raise _unusable(path, 'needs at least one row in "layers"', json.dumps(layers))
+    content = content if isinstance(content, dict) else {}
+    schema, layers = content.get("schema"), content.get("layers")
+    if schema != SCHEMA or not isinstance(layers, list) or not layers:
+        got = f"schema {schema}, layers {layers}"
+        raise _unusable(path, f'needs "schema": {SCHEMA} and at least one row in "layers"', got)
     gpu = _read(content.get("gpu", _STANDARD), path, lambda name: get_gpu(str(name)))
-    precisions = PRECISIONS if gpu.has_fp8 else PRECISIONS[:1]
-    return Calibration(
-        source=str(path),
-        gpu=gpu.name,
-        layers=tuple(_read(row, path, lambda row: layer_row(row, precisions)) for row in layers),
-    )
+    rows = (_read(row, path, lambda row: layer_row(row, gpu.precisions)) for row in layers)
+    return Calibration(source=str(path), gpu=gpu.name, layers=tuple(rows))
 
 
 def _unusable(path: Path, why: str, got: object) -> PlanError:
@@ -111,12 +102,12 @@ def _unusable(path: Path, why: str, got: object) -> PlanError:
     return PlanError(f"the calibration file {why}", got=f"{path}: {got}"[:300], fix=fix)
 
 
-def _read[Row](row: Any, path: Path, reader: Callable[[Any], Row]) -> Row:
+def _read[Row](entry: Any, path: Path, reader: Callable[[Any], Row]) -> Row:
     broken = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, Qwen35Error)
     try:
-        return reader(row)
+        return reader(entry)
     except broken as error:
-        got = f"{json.dumps(row)[:200]}: {type(error).__name__} {error}"
+        got = f"{json.dumps(entry)[:150]}: {type(error).__name__} {error}"
         raise _unusable(path, "has an entry that cannot be used", got) from error
 
 
@@ -125,33 +116,19 @@ def layer_row(row: Mapping[str, Any], precisions: tuple[str, ...] = PRECISIONS) 
     overrides = {"mtp_num_hidden_layers": 0} | (row.get("overrides") or {})  # one loss alone
     if row.get("local_experts"):
         overrides["num_experts"] = row["local_experts"]
-    return LayerRow(
-        part=_word(row, "part", PARTS),
+    one = LayerRow(
+        part=row["part"],
         model_config=model_of(row["flavor"], overrides),
-        seq_length=_whole(row, "seq_length"),
-        micro_batch_size=_whole(row, "micro_batch_size"),
-        precision=_word(row, "precision", precisions),
-        forward_s=_seconds(row, "forward_ms"),
-        backward_s=_seconds(row, "backward_ms"),
+        seq_length=int(row["seq_length"]),
+        micro_batch_size=int(row["micro_batch_size"]),
+        precision=row["precision"],
+        forward_s=float(row["forward_ms"]) / 1e3,
+        backward_s=float(row["backward_ms"]) / 1e3,
         saved_bytes=row.get("saved_bytes"),
     )
-
-
-def _whole(row: Mapping[str, Any], name: str) -> int:
-    value = int(row[name])
-    if not 1 <= value <= _LARGEST:
-        raise ValueError(f"{name} is not between 1 and {_LARGEST}")
-    return value
-
-
-def _seconds(row: Mapping[str, Any], name: str) -> float:
-    value = float(row[name]) / 1e3
-    if not 0 < value <= _LARGEST:  # what is no number is not either
-        raise ValueError(f"{name} is no time")
-    return value
-
-
-def _word(row: Mapping[str, Any], name: str, allowed: tuple[str, ...]) -> str:
-    if row[name] not in allowed:
-        raise ValueError(f"{name} is none of {', '.join(allowed)}")
-    return str(row[name])
+    if one.part not in PARTS or one.precision not in precisions:
+        raise ValueError(f"allowed: part {', '.join(PARTS)}; precision {', '.join(precisions)}")
+    numbers = (one.seq_length, one.micro_batch_size, one.forward_s, one.backward_s)
+    if not all(0 < number <= _LARGEST for number in numbers):  # NaN neither
+        raise ValueError(f"allowed: sizes and times above 0 and up to {_LARGEST}")
+    return one

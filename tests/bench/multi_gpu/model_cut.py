@@ -8,8 +8,7 @@ from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner.calibration.rows import default_calibration
-from qwen35_mcore.planner.candidate import Candidate, Job
-from qwen35_mcore.planner.choices import RECOMPUTE
+from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job
 from qwen35_mcore.planner.explain import explain
 from qwen35_mcore.planner.hardware import Gpu
 from qwen35_mcore.planner.prediction import Prediction

@@ -166,8 +166,9 @@ def with_module(name: str, **contents: Any) -> Callable[[Any], Any]:
     def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = {package: sys.modules.get(package) for package in packages}
-            blocked = {package for package in packages if package in sys.modules}
+            before = {
+                package: sys.modules[package] for package in packages if package in sys.modules
+            }
             sys.modules.update({package: types.ModuleType(package) for package in packages})
             sys.modules[name].__dict__.update(contents)
             try:
@@ -175,7 +176,7 @@ def with_module(name: str, **contents: Any) -> Callable[[Any], Any]:
             finally:
                 for package in packages:
                     del sys.modules[package]
-                sys.modules.update({package: before[package] for package in blocked})
+                sys.modules.update(before)
 
         return call
 

@@ -73,7 +73,7 @@ def _in_float32(config: Any) -> Any:
 
 def _flat(original: Any) -> Any:
     def __init__(self: Any, chained_optimizers: list[Any]) -> None:  # noqa: N807
-        flat = []
+        flat: list[Any] = []
         for one in chained_optimizers:
             flat += one.chained_optimizers if type(one) is ChainedOptimizer else [one]
         original(self, flat)

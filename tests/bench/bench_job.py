@@ -8,9 +8,9 @@ A row is a job: layout, layers, microbatch and routing. A run is whose model tra
 `native`), and after each + what is switched on: `parts` and `full` (CUDA graphs of parts, or one of
 the whole step), `auto` (what ours chooses of them), `aware` (the precision-aware optimizer with
 bf16 gradients and moments), `alltoall` (instead of the dispatcher that ours would choose), `fp8`.
-Every run is printed as it ends, and appended to the --json file: the median step after the warm-up, tokens and
-model TFLOP/s per GPU, the peak of the fullest rank, the first and last loss. --profile profiles a
-late step of each run on rank 0.
+Every run is printed as it ends, and appended to the --json file: the median step after the warm-up,
+tokens and model TFLOP/s per GPU, the peak of the fullest rank, the first and last loss. --profile
+profiles a late step of each run on rank 0.
 
 Exit status: 0 every run trained, 1 one did not, 2 bad arguments.
 """

@@ -98,7 +98,9 @@ def token_error(a: Run, b: Run) -> Tensor:
 
 def gradient_errors(a: Run, b: Run) -> dict[str, float]:
     return {
-        key: float((a.gradients[key] - value).norm() / value.norm().clamp(min=1e-12))
+        key: float(
+            (a.gradients[key] - value).detach().norm() / value.detach().norm().clamp(min=1e-12)
+        )
         for key, value in b.gradients.items()
     }
 

@@ -30,7 +30,11 @@ from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 def _by_dtype(original: Any) -> Any:
     def _get_megatron_optimizer_based_on_param_groups(
-        config: Any, model_chunks: Any, param_groups: Any, per_model_buffers: Any, **more: Any
+        config: Any,
+        model_chunks: Any,
+        param_groups: Any,
+        per_model_buffers: Any = None,
+        **more: Any,
     ) -> Any:
         def build(config: Any, *, float32: bool) -> Any:
             groups = [

@@ -21,6 +21,10 @@ default NCCL_NVLS_ENABLE 0
 default TORCH_SYMM_MEM_DISABLE_MULTICAST 1
 default NVSHMEM_DISABLE_NVLS 1
 
+# What is compiled while a run starts lies in one folder: home is mostly shared by all nodes, so that
+# one of them compiles for all. `qwen35 warm` fills it before.
+default QWEN35_KERNEL_CACHE "${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/qwen35-kernels"
+
 # Says which link or peer failed; silent otherwise.
 default NCCL_DEBUG WARN
 

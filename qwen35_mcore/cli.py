@@ -296,6 +296,22 @@ def plan(
     command.run_search(job, space, top=top, output=output)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def warm(
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="A folder that `qwen35 plan --emit` wrote.")
+    ],
+    flags: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FLAG", help="More flags of the training that the plan is for."),
+    ] = None,
+) -> None:
+    """Compile and tune a run's kernels on this node, into the folder QWEN35_KERNEL_CACHE."""
+    from qwen35_mcore.training.warm import warm
+
+    raise typer.Exit(warm(plan, flags or []))
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,

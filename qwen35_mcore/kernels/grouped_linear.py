@@ -50,11 +50,12 @@ class _GroupedLinear(torch.autograd.Function):
         dy_to = dy_to.contiguous()
         needs_dx, needs_dweight, *_ = ctx.needs_input_grad
         dx = _products(dy_to, weight_eoi, ends_e) if needs_dx else None
-        dweight = _weight_gradient(dy_to, x_ti, ends_e) if needs_dweight else None
-        if dweight is not None and ctx.fused:
-            weight_eoi.main_grad.add_(dweight)
-            dweight = mark_added(weight_eoi)
-        return dx, dweight, None, None
+        if not needs_dweight:
+            return dx, None, None, None
+        if not ctx.fused:
+            return dx, _weight_gradient(dy_to, x_ti, ends_e), None, None
+        _add_weight_gradient(dy_to, x_ti, ends_e, weight_eoi.main_grad)
+        return dx, mark_added(weight_eoi), None, None
 
 
 def _products(x_tk: Tensor, weight_ekn: Tensor, ends_e: Tensor) -> Tensor:
@@ -72,6 +73,21 @@ def _weight_gradient(dy_to: Tensor, x_ti: Tensor, ends_e: Tensor) -> Tensor:
     if x_ti.shape[0] and runs_as_one_kernel(x_ti):
         return F.grouped_mm(dy_to.t(), x_ti, offs=ends_e)
     return torch.stack([dy_to[rows].t() @ x_ti[rows] for rows in _slices(ends_e)])
+
+
+FEWEST_EXPERTS = 32
+"""From here on one kernel that adds is faster than grouped_mm and an addition (H200; at 16 local
+experts it is slower)."""
+
+
+def _add_weight_gradient(dy_to: Tensor, x_ti: Tensor, ends_e: Tensor, main_eoi: Tensor) -> None:
+    """``main[expert] += dy^T @ x`` over each expert's rows."""
+    if x_ti.shape[0] and runs_as_one_kernel(x_ti) and main_eoi.shape[0] >= FEWEST_EXPERTS:
+        from qwen35_mcore.kernels.expert_gradient_triton import add_weight_gradient
+
+        add_weight_gradient(dy_to, x_ti.contiguous(), ends_e, main_eoi)
+    else:
+        main_eoi.add_(_weight_gradient(dy_to, x_ti, ends_e))
 
 
 def _slices(ends_e: Tensor) -> Iterator[slice]:

@@ -18,6 +18,7 @@ from qwen35_mcore.mcore.cpu_stand_ins import (
     get_rng_state,
     made_as,
     made_from_data,
+    norm_in_float32,
     replaced_by,
     returning_self,
     seed,
@@ -27,6 +28,7 @@ from qwen35_mcore.mcore.cpu_stand_ins import (
     torch_with_cuda,
     value,
     with_cuda_type_names,
+    with_module,
 )
 from qwen35_mcore.mcore.fused_adam import FusedAdam
 from qwen35_mcore.mcore.replacement import Replacement
@@ -69,6 +71,9 @@ TORCH = _table(
 )
 
 _OPTIMIZER_REASON = "torch AdamW's per-tensor step breaks distributed-optimizer checkpoints"
+_PRECISION_REASON = (
+    "the precision-aware optimizer asks whether Transformer Engine's FusedAdam is there"
+)
 _TYPE_REASON = "sorts parameters by names that begin with torch.cuda"
 
 MEGATRON = _table(
@@ -89,6 +94,22 @@ MEGATRON = _table(
     ),
     ("megatron.core.optimizer:Adam", replaced_by(FusedAdam), _OPTIMIZER_REASON),
     ("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", replaced_by(False), _OPTIMIZER_REASON),
+    ("megatron.core.optimizer:is_te_min_version", value(True), _PRECISION_REASON),
+    (
+        "megatron.core.optimizer.optimizer_config:is_te_min_version",
+        value(True),
+        _PRECISION_REASON,
+    ),
+    (
+        "megatron.core.optimizer.optimizer_config:OptimizerConfig.__post_init__",
+        with_module("transformer_engine.pytorch.optimizers", FusedAdam=FusedAdam),
+        _PRECISION_REASON,
+    ),
+    (
+        "megatron.core.optimizer.clip_grads:l2_norm_impl",
+        norm_in_float32,
+        "the norm of bfloat16 gradients would be rounded to bfloat16",
+    ),
     (
         "megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE",
         replaced_by(True),

@@ -6,6 +6,8 @@ Functions of this module take what they replace and return what takes its place.
 from __future__ import annotations
 
 import functools
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -146,6 +148,39 @@ def with_cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
             torch.Tensor.type = torch_type  # type: ignore[method-assign]
 
     return call
+
+
+def norm_in_float32(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The norm of lists of gradients, as the kernels for GPUs compute it."""
+
+    def l2_norm(chunk: int, flag: Any, lists: list[list[torch.Tensor]], *more: Any) -> Any:
+        return original(chunk, flag, [[grad.float() for grad in one] for one in lists], *more)
+
+    return l2_norm
+
+
+def with_module(name: str, **contents: Any) -> Callable[[Any], Any]:
+    """Let a function import a module, with its packages, that stands for one of a GPU machine."""
+    packages = [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
+
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = {
+                package: sys.modules[package] for package in packages if package in sys.modules
+            }
+            sys.modules.update({package: types.ModuleType(package) for package in packages})
+            sys.modules[name].__dict__.update(contents)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                for package in packages:
+                    del sys.modules[package]
+                sys.modules.update(before)
+
+        return call
+
+    return replace
 
 
 def returning_self(original: Any) -> Callable[..., Any]:

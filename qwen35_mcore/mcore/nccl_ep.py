@@ -66,6 +66,7 @@ class ExchangeSize:
         hidden_size: width of a row.
         tokens: most that a rank sends from.
         capacity_factor: rows of a rank's receive buffer, over those it gets where routing is even.
+        dtype: of the rows.
     """
 
     num_experts: int
@@ -74,6 +75,7 @@ class ExchangeSize:
     hidden_size: int
     tokens: int
     capacity_factor: float
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def local_experts(self) -> int:
@@ -117,6 +119,7 @@ class NcclEp:
             size.top_k,
             recv_capacity_per_rank=size.capacity,
             max_num_sms=max_sms,
+            max_token_dtype=size.dtype,
             drop_on_overflow=True,  # else the device traps, and the process dies without a word
         )
 
@@ -138,7 +141,7 @@ class NcclEp:
         """Send each token to its experts' ranks.
 
         Args:
-            x_th: bfloat16 ``[tokens, hidden]``.
+            x_th: ``[tokens, hidden]``, of the size's dtype.
             probs_tk: float32 ``[tokens, top_k]``.
             experts_tk: int64 ``[tokens, top_k]``, global numbers.
 

@@ -35,7 +35,13 @@ from qwen35_mcore.training.checks.packing import lengths_vary
 from qwen35_mcore.training.checks.resume import check_resume
 from qwen35_mcore.training.checks.resume_schedule import schedule_of_flags
 from qwen35_mcore.training.checks.run import check_flags, check_run
-from qwen35_mcore.training.choices import AUTO, choose_dispatcher, cross_entropy_default
+from qwen35_mcore.training.choices import (
+    AUTO,
+    announce_loss,
+    choose_dispatcher,
+    cross_entropy_default,
+)
+from qwen35_mcore.training.cuda_graphs import choose_graphs
 from qwen35_mcore.training.decoder import take_hybrid_pattern
 from qwen35_mcore.training.flags import check_classes_while_parsing
 
@@ -65,6 +71,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     args = read_flags(argv, model_config)
     if model_config.is_moe:
         choose_dispatcher(args)
+    choose_graphs(args)
+    announce_loss(args)
     check_flags(args)
     _complete(args, model_config)
     start = check_run(args, model_config)
@@ -99,8 +107,9 @@ def read_flags(
         raise_instead_of_usage(parser)
         megatrons = [action.dest for action in parser._actions]
         _add_model_arguments(parser)
-        dispatchers = parser._option_string_actions["--moe-token-dispatcher-type"]
-        dispatchers.choices = (*(dispatchers.choices or ()), AUTO)
+        for flag in ("--moe-token-dispatcher-type", "--cuda-graph-impl"):
+            action = parser._option_string_actions[flag]
+            action.choices = (*(action.choices or ()), AUTO)
         parser.set_defaults(
             **run_defaults(model_config, on_cpu), **architecture_arguments(model_config)
         )

@@ -13,7 +13,7 @@ from qwen35_mcore.model.spec_providers import experts_of_run
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-"""A value that this package adds to ``--moe-token-dispatcher-type``."""
+"""A value that this package adds to ``--moe-token-dispatcher-type`` and ``--cuda-graph-impl``."""
 CAPACITY_FACTOR = 2.0
 """Rows of a rank's receive buffer over those of even routing. With two ranks it is all that can
 arrive; unused rows cost memory and no time."""
@@ -23,6 +23,19 @@ def cross_entropy_default() -> str:
     """megatron's ``--cross-entropy-fusion-impl``: Transformer Engine's where it is installed, which
     needs a fifth of the time and of the memory of megatron's own."""
     return "te" if importlib.util.find_spec("transformer_engine") else "native"
+
+
+def announce_loss(args: Namespace) -> None:
+    """Say whose cross entropy a run on a GPU takes by default; one that is named is not said."""
+    default = cross_entropy_default()
+    fused = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == default
+    if not fused or args.rank != 0:
+        return
+    name, why = {
+        "te": ("Transformer Engine's", "it needs a fifth of the time and memory of megatron's"),
+        "native": ("megatron's", "Transformer Engine is not installed"),
+    }[default]
+    logger.info("cross entropy: %s, chosen because %s", name, why)
 
 
 def choose_dispatcher(args: Namespace) -> None:

@@ -15,7 +15,9 @@ from functools import partial
 from typing import Any
 
 from qwen35_mcore.process.interrupts import quiet_imports
+from qwen35_mcore.process.kernel_cache import use_shared_folder
 
+use_shared_folder()
 with quiet_imports():
     from qwen35_mcore.mcore import cpu_mode
 

@@ -8,10 +8,11 @@
 
 A row is a job: layout, layers, microbatch and routing. A run is whose model trains it (`ours`,
 `native`), and after each + what is switched on: `parts` and `full` (CUDA graphs of parts, or one of
-the whole step), `alltoall` (instead of the dispatcher that ours would choose), `fp8`, `hybrid` (the
-hybrid decoder, of ours alone). Every run is printed as it ends, and appended to the --json file:
-the median step after the warm-up, tokens and model TFLOP/s per GPU, the peak of the fullest rank,
-the first and last loss. --profile profiles a late step of each run on rank 0.
+the whole step), `auto` (what ours chooses of them), `aware` (the precision-aware optimizer with
+bf16 gradients and moments), `alltoall` (instead of the dispatcher that ours would choose), `fp8`,
+`hybrid` (the hybrid decoder, of ours alone). Every run is printed as it ends, and appended to the
+--json file: the median step after the warm-up, tokens and model TFLOP/s per GPU, the peak of the
+fullest rank, the first and last loss. --profile profiles a late step of each run on rank 0.
 
 Exit status: 0 every run trained, 1 one did not, 2 bad arguments.
 """
@@ -92,6 +93,9 @@ SWITCHES = {
     "parts": "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router "
     "moe_preprocess",
     "full": "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad",
+    "auto": "--cuda-graph-impl auto",
+    "aware": "--use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype bf16 "
+    "--exp-avg-sq-dtype bf16",
     "alltoall": "--moe-token-dispatcher-type alltoall",
     "fp8": "--fp8-format hybrid --fp8-recipe tensorwise",
     "hybrid": "--decoder hybrid",

@@ -136,7 +136,7 @@ def test_model_choice(arguments: list[str], parts: list[str]) -> None:
         (["--gdn-kernel", "cuda"], ["'cuda' (choose from 'auto', 'fla', 'torch')"]),
         (["--hidden-size", "64"], ["--hidden-size contradicts", "got: 64", "allowed: 128"]),
         (["--fp16"], ["--fp16 is not supported", "bf16 or float32", "fix: pass --bf16"]),
-        (["--use-precision-aware-optimizer"], ["is not supported", "never updated"]),
+        (["--use-precision-aware-optimizer"], ["needs --use-distributed-optimizer"]),
         (["--ckpt-format", "torch"], ["got: --ckpt-format torch", "allowed: torch_dist"]),
         # megatron acts on these two while it parses and checks its flags
         (["--enable-msc"], ["--enable-msc is not supported", "fix: drop the flag"]),

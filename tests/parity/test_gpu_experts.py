@@ -17,7 +17,15 @@ __all__ = ["one_rank"]  # a fixture
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 
 
-@pytest.mark.parametrize("counts", [(64, 0, 1, 447), (128,) * 4, (0, 0, 512, 0)], ids=str)
+COUNTS = {
+    "uneven": (64, 0, 1, 447),
+    "even": (128,) * 4,
+    "one": (0, 0, 512, 0),
+    "32 experts": (0, 3, 61, *(16,) * 28, 0),  # whose weight gradients one kernel of ours adds
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_experts_behind_a_half_empty_buffer(counts: tuple[int, ...], fused: bool) -> None:
     """Against float64 on the used rows alone; every unused one, and fresh memory, holds NaN."""
@@ -28,7 +36,8 @@ def test_experts_behind_a_half_empty_buffer(counts: tuple[int, ...], fused: bool
         return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
 
     x, probs, dy = random(rows, hidden), random(rows).float().abs(), random(rows, hidden)
-    w1, w2 = random(4, 2 * width, hidden) / 16, random(4, hidden, width) / 11
+    experts = len(counts)
+    w1, w2 = random(experts, 2 * width, hidden) / 16, random(experts, hidden, width) / 11
     ends = torch.tensor(counts, device="cuda").cumsum(0, dtype=torch.int32)
 
     def run(dtype: torch.dtype, take: int, poison: bool) -> list[Tensor]:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.ckpt_cli import ckpt, ok
+from tests.helpers.hf_toy import read_all
 from tests.helpers.pretrain_runs import small_dataset
 from tests.helpers.run_results import logged_scalars
 from tests.helpers.slurm import free_port
@@ -24,9 +26,17 @@ ROOT = Path(__file__).parents[2]
 STEPS, HALF = 6, 3
 STILL = ("--lr", "0", "--min-lr", "0", "--weight-decay", "0", "--finetune", "--no-load-optim")
 GRAPHS = {
-    "full_iteration": ("--no-check-for-nan-in-loss-and-grad",),
+    "full_iteration": (),  # checked behind the step
     "transformer_engine": ("--cuda-graph-modules", "attn", "moe_router", "moe_preprocess"),
+    "auto": (),  # here one graph of the whole step
 }
+AWARE = {
+    "bf16": ("bf16", "fp32", "bf16", "bf16"),
+    "mixed": ("fp32", "fp16", "fp16", "fp8"),
+    "fp8 squares": ("bf16", "fp32", "fp16", "fp8"),
+    "float32": ("fp32", "fp32", "fp32", "fp32"),
+}
+"""Precision of gradients, main parameters and the two moments."""
 RECOMPUTE = {
     "full": ("full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
     "selective": ("selective", "--recompute-modules", "moe_act", "gdn_norm_out"),
@@ -118,6 +128,43 @@ def test_the_hybrid_decoder_trains_as_the_gpt_decoder_does(
     for name in ("lm loss", "mtp_1 loss", "grad-norm"):
         assert eager[name][HALF + 1] == pytest.approx(gpt[name][HALF + 1], rel=1e-3), name
         assert graphed[name][HALF + 2] == pytest.approx(eager[name][HALF + 2], rel=1e-2), name
+
+
+def test_a_graphed_step_that_turns_nan_ends_the_run(train: Train) -> None:
+    """Replays go on with weights that a huge rate made so; the run must not."""
+    with pytest.raises(AssertionError, match="the norm of all gradients is not finite"):
+        train("--cuda-graph-impl", "full_iteration", "--lr", "1e30", "--lr-warmup-iters", "0",
+              "--clip-grad", "0")  # fmt: skip
+
+
+def aware(precision: str) -> list[str]:
+    """Flags of the precision-aware optimizer."""
+    names = ("main-grads", "main-params", "exp-avg", "exp-avg-sq")
+    chosen = zip(names, AWARE[precision], strict=True)
+    words = [word for name, dtype in chosen for word in (f"--{name}-dtype", dtype)]
+    return ["--use-precision-aware-optimizer", *words]
+
+
+@pytest.mark.parametrize("precision", AWARE)
+def test_the_precision_aware_optimizer_resumes_exactly(
+    train: Train, precision: str, tmp_path: Path
+) -> None:
+    """And exports what it holds: main parameters that are not the rounded ones."""
+    straight = train(*aware(precision), "--save", tmp_path / "straight")
+    load = ["--load", tmp_path / "straight", "--ckpt-step", HALF, "--save", tmp_path / "resumed"]
+    assert after(train(*aware(precision), *load), 0) == after(straight, HALF)
+    for name in ("straight", "resumed"):
+        ok(ckpt("export", tmp_path / name, tmp_path / f"hf-{name}", "--dtype", "float32"))
+    tensors, again = (read_all(tmp_path / f"hf-{name}") for name in ("straight", "resumed"))
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    assert not all(torch.equal(t, t.bfloat16().float()) for t in tensors.values())
+
+
+def test_in_float32_it_is_the_ordinary_optimizer(train: Train, saved: tuple[Path, Log]) -> None:
+    """It rounds ties away from zero and the ordinary one to even; nothing else differs."""
+    found = train(*aware("float32"))
+    for step in range(1, STEPS + 1):
+        assert found["lm loss"][step] == pytest.approx(saved[1]["lm loss"][step], rel=1e-3), step
 
 
 def test_recomputation_changes_no_more_than_another_run_does(

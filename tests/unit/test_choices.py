@@ -76,6 +76,28 @@ def test_all_to_all_where_transformer_engine_lacks_it(monkeypatch: pytest.Monkey
     assert args.moe_token_dispatcher_type == "alltoall"
 
 
+@pytest.mark.parametrize(
+    ("installed", "fused", "taken", "said"),
+    [
+        (True, True, "te", "cross entropy: Transformer Engine's, chosen because it needs a fifth"),
+        (False, True, "native", "megatron's, chosen because Transformer Engine is not installed"),
+        (True, True, "native", ""),
+        (True, False, "te", ""),
+    ],
+)
+def test_the_default_loss_is_said(
+    installed: bool, fused: bool, taken: str, said: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """One that is named, and a run on a CPU, say nothing."""
+    monkeypatch.setattr(choices.importlib.util, "find_spec", lambda name: installed or None)
+    args = Namespace(rank=0, cross_entropy_loss_fusion=fused, cross_entropy_fusion_impl=taken)
+    with caplog.at_level(logging.INFO):
+        choices.announce_loss(args)
+    assert said in caplog.text
+    assert bool(said) == ("cross entropy" in caplog.text)
+
+
 @pytest.mark.parametrize("named", ["alltoall", "allgather"])
 def test_what_is_named_stays(named: str) -> None:
     args = moe_run(moe_token_dispatcher_type=named)

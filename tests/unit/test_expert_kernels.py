@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from qwen35_mcore.kernels import expert_gradient_triton
+from qwen35_mcore.kernels import grouped_linear as layer
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
 from qwen35_mcore.kernels.weighted_swiglu import weighted_swiglu
 
@@ -119,6 +121,30 @@ def test_unused_rows_reach_nothing(fused: bool) -> None:
             assert torch.equal(alone, among)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("experts", "adds"), [(31, False), (32, True)])
+def test_one_kernel_adds_the_gradients_of_many_experts(
+    experts: int, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few, grouped_mm and an addition; both to the same sum."""
+    added = []
+
+    def kernel(dy: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, main: torch.Tensor) -> None:
+        added.append(len(main))
+        main += layer._weight_gradient(dy, x, ends)
+
+    monkeypatch.setattr(layer, "runs_as_one_kernel", lambda x: True)
+    monkeypatch.setattr(expert_gradient_triton, "add_weight_gradient", kernel)
+    torch.manual_seed(0)
+    x = torch.randn(experts, 16).bfloat16().requires_grad_()
+    weight = torch.nn.Parameter(torch.randn(experts, 8, 16).bfloat16())
+    weight.main_grad = torch.ones(experts, 8, 16)  # type: ignore[attr-defined]
+    ends = torch.arange(1, experts + 1, dtype=torch.int32)
+    grouped_linear(x, weight, ends, fuse_accumulation=True).sum().backward()
+    assert added == [experts] * adds
+    expected = 1 + x.detach().float()[:, None, :].expand(-1, 8, -1)
+    assert torch.allclose(weight.main_grad, expected, rtol=1e-2)  # type: ignore[attr-defined]
 
 
 def test_no_rows_at_all() -> None:

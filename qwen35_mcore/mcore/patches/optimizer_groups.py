@@ -38,12 +38,14 @@ def fit_to_run(state: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
     """
     numbers = sorted(key for key in state if isinstance(key, int))
     plain = {key: value for key, value in state.items() if not isinstance(key, int)}
+    parts = [plain, *(state[number] for number in numbers)]
     if len(optimizers) == 1:
-        parts = [plain, *(state[number] for number in numbers)]
         whole = state[numbers[0]] | plain if numbers else state
         return _with_groups(whole, optimizers[0], parts)
+    # what is no tensor may be saved for fewer optimizers than there are now
+    saved = plain | state[numbers[0]]
     return {
-        number: _with_groups(plain | state[number], optimizer, [plain, state[number]])
+        number: _with_groups(saved | state[number], optimizer, parts)
         for number, optimizer in enumerate(optimizers)
     }
 

@@ -69,6 +69,7 @@ class _Manager:
             hidden_size=x_th.shape[1],
             tokens=self._tokens,
             capacity_factor=self.config.moe_expert_rank_capacity_factor,
+            dtype=x_th.dtype,
         )
         sms = self.config.moe_flex_dispatcher_num_sms or 0
         self._exchange = shared_exchange(self.group, size, sms)

@@ -212,6 +212,14 @@ CHANGES = (
         says="the optimizer goes on with its float32 parameters and moments",
     ),
     Change(
+        "precision of the optimizer",
+        (
+            *("use_precision_aware_optimizer", "main_params_dtype"),
+            *("exp_avg_dtype", "exp_avg_sq_dtype"),
+        ),
+        says="the checkpoint's float32 parameters and moments are rounded to this run's",
+    ),
+    Change(
         "layout",
         (
             *("tensor_model_parallel_size", "pipeline_model_parallel_size"),

@@ -73,6 +73,13 @@ def _check_main_params(args: Namespace) -> None:
             "--float32-main-params is for bf16 runs: here the model itself is float32",
             fix="drop the flag, or pass --bf16",
         )
+    if args.use_precision_aware_optimizer:
+        raise ConfigError(
+            "--float32-main-params fills main parameters that megatron keeps, and the "
+            "precision-aware optimizer keeps its own",
+            got="--float32-main-params --use-precision-aware-optimizer",
+            fix="drop one of the two",
+        )
     if not args.use_distributed_optimizer or args.optimizer != "adam":
         raise ConfigError(
             "--float32-main-params needs megatron's distributed optimizer: the others copy their "

@@ -112,10 +112,11 @@ LOGS = (
     free(
         "Megatron's own",
         """
-        timing_log_level timing_log_option log_params_norm log_num_zeros_in_grad
+        timing_log_level timing_log_option log_num_zeros_in_grad
         barrier_with_L1_time logging_level log_memory_interval
         """,
     ),
+    free("Megatron's own", "log_params_norm", needs="use_precision_aware_optimizer=False"),
     unsupported("megatron-core 0.19 cannot write its process groups", "config_logger_dir"),
     free("Megatron's own", "log_progress", needs="save"),
     free(

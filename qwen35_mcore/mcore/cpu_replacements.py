@@ -13,6 +13,7 @@ from typing import Any
 
 from qwen35_mcore.mcore.cpu_stand_ins import (
     CPU,
+    MeshOnCPU,
     NullEvent,
     NullStream,
     get_rng_state,
@@ -25,6 +26,7 @@ from qwen35_mcore.mcore.cpu_stand_ins import (
     split_sizes_on_cpu,
     tensor_to_on_cpu,
     torch_with_cuda,
+    torch_with_cuda_devices_on_cpu,
     value,
     with_cuda_type_names,
 )
@@ -70,6 +72,8 @@ TORCH = _table(
 
 _OPTIMIZER_REASON = "torch AdamW's per-tensor step breaks distributed-optimizer checkpoints"
 _TYPE_REASON = "sorts parameters by names that begin with torch.cuda"
+_FSDP = "megatron.core.distributed.fsdp"
+_DEVICE_REASON = "builds the name of a device from the current one's number"
 
 MEGATRON = _table(
     (
@@ -108,6 +112,17 @@ MEGATRON = _table(
         "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
         with_cuda_type_names,
         _TYPE_REASON,
+    ),
+    (f"{_FSDP}.mcore_fsdp_adapter:torch", torch_with_cuda_devices_on_cpu, _DEVICE_REASON),
+    (
+        f"{_FSDP}.src.megatron_fsdp.megatron_fsdp:torch",
+        torch_with_cuda_devices_on_cpu,
+        _DEVICE_REASON,
+    ),
+    (
+        f"{_FSDP}.mcore_fsdp_adapter:DeviceMesh",
+        replaced_by(MeshOnCPU),
+        "its meshes are of CUDA devices, which gloo's groups do not have",
     ),
 )
 

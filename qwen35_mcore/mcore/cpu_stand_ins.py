@@ -91,6 +91,24 @@ def torch_with_cuda(**replaced: Any) -> Callable[[Any], Any]:
     return lambda original: _View(original, cuda=_View(original.cuda, **replaced))
 
 
+def torch_with_cuda_devices_on_cpu(original: Any) -> Any:
+    """A megatron module's own view of torch, where a CUDA device by any name is the CPU."""
+
+    def device(*args: Any, **kwargs: Any) -> torch.device:
+        is_cuda = bool(args) and isinstance(args[0], str) and args[0].startswith("cuda")
+        return CPU if is_cuda else torch.device(*args, **kwargs)
+
+    return _View(original, device=device)
+
+
+class MeshOnCPU:
+    """A DeviceMesh of process groups for CUDA devices is one for the CPU."""
+
+    @staticmethod
+    def from_group(groups: Any, device_type: str, **kwargs: Any) -> torch.distributed.DeviceMesh:
+        return torch.distributed.DeviceMesh.from_group(groups, "cpu", **kwargs)
+
+
 def _is_cuda(device: Any) -> bool:
     if isinstance(device, str):
         return device.startswith("cuda")

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019) over float32 tensors.
+
+    Of a DTensor, as megatron's FSDP makes of each parameter, this rank's part is updated.
 
     Args:
         adam_w_mode: decoupled weight decay (AdamW) when true, L2 regularisation when false.
@@ -55,14 +58,15 @@ class FusedAdam(torch.optim.Optimizer):
                 self._update(group, params)
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        for p in params:
-            if "exp_avg" not in self.state[p]:
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        grads: Any = [p.grad for p in params]
-        exp_avg: Any = [self.state[p]["exp_avg"] for p in params]
-        exp_avg_sq: Any = [self.state[p]["exp_avg_sq"] for p in params]
+    def _update(self, group: dict[str, Any], with_gradient: list[torch.Tensor]) -> None:
+        params: Any = [_local(p) for p in with_gradient]
+        grads: Any = [_local(p.grad) for p in with_gradient]
+        states = [self.state[p] for p in with_gradient]
+        for p, state in zip(params, states, strict=True):
+            if "exp_avg" not in state:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        exp_avg: Any = [state["exp_avg"] for state in states]
+        exp_avg_sq: Any = [state["exp_avg_sq"] for state in states]
         beta1, beta2 = group["betas"]
         step, lr, decay = group["step"], group["lr"], group["weight_decay"]
 
@@ -82,3 +86,7 @@ class FusedAdam(torch.optim.Optimizer):
         torch._foreach_div_(denominator, correction2**0.5)
         torch._foreach_add_(denominator, group["eps"])
         torch._foreach_addcdiv_(params, exp_avg, denominator, -lr / correction1)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tests.helpers.distributed import worker_pool
@@ -136,6 +137,30 @@ CASES += [
     Case("CP2 x TP2, documents", 4, Layout(cp=2, tp=2, packed=True), MOE, masked=True),
     Case("CP2 x PP2, documents", 4, Layout(cp=2, pp=2, packed=True), MOE, masked=True),
     Case("CP2 x EP4, documents", 4, Layout(cp=2, ep=4, packed=True), PLAIN, masked=True),
+]
+
+CASES += [
+    Case("FSDP of optimizer state, DP2 dense", 2, Layout(fsdp="optim"), DENSE),
+    Case("FSDP of optimizer state, overlapped", 2, Layout(fsdp="optim", overlap=True), MOE),
+    Case("FSDP of gradients, too, EP2 x DP2", 4, Layout(fsdp="optim_grads", ep=2), MOE),
+    *(
+        Case(
+            f"FSDP of parameters, too, {name}",
+            world,
+            replace(layout, fsdp="optim_grads_params"),
+            model,
+        )
+        for name, world, layout, model in [
+            ("DP2 dense, tied embeddings", 2, Layout(), DENSE),
+            ("EP2 x DP2", 4, Layout(ep=2), MOE),
+            ("TP2 x EP2 x DP2", 4, Layout(tp=2, ep=2), MOE),
+            ("TP2 x ETP2 x DP2", 4, Layout(tp=2, etp=2), MOE),
+            ("CP2 x DP2", 4, Layout(cp=2), MOE),
+            ("full recompute", 2, Layout(run=FULL_RECOMPUTE), MOE),
+            ("selective recompute", 2, Layout(run=SELECTIVE_RECOMPUTE), MOE),
+            ("loss per microbatch", 2, Layout(run=PER_MICROBATCH), MOE),
+        ]
+    ),
 ]
 
 

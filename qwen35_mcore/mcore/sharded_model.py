@@ -27,7 +27,7 @@ class Piece:
     """What a rank holds of a global tensor of the checkpoint.
 
     Attributes:
-        place: key, shape and offset there, with a view of the unsharded parameter as its data.
+        place: key, shape and offset there, without data.
         elements: the piece in the rank's part of the parameter, which is flat.
     """
 
@@ -91,14 +91,12 @@ class ShardedModel(FullyShardedDataParallel):
         objects: dict[str, Any] = {}
         places: dict[int, list[ShardedTensor]] = {}
         for name, value in state.items():
-            if isinstance(value, ShardedTensorFactory):
-                places[id(value.data)] = list(nested_values(value.build()))
-            elif isinstance(value, ShardedTensor):
-                places[id(value.data)] = [value]
+            if isinstance(value, ShardedTensor | ShardedTensorFactory):
+                places[id(value.data)] = _places(value)
             else:
                 objects[name] = value
         pieces = {
-            name: list(_cut(part.orig_param, part.megatron_fsdp_slice, places[id(part.orig_param)]))
+            name: list(_cut(part.megatron_fsdp_slice, places[id(part.orig_param)]))
             for name, part in self.param_and_grad_buffer.optimizer_named_parameters
         }
         return objects, pieces
@@ -123,25 +121,37 @@ def whole_parameters(wrapped: FullyShardedDataParallel) -> Iterator[Any]:
         fsdp._replace_param_with_distributed_if_needed()
 
 
-def _cut(parameter: torch.Tensor, part: slice, places: list[ShardedTensor]) -> Iterator[Piece]:
+def _places(sharded: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """Where a parameter goes in the checkpoint, with views of a tensor like it as data, which say
+    which of its elements go there."""
+    like = torch.empty(sharded.data.shape, dtype=sharded.data.dtype, device="meta")
+    described = replace(sharded, data=like)
+    if isinstance(described, ShardedTensor):
+        return [described]
+    return list(nested_values(described.build()))
+
+
+def _cut(part: slice, places: list[ShardedTensor]) -> Iterator[Piece]:
     """The pieces of a part, which is a range of the parameter's elements in whole rows."""
     for place in places:
         view = place.data
         assert view is not None
         assert view.is_contiguous(), place.key
-        first = view.storage_offset() - parameter.storage_offset()
+        first = view.storage_offset()
         start, end = max(first, part.start), min(first + view.numel(), part.stop)
         if start >= end:
             continue
         row = math.prod(view.shape[1:])
         assert (start - first) % row == (end - start) % row == 0, place.key
+        stacked = place.prepend_axis_num
         offset = list(place.global_offset)
-        offset[place.prepend_axis_num] += (start - first) // row
+        offset[stacked] += (start - first) // row
         yield Piece(
             replace(
                 place,
                 data=None,
-                local_shape=((end - start) // row, *view.shape[1:]),
+                local_shape=(*[1] * stacked, (end - start) // row, *view.shape[1:]),
+                prepend_axis_num=0,
                 global_offset=tuple(offset),
                 axis_fragmentations=None,  # parts of ranks differ in size
                 replica_id=(*place.replica_id[:-1], 0),  # no other data-parallel rank has it

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +23,12 @@ from tests.helpers.run_results import (
     checkpoint_tensors,
     logged_scalars,
 )
+from tests.helpers.slurm import free_port
+from tests.helpers.toys import narrow_config
 
+ROOT = Path(__file__).parents[2]
 STEPS, HALF = 4, 2
+SHARDED = ("optim", "optim_grads", "optim_grads_params")
 SHARDS = "--data-parallel-sharding-strategy"
 FSDP = ("--use-megatron-fsdp", SHARDS)
 EP2 = ("--expert-model-parallel-size", "2")
@@ -94,7 +101,7 @@ def test_resume_at_another_layout(straight: Path, tmp_path: Path, other: str) ->
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("strategy", ["optim", "optim_grads", "optim_grads_params"])
+@pytest.mark.parametrize("strategy", SHARDED)
 def test_fsdp_takes_over_a_run_without_it(tmp_path: Path, strategy: str) -> None:
     first = tmp_path / "first"
     run(2, *PLAIN, *EP2, *saved_in(first), "--exit-interval", str(HALF))
@@ -136,3 +143,39 @@ def test_from_an_import_and_back(straight: Path, tmp_path: Path, exact: list[str
         assert torch.equal(second[key], expected), key
     ok(ckpt("export", str(tmp_path / "run"), str(tmp_path / "again"), "--dtype", "float32"))
     ok(ckpt("verify", str(tmp_path / "again"), str(tmp_path / "run")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_two_gpus(tmp_path: Path, strategy: str) -> None:
+    """Over NCCL, with Transformer Engine's layers: losses and norms of plain data parallelism, a
+    resumed run exact, and a checkpoint that exports."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    (tmp_path / "config.json").write_text(json.dumps(narrow_config().to_hf()))
+    plain, sharded = tmp_path / "plain", tmp_path / "sharded"
+    on_two_gpus(tmp_path, *PLAIN, *EP2, *saved_in(plain))
+    on_two_gpus(tmp_path, *FSDP, strategy, *EP2, *saved_in(sharded))
+    expected, got = logged_scalars(plain / "log"), logged_scalars(sharded / "log")
+    for name in ("lm loss", "mtp_1 loss", "grad-norm"):
+        for step, tolerance in ((1, 1e-3), (2, 1e-2), (STEPS, 3e-2)):
+            assert got[name][step] == pytest.approx(expected[name][step], rel=tolerance), name
+
+    again = tmp_path / "again"
+    start = ["--load", str(sharded), "--ckpt-step", str(HALF), "--save", str(again)]
+    log = ["--tensorboard-dir", str(again / "log")]
+    on_two_gpus(tmp_path, *FSDP, strategy, *EP2, *start, *log)
+    assert_same_tensors(iteration(sharded, STEPS), iteration(again, STEPS))
+    ok(ckpt("export", str(sharded), str(tmp_path / "hf")))
+    ok(ckpt("verify", str(tmp_path / "hf"), str(sharded)))
+
+
+def on_two_gpus(model: Path, *more: str) -> None:
+    command = [sys.executable, "-m", "qwen35_mcore.training.launch", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "qwen35_mcore.training.pretrain"]
+    words = flags("--seq-length", "256", *more)
+    words[:2] = ["--hf-config", str(model)]  # with the head sizes that fused kernels want
+    done = subprocess.run(
+        [*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ SHARDED = ("optim", "optim_grads", "optim_grads_params")
 SHARDS = "--data-parallel-sharding-strategy"
 FSDP = ("--use-megatron-fsdp", SHARDS)
 EP2 = ("--expert-model-parallel-size", "2")
-TP2 = ("--tensor-model-parallel-size", "2")
+TP2 = ("--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
 PP2 = ("--pipeline-model-parallel-size", "2")
 PLAIN = ("--use-distributed-optimizer",)
 
@@ -111,7 +112,7 @@ def test_fsdp_takes_over_a_run_without_it(tmp_path: Path, strategy: str) -> None
 def resave(folder: Path, layout: tuple[str, ...], world_size: int, to: Path) -> None:
     """Load a checkpoint at another layout and save it again without a training step."""
     source = ["--load", str(folder), "--ckpt-step", str(HALF), "--save", str(to)]
-    run(world_size, *layout, *source, "--train-iters", str(HALF))
+    run(world_size, *layout, *source, "--train-iters", str(HALF), "--save-interval", "1000")
     assert_same_tensors(iteration(folder, HALF), iteration(to, HALF))
     state = checkpoint_common(iteration(to, HALF))["optimizer"]
     parts = [state[key] for key in state if isinstance(key, int)] or [state]
@@ -145,6 +146,19 @@ def test_from_an_import_and_back(straight: Path, tmp_path: Path, exact: list[str
     ok(ckpt("verify", str(tmp_path / "again"), str(tmp_path / "run")))
 
 
+@pytest.mark.exhaustive
+def test_saving_beside_the_training(tmp_path: Path) -> None:
+    """Asynchronous saves hold the values of their own step, although training goes on."""
+    words = [*FSDP, "optim_grads_params", *EP2]
+    worker = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+    run(2, *words, *saved_in(tmp_path / "waiting"))
+    launched(flags(*words, *saved_in(tmp_path / "beside"), *worker))
+    for step in (HALF, STEPS):
+        assert_same_tensors(
+            iteration(tmp_path / "waiting", step), iteration(tmp_path / "beside", step)
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", SHARDED)
 def test_two_gpus(tmp_path: Path, strategy: str) -> None:
@@ -171,11 +185,22 @@ def test_two_gpus(tmp_path: Path, strategy: str) -> None:
 
 
 def on_two_gpus(model: Path, *more: str) -> None:
-    command = [sys.executable, "-m", "qwen35_mcore.training.launch", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), "-m", "qwen35_mcore.training.pretrain"]
     words = flags("--seq-length", "256", *more)
     words[:2] = ["--hf-config", str(model)]  # with the head sizes that fused kernels want
+    launched(words)
+
+
+def launched(words: list[str]) -> None:
+    """Two processes as a user starts them."""
+    command = [sys.executable, "-m", "qwen35_mcore.training.launch", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "qwen35_mcore.training.pretrain"]
     done = subprocess.run(
-        [*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        [*command, *words],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

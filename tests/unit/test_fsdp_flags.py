@@ -26,6 +26,12 @@ def test_what_may_be_sharded(strategy: str) -> None:
     check(f"--use-megatron-fsdp {SHARD} {strategy} --save x --save-interval 2")
 
 
+def test_all_is_sharded_where_nothing_is_said() -> None:
+    words = [*NEEDED.split(), "--use-megatron-fsdp"]
+    args = read_flags(words, get_flavor("tiny-moe"), on_cpu=False)
+    assert args.data_parallel_sharding_strategy == "optim_grads_params"
+
+
 def test_float32_main_parameters() -> None:
     check(f"{FSDP} --float32-main-params")
 
@@ -33,7 +39,10 @@ def test_float32_main_parameters() -> None:
 @pytest.mark.parametrize(
     ("words", "mentions"),
     [
-        ("--use-megatron-fsdp", [f"{SHARD} no_shard", "optim_grads: gradients, too"]),
+        (
+            f"--use-megatron-fsdp {SHARD} no_shard",
+            [f"got: {SHARD} no_shard", "optim_grads: gradients, too"],
+        ),
         (f"{SHARD} optim", [f"{SHARD} needs --use-megatron-fsdp"]),
         (f"{FSDP} --optimizer muon", ["got: --optimizer muon", "whole matrices"]),
         (f"{FSDP} --optimizer sgd", ["got: --optimizer sgd", "pass --optimizer adam"]),
@@ -46,6 +55,7 @@ def test_float32_main_parameters() -> None:
         ),
         (f"{FSDP} --moe-experts te", ["Transformer Engine's experts", "fix: drop --moe-experts"]),
         (f"{FSDP} --overlap-moe-expert-parallel-comm", ["parts of a layer"]),
+        (f"{FSDP} --cpu-offloading-num-layers 2", ["parameters that are freed"]),
         (f"{FSDP} --use-precision-aware-optimizer", ["is not supported", "are never updated"]),
         (f"{FSDP} --optimizer-cpu-offload", ["--optimizer-cpu-offload is not supported"]),
         (f"{FSDP} --init-model-with-meta-device", ["is not supported"]),

@@ -32,10 +32,18 @@ PRECISION = (
     unsupported(
         "it is of the precision-aware optimizer, which never updates the float32 parameters",
         """
-        main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype optimizer_cpu_offload
-        optimizer_offload_fraction use_torch_optimizer_for_cpu_offload
+        main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype
+        """,
+    ),
+    unsupported(
+        "megatron offloads the precision-aware optimizer alone, which never updates the float32 "
+        "parameters",
+        """
+        optimizer_cpu_offload optimizer_offload_fraction use_torch_optimizer_for_cpu_offload
         overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params
         """,
+        fix="drop the flag; --use-distributed-optimizer or --use-megatron-fsdp spreads the state "
+        "over more ranks",
     ),
     free("tests/parity/test_gpu.py", "fp8"),
     free(

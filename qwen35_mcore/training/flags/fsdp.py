@@ -14,6 +14,8 @@ SHARDED = {
 }
 """The values of --data-parallel-sharding-strategy, and what ranks then have a part of only."""
 
+_OFFLOADING = "it was not tested with parameters that are freed after every use"
+
 
 def check_fsdp(args: Namespace) -> None:
     """Refuse what megatron's FSDP does not run beside.
@@ -25,11 +27,10 @@ def check_fsdp(args: Namespace) -> None:
         return
     if args.data_parallel_sharding_strategy not in SHARDED:
         raise ConfigError(
-            "--use-megatron-fsdp shards nothing where it is not told what",
+            "FSDP that shards nothing is data parallelism, which runs without it",
             got=f"--data-parallel-sharding-strategy {args.data_parallel_sharding_strategy}",
             allowed="; ".join(f"{name}: {what}" for name, what in SHARDED.items()),
-            fix="pass --data-parallel-sharding-strategy optim_grads_params, or drop "
-            "--use-megatron-fsdp",
+            fix="drop --data-parallel-sharding-strategy, or both flags",
         )
     for given, reason, fix in _beside(args):
         if given:
@@ -79,6 +80,18 @@ def _beside(args: Namespace) -> list[tuple[str, str, str]]:
             "--overlap-moe-expert-parallel-comm" if args.overlap_moe_expert_parallel_comm else "",
             "its schedule calls parts of a layer, whose parameters would be sharded",
             "drop --overlap-moe-expert-parallel-comm",
+        ),
+        (
+            "--cpu-offloading-num-layers" if args.cpu_offloading_num_layers else "",
+            _OFFLOADING,
+            "drop --cpu-offloading-num-layers",
+        ),
+        (
+            "--fine-grained-activation-offloading"
+            if args.fine_grained_activation_offloading
+            else "",
+            _OFFLOADING,
+            "drop --fine-grained-activation-offloading",
         ),
         (
             f"CUDA_DEVICE_MAX_CONNECTIONS={connections}" if connections == "1" else "",

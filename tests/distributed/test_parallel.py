@@ -32,7 +32,7 @@ KINDS = (
     "TP2 x EP2, global_aux_loss",
     "CP2, loss per microbatch",
     "CP2 x TP2, documents",
-    "FSDP of parameters, too, EP2 x DP2",
+    "FSDP of parameters, too, full recompute",
 )
 
 

@@ -19,12 +19,14 @@ from qwen35_mcore.mcore.cpu_stand_ins import (
     get_rng_state,
     made_as,
     made_from_data,
+    one_by_one,
     replaced_by,
     returning_self,
     seed,
     set_rng_state,
     split_sizes_on_cpu,
     tensor_to_on_cpu,
+    torch_that_gathers_at_once,
     torch_with_cuda,
     torch_with_cuda_devices_on_cpu,
     value,
@@ -73,6 +75,10 @@ TORCH = _table(
 _OPTIMIZER_REASON = "torch AdamW's per-tensor step breaks distributed-optimizer checkpoints"
 _TYPE_REASON = "sorts parameters by names that begin with torch.cuda"
 _FSDP = "megatron.core.distributed.fsdp"
+_MIXED_REASON = (
+    "gathers float32 and bfloat16 parameters of a layer at once, for which gloo writes past its "
+    "buffer"
+)
 _DEVICE_REASON = "builds the name of a device from the current one's number"
 
 MEGATRON = _table(
@@ -118,6 +124,16 @@ MEGATRON = _table(
         f"{_FSDP}.src.megatron_fsdp.megatron_fsdp:torch",
         torch_with_cuda_devices_on_cpu,
         _DEVICE_REASON,
+    ),
+    (
+        f"{_FSDP}.src.megatron_fsdp.param_and_grad_buffer:_coalescing_manager",
+        one_by_one,
+        _MIXED_REASON,
+    ),
+    (
+        f"{_FSDP}.src.megatron_fsdp.param_and_grad_buffer:torch",
+        torch_that_gathers_at_once,
+        "waits for what it has put together, not for each gather",
     ),
     (
         f"{_FSDP}.mcore_fsdp_adapter:DeviceMesh",

@@ -5,6 +5,7 @@ Functions of this module take what they replace and return what takes its place.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -99,6 +100,23 @@ def torch_with_cuda_devices_on_cpu(original: Any) -> Any:
         return CPU if is_cuda else torch.device(*args, **kwargs)
 
     return _View(original, device=device)
+
+
+def torch_that_gathers_at_once(original: Any) -> Any:
+    """A megatron module's own view of torch, where a gather into a tensor never goes on beside the
+    computation."""
+
+    def all_gather_into_tensor(*args: Any, async_op: bool = False, **kwargs: Any) -> NullEvent:
+        torch.distributed.all_gather_into_tensor(*args, **kwargs)
+        return NullEvent()
+
+    gathering = _View(original.distributed, all_gather_into_tensor=all_gather_into_tensor)
+    return _View(original, distributed=gathering)
+
+
+def one_by_one(original: Any) -> Callable[..., Any]:
+    """torch's ``_coalescing_manager``, which puts no collectives together."""
+    return lambda *args, **kwargs: contextlib.nullcontext(NullEvent())
 
 
 class MeshOnCPU:

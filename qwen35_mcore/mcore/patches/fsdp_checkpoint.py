@@ -44,6 +44,10 @@ def _of_sharded_model(original: Any) -> Any:
             for index, (piece, parts) in enumerate(_pieces(self, metadata))
             for kind, part in parts.items()
         }
+        if is_loading:  # else the model's weights, which are taken over first, would overwrite it
+            for name, tensor in tensors.items():
+                if name.endswith(".param"):
+                    tensor.data = torch.empty_like(tensor.data)
         return self.state_dict() | {"param_state": tensors, "param_state_sharding_type": FORMAT}
 
     return sharded_state_dict

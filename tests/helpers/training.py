@@ -278,6 +278,7 @@ def wrap(
         bucket_size=20_000 if layout.overlap else None,
         use_megatron_fsdp=layout.fsdp is not None,
         data_parallel_sharding_strategy=layout.fsdp or "no_shard",
+        megatron_fsdp_main_grads_dtype=torch.float32,
     )
     kind = FullyShardedDataParallel if layout.fsdp else DistributedDataParallel
     wrapped = [

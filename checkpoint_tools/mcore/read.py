@@ -215,7 +215,8 @@ def _read_metadata(folder: Path) -> Any:
             raise CheckpointError(
                 "incomplete Megatron checkpoint",
                 got=f"{needed} is missing",
-                fix="use an earlier iteration: this one was not written to its end",
+                fix="use an earlier iteration: this one was not written to its end, or is in a "
+                "format of megatron's that this package does not write (torch_dcp, fsdp_dtensor)",
             )
     try:
         backend = json.loads(config.read_text()).get("sharded_backend")

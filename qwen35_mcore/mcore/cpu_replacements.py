@@ -13,19 +13,23 @@ from typing import Any
 
 from qwen35_mcore.mcore.cpu_stand_ins import (
     CPU,
+    MeshOnCPU,
     NullEvent,
     NullStream,
     get_rng_state,
     made_as,
     made_from_data,
     norm_in_float32,
+    one_by_one,
     replaced_by,
     returning_self,
     seed,
     set_rng_state,
     split_sizes_on_cpu,
     tensor_to_on_cpu,
+    torch_that_gathers_at_once,
     torch_with_cuda,
+    torch_with_cuda_devices_on_cpu,
     value,
     with_cuda_type_names,
     with_module,
@@ -75,6 +79,12 @@ _PRECISION_REASON = (
     "the precision-aware optimizer asks whether Transformer Engine's FusedAdam is there"
 )
 _TYPE_REASON = "sorts parameters by names that begin with torch.cuda"
+_FSDP = "megatron.core.distributed.fsdp"
+_MIXED_REASON = (
+    "gathers float32 and bfloat16 parameters of a layer at once, for which gloo writes past its "
+    "buffer"
+)
+_DEVICE_REASON = "builds the name of a device from the current one's number"
 
 MEGATRON = _table(
     (
@@ -129,6 +139,27 @@ MEGATRON = _table(
         "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
         with_cuda_type_names,
         _TYPE_REASON,
+    ),
+    (f"{_FSDP}.mcore_fsdp_adapter:torch", torch_with_cuda_devices_on_cpu, _DEVICE_REASON),
+    (
+        f"{_FSDP}.src.megatron_fsdp.megatron_fsdp:torch",
+        torch_with_cuda_devices_on_cpu,
+        _DEVICE_REASON,
+    ),
+    (
+        f"{_FSDP}.src.megatron_fsdp.param_and_grad_buffer:_coalescing_manager",
+        one_by_one,
+        _MIXED_REASON,
+    ),
+    (
+        f"{_FSDP}.src.megatron_fsdp.param_and_grad_buffer:torch",
+        torch_that_gathers_at_once,
+        "waits for what it has put together, not for each gather",
+    ),
+    (
+        f"{_FSDP}.mcore_fsdp_adapter:DeviceMesh",
+        replaced_by(MeshOnCPU),
+        "its meshes are of CUDA devices, which gloo's groups do not have",
     ),
 )
 

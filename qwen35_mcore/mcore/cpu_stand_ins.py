@@ -5,6 +5,7 @@ Functions of this module take what they replace and return what takes its place.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import types
@@ -91,6 +92,41 @@ class _View:
 def torch_with_cuda(**replaced: Any) -> Callable[[Any], Any]:
     """A megatron module's own view of torch, with other functions in ``torch.cuda``."""
     return lambda original: _View(original, cuda=_View(original.cuda, **replaced))
+
+
+def torch_with_cuda_devices_on_cpu(original: Any) -> Any:
+    """A megatron module's own view of torch, where a CUDA device by any name is the CPU."""
+
+    def device(*args: Any, **kwargs: Any) -> torch.device:
+        is_cuda = bool(args) and isinstance(args[0], str) and args[0].startswith("cuda")
+        return CPU if is_cuda else torch.device(*args, **kwargs)
+
+    return _View(original, device=device)
+
+
+def torch_that_gathers_at_once(original: Any) -> Any:
+    """A megatron module's own view of torch, where a gather into a tensor never goes on beside the
+    computation."""
+
+    def all_gather_into_tensor(*args: Any, async_op: bool = False, **kwargs: Any) -> NullEvent:
+        torch.distributed.all_gather_into_tensor(*args, **kwargs)
+        return NullEvent()
+
+    gathering = _View(original.distributed, all_gather_into_tensor=all_gather_into_tensor)
+    return _View(original, distributed=gathering)
+
+
+def one_by_one(original: Any) -> Callable[..., Any]:
+    """torch's ``_coalescing_manager``, which puts no collectives together."""
+    return lambda *args, **kwargs: contextlib.nullcontext(NullEvent())
+
+
+class MeshOnCPU:
+    """A DeviceMesh of process groups for CUDA devices is one for the CPU."""
+
+    @staticmethod
+    def from_group(groups: Any, device_type: str, **kwargs: Any) -> torch.distributed.DeviceMesh:
+        return torch.distributed.DeviceMesh.from_group(groups, "cpu", **kwargs)
 
 
 def _is_cuda(device: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 LARGEST = {torch.float16: 32752.0, torch.float8_e4m3fn: 448.0}
 """What the largest value of a scaled tensor becomes; half of float16's range, as in Transformer
@@ -22,6 +23,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019), computed in float32.
+
+    Of a DTensor, as megatron's FSDP makes of each parameter, this rank's part is updated.
 
     Args:
         adam_w_mode: decoupled weight decay (AdamW) when true, L2 regularisation when false.
@@ -76,12 +79,13 @@ class FusedAdam(torch.optim.Optimizer):
 
     def initialize_state(self, param: Tensor, store_param_remainders: bool) -> None:
         """Moments of zero, and the parameter's value as its copy."""
-        zeros = torch.zeros_like(param, dtype=torch.float32)
+        param_here = _local(param)
+        zeros = torch.zeros_like(param_here, dtype=torch.float32)
         for name in MOMENTS:
             self.set_scaled_state(param, name, zeros)
         if self.master_weights:
-            remainder = torch.zeros_like(param, dtype=torch.int16)
-            value = remainder if store_param_remainders else param.detach().float()
+            remainder = torch.zeros_like(param_here, dtype=torch.int16)
+            value = remainder if store_param_remainders else param_here.detach().float()
             self.set_scaled_state(param, "master_param", value)
 
     def get_unscaled_state(self, param: Tensor, state_name: str) -> Tensor:
@@ -99,7 +103,7 @@ class FusedAdam(torch.optim.Optimizer):
         if unscaled_state.dtype == torch.int16:
             dtype = torch.int16
         if state_name not in self.state[param]:
-            self.state[param][state_name] = torch.empty_like(param, dtype=dtype)
+            self.state[param][state_name] = torch.empty_like(_local(param), dtype=dtype)
         if dtype in LARGEST:
             scale = unscaled_state.abs().amax() / LARGEST[dtype]
             self._scales.setdefault(param, {})[state_name] = scale
@@ -150,7 +154,7 @@ class FusedAdam(torch.optim.Optimizer):
         for p in params:
             if "exp_avg" not in self.state[p]:
                 self.initialize_state(p, self._keeps_remainder(p))
-        grads: Any = [self._gradient(p).float() for p in params]  # type: ignore[union-attr]
+        grads: Any = [_local(self._gradient(p)).float() for p in params]
         exp_avg: Any = [self.get_unscaled_state(p, "exp_avg") for p in params]
         exp_avg_sq: Any = [self.get_unscaled_state(p, "exp_avg_sq") for p in params]
         main: Any = [self._main(p) for p in params]
@@ -159,13 +163,13 @@ class FusedAdam(torch.optim.Optimizer):
             for name, moment in zip(MOMENTS, moments, strict=True):
                 if moment is not self.state[p][name]:
                     self.set_scaled_state(p, name, moment)
-            if value is not p:
+            if p.dtype != torch.float32:
                 self._set_main(p, value)
 
     def _main(self, param: Tensor) -> Tensor:
         """What is updated, float32: the parameter itself where it is float32."""
         if param.dtype == torch.float32:
-            return param
+            return _local(param)
         copy = self.get_unscaled_state(param, "master_param")
         return joined(param, copy) if copy.dtype == torch.int16 else copy
 
@@ -200,6 +204,10 @@ class FusedAdam(torch.optim.Optimizer):
         torch._foreach_div_(denominator, correction2**0.5)
         torch._foreach_add_(denominator, group["eps"])
         torch._foreach_addcdiv_(params, exp_avg, denominator, -lr / correction1)
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:

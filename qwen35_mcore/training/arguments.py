@@ -126,12 +126,15 @@ def validated_config(args: argparse.Namespace) -> Qwen35TransformerConfig:
     """The model's TransformerConfig (without YaRN); completes the namespace as megatron does.
 
     megatron's check of arguments refuses Transformer Engine's cross entropy, which its model takes
-    and which tests/parity/test_gpu_experts.py holds to float32: that flag is kept out of the check.
+    and which tests/parity/test_gpu_experts.py holds to float32, and for FSDP the one format of
+    checkpoints: both flags are kept out of the check.
     """
-    loss = args.cross_entropy_fusion_impl
+    loss, ckpt_format = args.cross_entropy_fusion_impl, args.ckpt_format
     args.cross_entropy_fusion_impl = "native"
+    if args.use_megatron_fsdp:
+        args.ckpt_format = "fsdp_dtensor"
     imports.validate_args(args)
-    args.cross_entropy_fusion_impl = loss
+    args.cross_entropy_fusion_impl, args.ckpt_format = loss, ckpt_format
     args.variable_seq_lengths = lengths_vary(args)
     return imports.core_transformer_config_from_args(args, Qwen35TransformerConfig)
 
@@ -180,6 +183,7 @@ def run_defaults(model_config: Qwen35Config, on_cpu: bool | None = None) -> dict
         "create_attention_mask_in_dataloader": False,
         "attention_softmax_in_fp32": True,
         "calculate_per_token_loss": True,  # else unequal masks weigh tokens by their rank
+        "megatron_fsdp_main_grads_dtype": "fp32",  # as of every other bf16 run
         "rerun_mode": "disabled",  # its check of losses and gradients then includes the first step
         # without experts, too: megatron lets no sequences of several lengths beside allgather
         "moe_token_dispatcher_type": "alltoall",
@@ -308,7 +312,11 @@ def _complete(args: argparse.Namespace, model_config: Qwen35Config) -> None:
     args.qwen35_hf_config = json.dumps(model_config.to_hf(), sort_keys=True)
     if args.tensor_model_parallel_size > 1 and model_config.is_moe:
         args.sequence_parallel = True  # megatron refuses to train MoE under TP without it
-    if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
+    if args.use_megatron_fsdp:
+        # Transformer Engine's and megatron's layers write over the gradient of another use of a
+        # weight there, as the MTP layer's use of the output weight
+        args.gradient_accumulation_fusion = False
+    elif args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         # megatron insists: it orders communication before the computation that overlaps it
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _tokenizer_from_sidecar(args)

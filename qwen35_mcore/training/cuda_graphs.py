@@ -85,6 +85,10 @@ ANY = (
         "activations that are offloaded have no place of their own in a graph",
     ),
     Rule(
+        lambda args: args.use_megatron_fsdp,
+        "a graph keeps the addresses of parameters that FSDP frees and allocates again",
+    ),
+    Rule(
         _states_passed, "nobody has captured a GatedDeltaNet that passes states between its ranks"
     ),
     Rule(

@@ -178,6 +178,29 @@ HYBRID = [
     ),
 ]
 """The same with the hybrid decoder, each against the gpt decoder in one process."""
+CASES += [
+    Case("FSDP of optimizer state, DP2 dense", 2, Layout(fsdp="optim"), DENSE),
+    Case("FSDP of optimizer state, overlapped", 2, Layout(fsdp="optim", overlap=True), MOE),
+    Case("FSDP of gradients, too, EP2 x DP2", 4, Layout(fsdp="optim_grads", ep=2), MOE),
+    *(
+        Case(
+            f"FSDP of parameters, too, {name}",
+            world,
+            replace(layout, fsdp="optim_grads_params"),
+            model,
+        )
+        for name, world, layout, model in [
+            ("DP2 dense, tied embeddings", 2, Layout(), DENSE),
+            ("EP2 x DP2", 4, Layout(ep=2), MOE),
+            ("TP2 x EP2 x DP2", 4, Layout(tp=2, ep=2), MOE),
+            ("TP2 x ETP2 x DP2", 4, Layout(tp=2, etp=2), MOE),
+            ("CP2 x DP2", 4, Layout(cp=2), MOE),
+            ("full recompute", 2, Layout(run=FULL_RECOMPUTE), MOE),
+            ("selective recompute", 2, Layout(run=SELECTIVE_RECOMPUTE), MOE),
+            ("loss per microbatch", 2, Layout(run=PER_MICROBATCH), MOE),
+        ]
+    ),
+]
 
 
 def main() -> None:

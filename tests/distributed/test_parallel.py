@@ -33,6 +33,7 @@ KINDS = (
     "CP2, loss per microbatch",
     "CP2 x TP2, documents",
     "EP2, Qwen3-Next",
+    "FSDP of parameters, too, full recompute",
 )
 HYBRID_KINDS = ("TP2 x EP2, global_aux_loss, hybrid", "PP2, cut inside a layer")
 

@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -89,6 +91,45 @@ def test_killed_while_saving(tmp_path: Path, kills: int) -> None:
         for folder in tmp_path.glob("iter_*"):
             assert not any(folder.iterdir()) or damage(folder) is None
         killed_while_writing += any(tmp_path.glob(".iter_*.partial/*"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_killed_while_saving_beside_the_training(tmp_path: Path, in_flight: int) -> None:
+    """A node dies: the run and the processes that write for it, with one save begun or two."""
+    command = [sys.executable, "-m", "qwen35_mcore.training.pretrain"]
+    command += flags(tmp_path, "--expert-model-parallel-size", "1", "--async-save")
+    command += ["--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            wait_until(
+                lambda: (
+                    run.poll() is not None
+                    or (
+                        tracked_folder(tmp_path) is not None
+                        and len(list(tmp_path.glob(".iter_*.partial"))) >= in_flight
+                    )
+                )
+            )
+        finally:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    assert run.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    tracked = tracked_folder(tmp_path)
+    assert tracked is not None
+    begun = [folder for folder in tmp_path.glob("iter_*") if any(folder.iterdir())]
+    assert all(damage(folder) is None for folder in begun)
+
+    reached = int(tracked.name.removeprefix("iter_"))
+    end = ["--exit-interval", str(reached + 1)]
+    resumed = script_server().run(flags(tmp_path, "--expert-model-parallel-size", "1", *end), 1)
+    assert f"at iteration {reached}" in resumed.output()
+    assert damage(tmp_path / f"iter_{reached + 1:07d}") is None
+    assert not list(tmp_path.glob(".iter_*"))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:

@@ -6,6 +6,8 @@ put together and compared with those of any other layout.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from qwen35_mcore.mcore.sharded_model import whole_parameters
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,55 @@ def gradient_shards(ddp_chunks: list[Any]) -> list[Shard]:
         for buffer in ddp.buffers + ddp.expert_parallel_buffers:
             if buffer.ddp_config.use_distributed_optimizer:
                 _gather_buffer(buffer)
-    parameters = [p for ddp in ddp_chunks for p in ddp.parameters()]
-    values = [p.data for p in parameters]
-    for p in parameters:
-        p.data = p.main_grad
+    chunks = [_unwrapped(ddp) for ddp in ddp_chunks]
+    return _shards_with(chunks, {p: p.main_grad for ddp in ddp_chunks for p in ddp.parameters()})
+
+
+def fsdp_gradient_shards(wrapped: list[Any]) -> list[Shard]:
+    """The reduced gradients of chunks in megatron's FSDP, whole on every rank."""
+    return _fsdp_shards(wrapped, lambda part: part.grad)
+
+
+def fsdp_parameter_shards(wrapped: list[Any]) -> list[Shard]:
+    """The optimizer's parameters of chunks in megatron's FSDP, whole on every rank."""
+    return _fsdp_shards(wrapped, lambda part: part.data)
+
+
+def _fsdp_shards(wrapped: list[Any], part_of: Callable[[Any], Any]) -> list[Shard]:
+    """Each rank's part of a parameter is a range of its elements, so a sum puts it together."""
+    whole = {}
+    for chunk in wrapped:
+        buffer = chunk.param_and_grad_buffer
+        for _, part in buffer.optimizer_named_parameters:
+            group = buffer.parameter_groups[buffer.param_to_param_group[part.orig_param]]
+            data = torch.zeros(part.orig_param.shape, dtype=part.dtype)
+            value = part_of(part)
+            if value is not None:
+                data.view(-1)[part.megatron_fsdp_slice] = value.to_local().flatten()
+            torch.distributed.all_reduce(data, group=group.main_grad_buffer.data_parallel_group)
+            whole[part.orig_param] = data
+    with contextlib.ExitStack() as stack:
+        chunks = [stack.enter_context(whole_parameters(chunk)) for chunk in wrapped]
+        return _shards_with(chunks, whole)
+
+
+def _shards_with(
+    chunks: list[torch.nn.Module], values: dict[torch.nn.Parameter, torch.Tensor]
+) -> list[Shard]:
+    """Shards of unwrapped chunks with other values in place of the parameters'."""
+    before = {p: p.data for p in values}
+    for p, value in values.items():
+        p.data = value
     try:
-        chunks = [_unwrapped(ddp) for ddp in ddp_chunks]
-        return [
-            Shard(s.key, s.global_shape, s.offset, s.data.clone()) for s in local_shards(chunks)
-        ]
+        return copies(local_shards(chunks))
     finally:
-        for p, value in zip(parameters, values, strict=True):
+        for p, value in before.items():
             p.data = value
+
+
+def copies(shards: list[Shard]) -> list[Shard]:
+    """Shards with data of their own."""
+    return [Shard(s.key, s.global_shape, s.offset, s.data.clone()) for s in shards]
 
 
 def assemble(shards_by_rank: list[list[Shard]]) -> dict[str, torch.Tensor]:

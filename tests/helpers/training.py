@@ -18,6 +18,7 @@ from megatron.core import tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
+    FullyShardedDataParallel,
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -38,7 +39,15 @@ from qwen35_mcore.model.transformer_config import (
 from qwen35_mcore.training.arguments import read_flags, validated_config
 from qwen35_mcore.training.checks.run import check_flags
 from qwen35_mcore.training.packed_documents import batch_on_this_cp_rank, packed_sequences
-from tests.helpers.shards import Shard, gradient_shards, load_global, local_shards
+from tests.helpers.shards import (
+    Shard,
+    copies,
+    fsdp_gradient_shards,
+    fsdp_parameter_shards,
+    gradient_shards,
+    load_global,
+    local_shards,
+)
 
 LOCAL = {
     "transformer_impl": "local",
@@ -69,6 +78,7 @@ class Layout:
     dtype: torch.dtype = torch.float32
     distributed_optimizer: bool = True
     overlap: bool = False
+    fsdp: str | None = None  # what megatron's FSDP shards
     packed: bool = False  # the batches have documents
     run: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields
 
@@ -253,14 +263,15 @@ def train(
         losses = forward_backward(here, wrapped, config, micro_batch_size, result, step)
         logged = _logged(config, len(batch.tokens) // micro_batch_size)
         if step == 0:
-            result.gradients = gradient_shards(wrapped)
+            shards = fsdp_gradient_shards if layout.fsdp else gradient_shards
+            result.gradients = shards(wrapped)
             result.logged = logged
         _, grad_norm, _ = optimizer.step()
         result.loss_sums.append(losses)
         result.grad_norms.append(float(grad_norm))
-    result.parameters = [
-        Shard(s.key, s.global_shape, s.offset, s.data.clone()) for s in local_shards(chunks)
-    ]
+    result.parameters = (
+        fsdp_parameter_shards(wrapped) if layout.fsdp else copies(local_shards(chunks))
+    )
     return result
 
 
@@ -276,13 +287,18 @@ def wrap(
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap,
         bucket_size=20_000 if layout.overlap else None,
+        use_megatron_fsdp=layout.fsdp is not None,
+        data_parallel_sharding_strategy=layout.fsdp or "no_shard",
+        megatron_fsdp_main_grads_dtype=torch.float32,
     )
+    kind = FullyShardedDataParallel if layout.fsdp else DistributedDataParallel
     wrapped = [
-        DistributedDataParallel(config, ddp_config, module, disable_bucketing=i > 0)
+        kind(config, ddp_config, module, disable_bucketing=i > 0)
         for i, module in enumerate(modules)
     ]
-    for chunk in wrapped:
-        chunk.broadcast_params()
+    if not layout.fsdp:
+        for chunk in wrapped:
+            chunk.broadcast_params()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

@@ -41,6 +41,14 @@ RECOMPUTE = {
     "full": ("full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
     "selective": ("selective", "--recompute-modules", "moe_act", "gdn_norm_out"),
 }
+OFFLOADING = {
+    "layers": ("--cpu-offloading-num-layers", "2"),
+    "modules": (
+        "--fine-grained-activation-offloading",
+        *("--offload-modules", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"),
+        *("--min-offloaded-tensor-size", "0"),
+    ),
+}
 Log = dict[str, dict[int, list[float]]]
 Train = Callable[..., Log]
 
@@ -53,7 +61,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     (folder / "config.json").write_text(json.dumps(narrow_config().to_hf()))
     data = small_dataset()
 
-    def run(*flags: object, gpu: bool = True) -> Log:
+    def run(*flags: object, gpu: bool = True, **environment: str) -> Log:
         log = tmp_path_factory.mktemp("log")
         command = [
             *(sys.executable, "-m", "qwen35_mcore.training.pretrain"),
@@ -70,7 +78,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
         done = subprocess.run(
             list(map(str, command)),
             cwd=ROOT,
-            env=os.environ | place | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+            env=os.environ | environment | place | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
             capture_output=True,
             text=True,
             timeout=300,
@@ -176,6 +184,17 @@ def test_recomputation_changes_no_more_than_another_run_does(
     allowed = 2 * distance(straight, again) + 1e-6  # what a float32 of this size is rounded by
     for kind, flags in RECOMPUTE.items():
         assert distance(straight, train("--recompute-granularity", *flags)) <= allowed, kind
+
+
+@pytest.mark.parametrize("kind", OFFLOADING)
+def test_offloaded_activations_change_no_more_than_another_run_does(
+    train: Train, saved: tuple[Path, Log], kind: str
+) -> None:
+    """What comes back from the host is what went there. megatron wants the variable for the second
+    kind: without it Transformer Engine moves weights, too."""
+    straight, again = saved[1], train()
+    offloaded = train(*OFFLOADING[kind], NVTE_CPU_OFFLOAD_V1="1")
+    assert distance(straight, offloaded) <= 2 * distance(straight, again) + 1e-6
 
 
 def distance(a: Log, b: Log) -> float:

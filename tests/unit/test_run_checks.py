@@ -14,7 +14,14 @@ from qwen35_mcore.training.checks.run import check_flags
 
 def run(**more: Any) -> Namespace:
     """A bf16 run of a MoE model in one CUDA graph, as megatron's parser leaves it."""
-    off = ("save", "load", "float32_main_params", "enable_cuda_graph", "external_cuda_graph")
+    off = (
+        "use_megatron_fsdp",
+        "save",
+        "load",
+        "float32_main_params",
+        "enable_cuda_graph",
+        "external_cuda_graph",
+    )
     off += ("fp8", "fp4", "delay_wgrad_compute", "lr_warmup_iters", "lr_warmup_samples")
     off += ("train_samples", "lr_decay_iters", "lr_decay_samples", "data_path", "data_args_path")
     off += ("per_split_data_args_path", "train_data_path", "valid_data_path", "test_data_path")

@@ -24,6 +24,7 @@ from qwen35_mcore.training.checks.packing import check_packing
 from qwen35_mcore.training.checks.written_folders import check_written_folders
 from qwen35_mcore.training.choices import expert_ranks, uses_nccl_ep
 from qwen35_mcore.training.flags.flex import check_flex
+from qwen35_mcore.training.flags.fsdp import check_fsdp
 
 NEEDED = {
     "micro_batch_size": "sequences per forward pass and data parallel rank",
@@ -45,7 +46,9 @@ def check_flags(args: Namespace) -> None:
     Raises:
         ConfigError: with the first of them.
     """
-    if args.bf16 and not args.use_distributed_optimizer and (args.save or args.load):
+    check_fsdp(args)
+    sharded = args.use_distributed_optimizer or args.use_megatron_fsdp
+    if args.bf16 and not sharded and (args.save or args.load):
         raise ConfigError(
             "megatron's plain bf16 optimizer cannot write or read the state of float32 parameters "
             "(A_log, dt_bias and the GDN norm)",
@@ -80,7 +83,8 @@ def _check_main_params(args: Namespace) -> None:
             got="--float32-main-params --use-precision-aware-optimizer",
             fix="drop one of the two",
         )
-    if not args.use_distributed_optimizer or args.optimizer != "adam":
+    sharded = args.use_distributed_optimizer or args.use_megatron_fsdp
+    if not sharded or args.optimizer != "adam":
         raise ConfigError(
             "--float32-main-params needs megatron's distributed optimizer: the others copy their "
             "main parameters from the rounded model",

@@ -47,6 +47,8 @@ PRECISION = (
         optimizer_offload_fraction use_torch_optimizer_for_cpu_offload
         overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params
         """,
+        fix="drop the flag; --use-distributed-optimizer or --use-megatron-fsdp spreads the state "
+        "over more ranks",
     ),
     free("tests/parity/test_gpu.py", "fp8"),
     free(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qwen35_mcore.training.flags.rows import free, unsupported
 
 EMERGING = "|".join(f"optimizer={name}" for name in ("muon", "dist_muon", "soap", "lion"))
-FSDP = "GatedDeltaNet's checkpoint layout was not tested with it"
+OF_FSDP = "it is of FSDP, which was not tested with it"
 
 LAYOUT = (
     free(
@@ -141,17 +141,34 @@ SHARDED_STATE = (
         "use_layer_wise_param_layout",
         needs=EMERGING,
     ),
-    unsupported(FSDP, "use_megatron_fsdp use_torch_fsdp2"),
+    free("tests/distributed/test_fsdp.py", "use_megatron_fsdp", needs="package:einops"),
+    free(
+        "tests/distributed/test_fsdp.py",
+        "data_parallel_sharding_strategy",
+        needs="use_megatron_fsdp",
+    ),
     unsupported(
-        f"it is of FSDP, and {FSDP}",
+        "megatron refuses it beside expert parallelism, tied embeddings and the distributed "
+        "optimizer, without which a bf16 run cannot save its float32 parameters",
+        "use_torch_fsdp2 torch_fsdp2_reshard_after_forward",
+        fix="pass --use-megatron-fsdp",
+    ),
+    unsupported(
+        "main parameters and gradients of FSDP are float32, as they are without it",
         """
-        fsdp_manual_registration data_parallel_sharding_strategy outer_dp_sharding_strategy
-        gradient_reduce_div_fusion fsdp_double_buffer suggested_communication_unit_size
-        keep_fp8_transpose_cache enable_full_sharding_in_hsdp torch_fsdp2_reshard_after_forward
         megatron_fsdp_main_params_dtype megatron_fsdp_main_grads_dtype
-        megatron_fsdp_grad_comm_dtype megatron_fsdp_enable_fine_grained_param_gather
+        megatron_fsdp_grad_comm_dtype
+        """,
+    ),
+    unsupported("FSDP saves in the format of every other run", "strict_fsdp_dtensor_load"),
+    unsupported(
+        OF_FSDP,
+        """
+        fsdp_manual_registration outer_dp_sharding_strategy
+        gradient_reduce_div_fusion fsdp_double_buffer suggested_communication_unit_size
+        keep_fp8_transpose_cache enable_full_sharding_in_hsdp
+        megatron_fsdp_enable_fine_grained_param_gather
         megatron_fsdp_max_pool_double_buffer fsdp_db_use_persist_buf_on_alloc_fail
-        strict_fsdp_dtensor_load
         """,
     ),
 )

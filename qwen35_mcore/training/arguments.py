@@ -199,6 +199,7 @@ def run_defaults(model_config: Qwen35Config, on_cpu: bool | None = None) -> dict
             "transformer_impl": "local",
             "distributed_backend": "gloo",
             "gradient_accumulation_fusion": False,
+            "gradient_reduce_div_fusion": False,  # a reduction of NCCL's
             "masked_softmax_fusion": False,
             "bias_dropout_fusion": False,
             "bias_swiglu_fusion": False,

@@ -196,7 +196,6 @@ CASES += [
             ("TP2 x ETP2 x DP2", 4, Layout(tp=2, etp=2), MOE),
             ("CP2 x DP2", 4, Layout(cp=2), MOE),
             ("full recompute", 2, Layout(run=FULL_RECOMPUTE), MOE),
-            ("selective recompute", 2, Layout(run=SELECTIVE_RECOMPUTE), MOE),
             ("loss per microbatch", 2, Layout(run=PER_MICROBATCH), MOE),
         ]
     ),

@@ -290,6 +290,7 @@ def wrap(
         use_megatron_fsdp=layout.fsdp is not None,
         data_parallel_sharding_strategy=layout.fsdp or "no_shard",
         megatron_fsdp_main_grads_dtype=torch.float32,
+        gradient_reduce_div_fusion=dist.get_backend() == "nccl",
     )
     kind = FullyShardedDataParallel if layout.fsdp else DistributedDataParallel
     wrapped = [

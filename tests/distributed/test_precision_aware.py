@@ -189,7 +189,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", kinds(MOVES, ("to PP2",)))
+@pytest.mark.parametrize("move", kinds(MOVES, ()))
 def test_loads_elsewhere(saved: Callable[..., Path], tmp_path: Path, move: str) -> None:
     """In every bit at another layout, and between this optimizer and the ordinary one."""
     before, (ranks, parallel), after = MOVES[move]

@@ -66,10 +66,12 @@ def test_updates(combination: str, pool: WorkerPool) -> None:
     the moments and of main parameters makes of an update."""
     chosen = tuple(combination.split("-"))
     rounding = sum(ROUNDING[DTYPES[name]] for name in chosen)
+    # a main parameter's rounding is relative to its value, not to how far the steps moved it
+    values = 2e-2 if chosen[1] == "fp16" else 1e-3
     for names, float32, narrow in pool.run(compare_updates, 2, combination=chosen):
         assert names == {"A_log", "dt_bias", "gated_norm.weight"}
         assert float32 <= 1e-6
-        assert rounding / 100 <= narrow <= 1e-3 + 4 * rounding
+        assert rounding / 100 <= narrow <= values + 4 * rounding
 
 
 def compare_updates(combination: tuple[str, ...]) -> tuple[set[str], float, float]:
@@ -187,7 +189,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", kinds(MOVES, ("to PP2",)))
+@pytest.mark.parametrize("move", kinds(MOVES, ()))
 def test_loads_elsewhere(saved: Callable[..., Path], tmp_path: Path, move: str) -> None:
     """In every bit at another layout, and between this optimizer and the ordinary one."""
     before, (ranks, parallel), after = MOVES[move]

@@ -3,6 +3,7 @@ checked by."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from argparse import Namespace
 from typing import Any
@@ -32,10 +33,15 @@ def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
 
 
+@functools.cache
+def parsed() -> Namespace:
+    words = ["--bf16", "--cuda-graph-impl", AUTO]
+    return read_flags(words, get_flavor("tiny-moe"), on_cpu=False)
+
+
 def run(**more: Any) -> Namespace:
     """A bf16 run on a GPU with graphs left to the package, as it is parsed."""
-    words = ["--bf16", "--cuda-graph-impl", AUTO]
-    args = read_flags(words, get_flavor("tiny-moe"), on_cpu=False)
+    args = parsed()
     assert more.keys() <= vars(args).keys() | {"rank"}
     return Namespace(**(vars(args) | {"rank": 0} | more))
 

@@ -87,7 +87,8 @@ def test_what_a_run_keeps_or_reads_is_left_out() -> None:
 def test_the_cut_run_trains() -> None:
     """Here on a CPU: six steps on random tokens."""
     words = ["--flavor", "tiny-moe", "--expert-model-parallel-size", "4", "--lr", "3e-4"]
-    words += ["--seq-length", "64", "--pipeline-model-parallel-size", "2", "--num-workers", "0"]
+    words += ["--seq-length", "64", "--micro-batch-size", "1", "--num-workers", "0"]
+    words += ["--pipeline-model-parallel-size", "2"]
     ranks, flags = cut_run(words, get_flavor("tiny-moe"), 2)
     run = script_server().run([*flags, "--log-interval", "1"], ranks)
     assert set(printed_losses(run.output())) == {1, 2, 3, 4, 5, 6}

@@ -72,9 +72,9 @@ def test_a_loss_and_datasets_of_ones_own() -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("decoder", ["gpt", "hybrid"])
 def test_every_layer_pattern_learns(decoder: str) -> None:
-    """A uniform guess has a loss of 4.16; mixed layers are far below it after 60 steps."""
+    """A uniform guess has a loss of 4.16; mixed layers are far below it at the end."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples/layer_pattern.py", "--steps", "60", "--decoder", decoder],
+        [sys.executable, ROOT / "examples/layer_pattern.py", "--decoder", decoder],
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -83,5 +83,5 @@ def test_every_layer_pattern_learns(decoder: str) -> None:
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\S.*?) +(\d\.\d\d) +\d+$", done.stdout, flags=re.M)
     assert len(rows) == 4, done.stdout
-    assert all(float(loss) < 4.15 for _, loss in rows)
-    assert min(float(loss) for _, loss in rows) < 3.6
+    assert all(float(loss) < 4.1 for _, loss in rows)
+    assert min(float(loss) for _, loss in rows) < 3.2

@@ -110,6 +110,7 @@ _HOMES = {
     "get_moe_module_spec_for_backend": "megatron.core.models.gpt.moe_module_specs",
     "get_num_layers_to_build": "megatron.core.transformer.transformer_block",
     "get_parameter_local_cp": "megatron.core.ssm.gated_delta_net.common",
+    "get_supported_coefficient_types": "megatron.core.optimizer.emerging_optimizers",
     "get_rerun_state_machine": "megatron.core.rerun_state_machine",
     "get_timers": "megatron.training",
     "get_tokenizer": "megatron.training",

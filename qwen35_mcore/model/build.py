@@ -10,6 +10,7 @@ from qwen35_mcore.mcore import imports
 from qwen35_mcore.mcore.megatron_errors import as_first_raised
 from qwen35_mcore.mcore.patches import accumulating_products
 from qwen35_mcore.model.gpt_model import Qwen35Model
+from qwen35_mcore.model.matrices import mark_matrices
 from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import decoder_block_spec, mtp_block_spec
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, apply_yarn
@@ -50,7 +51,7 @@ def build_model(
         accumulating_products.PATCH.apply()
     spec_provider = get_spec_provider(config)
     with as_first_raised():
-        return Qwen35Model(
+        model = Qwen35Model(
             config=config,
             transformer_layer_spec=decoder_block_spec(
                 model_config, config, spec_provider, vp_stage
@@ -69,6 +70,8 @@ def build_model(
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+    mark_matrices(model, model_config, gates_apart=bool(config.gdn_gates_apart))
+    return model
 
 
 def make_model_provider(model_config: Qwen35Config, args: Any) -> Callable[..., Qwen35Model]:

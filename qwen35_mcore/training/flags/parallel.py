@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qwen35_mcore.training.flags.rows import free, unsupported
 
-EMERGING = "|".join(f"optimizer={name}" for name in ("muon", "dist_muon", "soap", "lion"))
 FSDP = "GatedDeltaNet's checkpoint layout was not tested with it"
 
 LAYOUT = (
@@ -127,9 +126,9 @@ SHARDED_STATE = (
         needs="use_distributed_optimizer package:einops",
     ),
     free(
-        "Megatron's own",
+        "Megatron's own, which then cannot write the state of float32 parameters",
         "use_layer_wise_param_layout",
-        needs=EMERGING,
+        needs="optimizer=muon|optimizer=dist_muon save=None load=None",
     ),
     unsupported(FSDP, "use_megatron_fsdp use_torch_fsdp2"),
     unsupported(

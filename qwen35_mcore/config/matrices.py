@@ -35,7 +35,14 @@ class Weight:
 
     @property
     def parameters(self) -> int:
+        """Of all parameters of this kind; Muon's state is a float32 momentum of each."""
         return self.count * sum(self.rows.values()) * self.columns
+
+    def newton_schulz_flops(self, steps: int = 5) -> int:
+        """Operations of Muon's update: each step multiplies ``x xT``, its square, and that by x."""
+        sizes = [sorted((rows, self.columns)) for rows in self.rows.values()]
+        once = sum(4 * short**2 * long + 2 * short**3 for short, long in sizes)
+        return self.count * steps * once
 
 
 def matrix_weights(model_config: Qwen35Config) -> tuple[Weight, ...]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,8 @@ from tests.helpers import muon
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.equivalence import initial_weights
 from tests.helpers.kinds import kinds
+from tests.helpers.pretrain_runs import Run, script_server, small_dataset
+from tests.helpers.run_results import checkpoint_tensors, logged_scalars
 from tests.helpers.shards import assemble
 from tests.helpers.toys import toy_config
 from tests.helpers.training import Layout
@@ -86,3 +92,108 @@ def test_updates_equal_the_reference(pool: WorkerPool, case: Case) -> None:
         torch.testing.assert_close(
             found[key].double(), value, rtol=tolerance, atol=tolerance, msg=f"{key}: {{}}".format
         )
+
+
+# Runs, with the tiny MoE and MTP.
+
+ONE: tuple[str, ...] = ()
+EP2 = ("--expert-model-parallel-size", "2")
+TP2 = ("--tensor-model-parallel-size", "2")
+PP2 = ("--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Ett|ttmL")
+PLAIN = ("--optimizer", "muon")
+SHARDED = (*PLAIN, "--use-distributed-optimizer", "--bf16")
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    return [
+        *("--flavor", "tiny-moe", "--data-path", small_dataset(), "--split", "80,10,10"),
+        *("--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "2"),
+        *("--lr", "1e-3", "--lr-decay-style", "constant", "--train-iters", "4"),
+        *("--eval-iters", "0", "--log-interval", "1", "--num-workers", "0"),
+        *("--save", str(folder), "--load", str(folder), "--save-interval", "2"),
+        *("--muon-fp32-matmul-prec", "high", "--tensorboard-dir", str(folder / "log"), *more),
+    ]
+
+
+def run(folder: Path, world_size: int, *more: str) -> Run:
+    return script_server().run(flags(folder, *more), world_size)
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint_tensors(folder / f"iter_{step:07d}")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders of runs of four steps that save at step 2, by ranks and flags; each is made once."""
+
+    @functools.cache
+    def start(world_size: int, *more: str) -> Path:
+        folder = tmp_path_factory.mktemp("straight")
+        run(folder, world_size, *more)
+        return folder
+
+    return start
+
+
+def half(straight: Path, to: Path) -> Path:
+    """A copy of a run's folder that ends at step 2."""
+    shutil.copytree(straight / "iter_0000002", to / "iter_0000002")
+    (to / "latest_checkpointed_iteration.txt").write_text("2")
+    return to
+
+
+EXACT = {
+    "plain": (1, PLAIN),
+    "DP2 sharded": (2, SHARDED),
+    "lion": (1, (*PLAIN, "--muon-scalar-optimizer", "lion")),
+    "DP2 sharded, lion": (2, (*SHARDED, "--muon-scalar-optimizer", "lion")),
+}
+
+
+@pytest.mark.parametrize("case", kinds(EXACT, ["DP2 sharded"]))
+def test_resumes_to_the_last_digit(
+    straight: Callable[..., Path], tmp_path: Path, case: str
+) -> None:
+    world_size, more = EXACT[case]
+    whole, again = straight(world_size, *more), half(straight(world_size, *more), tmp_path)
+    run(again, world_size, *more)
+    expected, found = tensors(whole, 4), tensors(again, 4)
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    kept = {key.rpartition(".state.")[2].partition(".")[0] for key in expected if ".state." in key}
+    assert {"momentum_buffer", "exp_avg"} <= kept
+    for name in ("lm loss", "grad-norm"):
+        before, after = (logged_scalars(f / "log")[name] for f in (whole, again))
+        assert after == {step: before[step] for step in (3, 4)}
+
+
+CROSSINGS = {
+    "one to EP2": (1, ONE, 2, EP2, PLAIN),
+    "EP2 to PP2": (2, EP2, 2, PP2, PLAIN),
+    "TP2 to one": (2, TP2, 1, ONE, PLAIN),
+    "EP2 to one": (2, EP2, 1, ONE, PLAIN),
+    "one to TP2": (1, ONE, 2, TP2, PLAIN),
+    "DP2 to EP2, sharded": (2, ONE, 2, EP2, SHARDED),
+    "EP2 to one, sharded": (2, EP2, 1, ONE, SHARDED),
+    "one to TP2, sharded": (1, ONE, 2, TP2, SHARDED),
+    "TP2 to PP2, sharded": (2, TP2, 2, PP2, SHARDED),
+}
+
+
+@pytest.mark.parametrize("crossing", kinds(CROSSINGS, ["one to EP2"]))
+def test_resumes_at_another_layout(
+    straight: Callable[..., Path], tmp_path: Path, crossing: str
+) -> None:
+    """The state comes back bit for bit, and the next step's loss and update are the same."""
+    saving, before, loading, after, more = CROSSINGS[crossing]
+    source = straight(saving, *before, *more)
+    again = half(source, tmp_path / "again")
+    stop = ["--train-iters", "2", "--override-opt-param-scheduler", "--save-interval", "9"]
+    run(again, loading, *after, *more, *stop, "--save", str(tmp_path / "to"))
+    expected, found = tensors(source, 2), tensors(tmp_path / "to", 2)
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+    run(again, loading, *after, *more, "--exit-interval", "3")
+    losses = [logged_scalars(f / "log")["lm loss"][3][0] for f in (source, again)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if more == PLAIN else 2e-3)

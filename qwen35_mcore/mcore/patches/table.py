@@ -36,7 +36,7 @@ PATCHES: tuple[Patch, ...] = (
     loader_seed.PATCH,
     *mtp_loss_log.PATCHES,
     *muon_matrices.PATCHES,
-    optimizer_groups.PATCH,
+    *optimizer_groups.PATCHES,
     padded_balancing_loss.PATCH,
     receive_overflow.PATCH,
     *resume_position.PATCHES,

@@ -17,7 +17,7 @@ from tests.helpers.distributed import WorkerPool
 from tests.helpers.equivalence import initial_weights
 from tests.helpers.kinds import kinds
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
-from tests.helpers.run_results import checkpoint_tensors, logged_scalars
+from tests.helpers.run_results import checkpoint_common, checkpoint_tensors, logged_scalars
 from tests.helpers.shards import assemble
 from tests.helpers.toys import toy_config
 from tests.helpers.training import Layout
@@ -61,9 +61,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "case", kinds(CASES, ["one process", "TP2 ETP2", "DP2 sharded"], lambda case: case.name)
-)
+@pytest.mark.parametrize("case", kinds(CASES, ["one process", "TP2 ETP2"], lambda case: case.name))
 def test_updates_equal_the_reference(pool: WorkerPool, case: Case) -> None:
     config = toy_config(**case.model)
     weights = initial_weights(pool, config)
@@ -167,6 +165,13 @@ def test_resumes_to_the_last_digit(
         assert after == {step: before[step] for step in (3, 4)}
 
 
+def adams_steps(checkpoint: Path) -> set[int]:
+    state = checkpoint_common(checkpoint)["optimizer"]
+    parts = [part.get("optimizer", part) for number, part in state.items() if number in range(9)]
+    groups = [group for part in parts for group in part.get("param_groups", [])]
+    return {group["step"] for group in groups if group.get("optimizer") == "adam"}
+
+
 CROSSINGS = {
     "one to EP2": (1, ONE, 2, EP2, PLAIN),
     "EP2 to PP2": (2, EP2, 2, PP2, PLAIN),
@@ -180,7 +185,7 @@ CROSSINGS = {
 }
 
 
-@pytest.mark.parametrize("crossing", kinds(CROSSINGS, ["one to EP2"]))
+@pytest.mark.parametrize("crossing", kinds(CROSSINGS, []))
 def test_resumes_at_another_layout(
     straight: Callable[..., Path], tmp_path: Path, crossing: str
 ) -> None:
@@ -193,6 +198,7 @@ def test_resumes_at_another_layout(
     expected, found = tensors(source, 2), tensors(tmp_path / "to", 2)
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert adams_steps(tmp_path / "to" / "iter_0000002") == {2}
 
     run(again, loading, *after, *more, "--exit-interval", "3")
     losses = [logged_scalars(f / "log")["lm loss"][3][0] for f in (source, again)]

@@ -99,7 +99,7 @@ def _groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
 def _probe_reading() -> Verdict:
     """Can a run with two groups read the state of a run with one?"""
     optimizer = ChainedOptimizer.__new__(ChainedOptimizer)
-    state = {"param_groups": [{}, {}]}
+    state: dict[str, Any] = {"param_groups": [{}, {}]}
     optimizer.chained_optimizers = [SimpleNamespace(sharded_state_dict=lambda *_, **__: state)]
     try:
         merge({"param_groups": [{}]}, optimizer.sharded_state_dict({}, is_loading=True))

@@ -58,7 +58,7 @@ def check_flags(args: Namespace) -> None:
         )
     _check_main_params(args)
     if args.optimizer in MUON:
-        _check_muon(args)
+        check_muon(args)
     _check_graph_device(args)
     if args.num_experts:
         check_flex(args)
@@ -87,13 +87,24 @@ def _check_main_params(args: Namespace) -> None:
         )
 
 
-def _check_muon(args: Namespace) -> None:
+def check_muon(args: Namespace) -> None:
+    """Refuse flags of Muon that megatron would only find wrong when it trains, or not at all.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
     types = [name for name in imports.get_supported_coefficient_types() if name != "custom"]
     if args.muon_coefficient_type not in types:
         raise ConfigError(
             "no such coefficients of the Newton-Schulz iteration",
             got=f"--muon-coefficient-type {args.muon_coefficient_type}",
             allowed=", ".join(types),
+        )
+    if args.muon_fp32_matmul_prec == "low":
+        raise ConfigError(
+            "torch knows no such precision",
+            got="--muon-fp32-matmul-prec low",
+            allowed="medium (bfloat16), high",
         )
     heads, ranks = args.num_query_groups, args.tensor_model_parallel_size
     if args.muon_tp_mode != "duplicated" and heads % ranks:

@@ -108,12 +108,6 @@ OPTIMIZER = (
         """,
         needs=MUON,
     ),
-    unsupported(
-        "torch knows no such precision",
-        "muon_fp32_matmul_prec",
-        values="low",
-        fix="pass medium or high",
-    ),
     unsupported("Muon takes query, gate, key and value as a matrix each", "muon_split_qkv"),
     free(
         "Megatron's own",

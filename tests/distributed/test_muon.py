@@ -144,6 +144,7 @@ def half(straight: Path, to: Path) -> Path:
 EXACT = {
     "plain": (1, PLAIN),
     "DP2 sharded": (2, SHARDED),
+    "DP2, dist_muon": (2, ("--optimizer", "dist_muon", "--bf16")),
     "lion": (1, (*PLAIN, "--muon-scalar-optimizer", "lion")),
     "DP2 sharded, lion": (2, (*SHARDED, "--muon-scalar-optimizer", "lion")),
 }

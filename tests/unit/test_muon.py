@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -126,3 +129,22 @@ def test_state_of_whole_parameters_is_not_resumed() -> None:
     with pytest.raises(CheckpointError, match="of whole parameters") as caught:
         check_resume(flags(), start)
     assert "--no-load-optim" in str(caught.value.fix)
+
+
+@pytest.mark.exhaustive
+def test_the_benchmark_runs_on_a_cpu() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.bench.bench_muon", "--cpu"),
+            *("--case", "tiny-moe,4,8", "--repeats", "1"),
+        ],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.findall(r"which=(\w+(?: \w+)?)  ", done.stdout) == [
+        "adam",
+        "muon medium",
+        "muon high",
+    ]

@@ -118,6 +118,7 @@ _HOMES = {
     "get_num_layers_to_build": "megatron.core.transformer.transformer_block",
     "get_parameter_local_cp": "megatron.core.ssm.gated_delta_net.common",
     "get_rerun_state_machine": "megatron.core.rerun_state_machine",
+    "get_supported_coefficient_types": "megatron.core.optimizer.emerging_optimizers",
     "get_timers": "megatron.training",
     "get_tokenizer": "megatron.training",
     "get_transformer_layer_offset": "megatron.core.transformer.transformer_layer",

@@ -12,6 +12,7 @@ from qwen35_mcore.mcore.megatron_errors import as_first_raised
 from qwen35_mcore.mcore.patches import accumulating_products
 from qwen35_mcore.model.gpt_model import Qwen35Model
 from qwen35_mcore.model.hybrid_model import Qwen35HybridModel, hybrid_stack_spec
+from qwen35_mcore.model.matrices import mark_matrices
 from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import decoder_block_spec, mtp_block_spec
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, apply_yarn
@@ -78,19 +79,22 @@ def build_model(
     }
     with as_first_raised():
         if decoder == "hybrid":
-            return Qwen35HybridModel(
+            model: Any = Qwen35HybridModel(
                 hybrid_stack_spec=hybrid_stack_spec(config, spec_provider, vp_stage),
                 model_config=model_config,
                 hybrid_layer_pattern=hybrid_layer_pattern,
                 **common,
             )
-        return Qwen35Model(
-            transformer_layer_spec=decoder_block_spec(
-                model_config, config, spec_provider, vp_stage
-            ),
-            mtp_block_spec=mtp_block_spec(config, spec_provider, vp_stage),
-            **common,
-        )
+        else:
+            model = Qwen35Model(
+                transformer_layer_spec=decoder_block_spec(
+                    model_config, config, spec_provider, vp_stage
+                ),
+                mtp_block_spec=mtp_block_spec(config, spec_provider, vp_stage),
+                **common,
+            )
+    mark_matrices(model, model_config, gates_apart=bool(config.gdn_gates_apart))
+    return model
 
 
 def _check_decoder(decoder: str, hybrid_layer_pattern: str | None) -> None:

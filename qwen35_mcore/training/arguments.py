@@ -34,7 +34,7 @@ from qwen35_mcore.training.checks.hf_start import describe, model_of_start
 from qwen35_mcore.training.checks.packing import lengths_vary
 from qwen35_mcore.training.checks.resume import check_resume
 from qwen35_mcore.training.checks.resume_schedule import schedule_of_flags
-from qwen35_mcore.training.checks.run import check_flags, check_run
+from qwen35_mcore.training.checks.run import MUON, check_flags, check_run
 from qwen35_mcore.training.choices import (
     AUTO,
     announce_loss,
@@ -184,6 +184,7 @@ def run_defaults(model_config: Qwen35Config, on_cpu: bool | None = None) -> dict
         "attention_softmax_in_fp32": True,
         "calculate_per_token_loss": True,  # else unequal masks weigh tokens by their rank
         "megatron_fsdp_main_grads_dtype": "fp32",  # as of every other bf16 run
+        "muon_tp_mode": "duplicated",  # megatron's blockwise takes a rank's part for a matrix
         "rerun_mode": "disabled",  # its check of losses and gradients then includes the first step
         # without experts, too: megatron lets no sequences of several lengths beside allgather
         "moe_token_dispatcher_type": "alltoall",
@@ -311,6 +312,9 @@ def _run_alone_without_a_launcher() -> None:
 def _complete(args: argparse.Namespace, model_config: Qwen35Config) -> None:
     """What no default can say, because it depends on other flags."""
     args.qwen35_hf_config = json.dumps(model_config.to_hf(), sort_keys=True)
+    if args.optimizer in MUON:
+        args.qwen35_muon = "each matrix"  # what a checkpoint says of its optimizer state
+        args.gdn_gates_apart = True  # so that Adam can take the logits b and a
     if args.tensor_model_parallel_size > 1 and model_config.is_moe:
         args.sequence_parallel = True  # megatron refuses to train MoE under TP without it
     if args.use_megatron_fsdp:

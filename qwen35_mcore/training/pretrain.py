@@ -25,6 +25,7 @@ with quiet_imports():
         cpu_mode.enable_training()
 
     from qwen35_mcore.config.flops import training_flops
+    from qwen35_mcore.config.matrices import describe
     from qwen35_mcore.config.model_config import Qwen35Config
     from qwen35_mcore.mcore.imports import ModelType, pretrain, pretrain_cfg_container_from_args
     from qwen35_mcore.mcore.patches.install import install
@@ -67,6 +68,8 @@ def train(
         NonFiniteError: NaN or infinity in a loss, a gradient or a weight that would be saved.
     """
     install(partial(training_flops, model_config), accept_untested=args.accept_untested_megatron)
+    if args.optimizer == "muon" and args.rank == 0:
+        print(f"> {describe(model_config, args.muon_scalar_optimizer)}", flush=True)
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets,

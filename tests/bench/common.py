@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,9 @@ def attention_backend() -> Any:
 
 
 def median_ms(step: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> dict[str, float]:
-    """Milliseconds of ``step`` by CUDA events: median, minimum, maximum."""
+    """Milliseconds of ``step``: median, minimum, maximum; by CUDA events where there is a GPU."""
+    if not torch.cuda.is_available():
+        return _summary([_host_ms(step) for _ in range(warmup + repeats)][warmup:])
     for _ in range(warmup):
         step()
     torch.cuda.synchronize()
@@ -126,6 +129,16 @@ def median_ms(step: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> di
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
+    return _summary(times)
+
+
+def _host_ms(step: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _summary(times: list[float]) -> dict[str, float]:
     return {"ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
 
 
@@ -206,7 +219,8 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def report(row: dict[str, Any], path: Path | None) -> None:
     """Print a row at once, and append it to the JSON file."""
-    row = {"card": torch.cuda.get_device_name(), **row}
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    row = {"card": card, **row}
     shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
     kernels = shown.pop("kernels", [])
     print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwen35_mcore.training.checks.resume import CHANGES
+from tests.helpers.kinds import kinds
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
 from tests.helpers.run_results import (
     checkpoint_common,
@@ -180,7 +181,12 @@ def test_the_sharding_of_the_optimizer(half: Path, tmp_path: Path) -> None:
     assert "drop --decoupled-lr" in message
 
 
-@pytest.mark.parametrize("more", [[], [DISTRIBUTED, "--bf16"]], ids=["plain", "distributed-bf16"])
+@pytest.mark.parametrize(
+    "more",
+    kinds(
+        [[], [DISTRIBUTED, "--bf16"]], ["plain"], lambda more: "distributed" if more else "plain"
+    ),
+)
 def test_muon_resumes_exactly(tmp_path: Path, more: list[str]) -> None:
     muon = ["--optimizer", "muon", "--train-iters", "4", *more]
     run(tmp_path, *muon, "--exit-interval", "2")

@@ -179,17 +179,31 @@ def test_values_of_one_flag() -> None:
         parser("tiny-dense").parse_args([*modules, "moe"])
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "dist_muon", "lion", "soap"])
-def test_optimizers_that_take_bf16_where_they_are_sharded(
-    optimizer: str, monkeypatch: pytest.MonkeyPatch
+def test_muon_takes_bf16_where_it_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for sharded in (["muon", "--use-distributed-optimizer"], ["dist_muon"]):
+        with pytest.raises(ConfigError, match="needs --bf16") as caught:
+            parser().parse_args(["--optimizer", *sharded])
+        assert "pass --bf16 as well" in str(caught.value.fix)
+        parser().parse_args(["--optimizer", *sharded, "--bf16"])
+    parser().parse_args(["--optimizer", "muon"])
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--optimizer-cuda-graph"], "a run without --optimizer-cuda-graph"),
+        (["--fp8-format", "hybrid", "--fp8-param-gather"], "a run without --fp8-param-gather"),
+        (["--num-distributed-optimizer-instances", "2"], "-distributed-optimizer-instances 1"),
+    ],
+)
+def test_what_muon_cannot_be_combined_with(
+    more: list[str], part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    sharded = ["--optimizer", optimizer, "--use-distributed-optimizer"]
-    with pytest.raises(ConfigError, match="needs --bf16 or a run without --use-distributed") as e:
-        parser().parse_args(sharded)
-    assert "pass --bf16 as well" in str(e.value.fix)
-    parser().parse_args([*sharded, "--bf16"])
-    parser().parse_args(sharded[:2])
+    sharded = ["--use-distributed-optimizer", "--bf16"]
+    with pytest.raises(ConfigError, match=part):
+        parser(on_cpu=False).parse_args(["--optimizer", "muon", *sharded, *more])
 
 
 def test_a_flag_of_a_newer_megatron_is_refused() -> None:

@@ -28,6 +28,7 @@ def run(**more: Any) -> Namespace:
     given = {
         "ckpt_format": "torch_dist",
         "bf16": True,
+        "optimizer": "adam",
         "use_distributed_optimizer": True,
         "num_experts": 8,
         "cuda_graph_impl": "full_iteration",

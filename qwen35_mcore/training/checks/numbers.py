@@ -16,11 +16,17 @@ _AT_LEAST = {
     **dict.fromkeys(("num_dataset_builder_threads", "exit_duration_in_mins"), 1),
     **dict.fromkeys(("eval_iters", "num_workers", "start_eval_at_iter"), 0),
     "mid_level_dataset_surplus": 0,
+    "muon_num_ns_steps": 1,
     **dict.fromkeys(("seed", "vocab_size", "distributed_timeout_minutes"), 1),
     **dict.fromkeys(("manual_gc_interval", "inference_logging_step_interval"), 0),  # 0: never
 }
-_FINITE = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "clip_grad")
-_BELOW_ONE = ("adam_beta1", "adam_beta2", "sgd_momentum")
+_FINITE = (
+    *("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "clip_grad"),
+    "muon_extra_scale_factor",
+)
+_BELOW_ONE = (
+    *("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum", "lion_beta1", "lion_beta2"),
+)
 _OFF = {
     "eval_interval": "pass --eval-iters 0 to turn evaluation off",
     "save_interval": "drop --save to save nothing",

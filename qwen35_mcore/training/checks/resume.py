@@ -85,6 +85,12 @@ def _check_optimizer(args: Namespace, start: Start) -> None:
                 got=_values(args, start, [flag]),
                 fix="pass --no-load-optim to go on with fresh moments",
             )
+    if args.optimizer == "muon" and not hasattr(saved, "qwen35_muon"):
+        raise CheckpointError(
+            f"the Muon state in {folder} is of whole parameters, with that of stacked experts in "
+            "Adam; Muon takes each matrix by itself",
+            fix="pass --no-load-optim to go on with fresh moments",
+        )
     if args.optimizer == "sgd" and bool(args.sgd_momentum) != bool(saved.sgd_momentum):
         raise CheckpointError(
             f"the checkpoint in {folder} holds {'a' if saved.sgd_momentum else 'no'} momentum",

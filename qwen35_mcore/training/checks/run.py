@@ -10,7 +10,7 @@ from argparse import Namespace
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.mcore import cpu_mode
+from qwen35_mcore.mcore import cpu_mode, imports
 from qwen35_mcore.model.spec_providers import experts_of_run
 from qwen35_mcore.parallel.check import check_layout, refuse_violations
 from qwen35_mcore.parallel.layout import ParallelLayout
@@ -26,6 +26,7 @@ from qwen35_mcore.training.choices import expert_ranks, uses_nccl_ep
 from qwen35_mcore.training.flags.flex import check_flex
 from qwen35_mcore.training.flags.fsdp import check_fsdp
 
+MUON = ("muon", "dist_muon")
 NEEDED = {
     "micro_batch_size": "sequences per forward pass and data parallel rank",
     "seq_length": "tokens per sequence",
@@ -47,7 +48,9 @@ def check_flags(args: Namespace) -> None:
         ConfigError: with the first of them.
     """
     check_fsdp(args)
-    sharded = args.use_distributed_optimizer or args.use_megatron_fsdp
+    sharded = (
+        args.use_distributed_optimizer or args.use_megatron_fsdp or args.optimizer == "dist_muon"
+    )
     if args.bf16 and not sharded and (args.save or args.load):
         raise ConfigError(
             "megatron's plain bf16 optimizer cannot write or read the state of float32 parameters "
@@ -58,6 +61,8 @@ def check_flags(args: Namespace) -> None:
             else "pass --use-distributed-optimizer",
         )
     _check_main_params(args)
+    if args.optimizer in MUON:
+        check_muon(args)
     _check_graph_device(args)
     if args.num_experts:
         check_flex(args)
@@ -91,6 +96,35 @@ def _check_main_params(args: Namespace) -> None:
             got=f"--optimizer {args.optimizer}"
             + (" --use-distributed-optimizer" if args.use_distributed_optimizer else ""),
             allowed="--optimizer adam, with --use-distributed-optimizer",
+        )
+
+
+def check_muon(args: Namespace) -> None:
+    """Refuse flags of Muon that megatron would only find wrong when it trains, or not at all.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    types = [name for name in imports.get_supported_coefficient_types() if name != "custom"]
+    if args.muon_coefficient_type not in types:
+        raise ConfigError(
+            "no such coefficients of the Newton-Schulz iteration",
+            got=f"--muon-coefficient-type {args.muon_coefficient_type}",
+            allowed=", ".join(types),
+        )
+    if args.muon_fp32_matmul_prec == "low":
+        raise ConfigError(
+            "torch knows no such precision",
+            got="--muon-fp32-matmul-prec low",
+            allowed="medium (bfloat16), high",
+        )
+    heads, ranks = args.num_query_groups, args.tensor_model_parallel_size
+    if args.muon_tp_mode != "duplicated" and heads % ranks:
+        raise ConfigError(
+            "a tensor-parallel rank holds a part of one key-value head, and so no part of each "
+            "matrix of attention",
+            got=f"--muon-tp-mode {args.muon_tp_mode}, {heads} key-value heads over {ranks} ranks",
+            allowed="--muon-tp-mode duplicated, the default",
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qwen35_mcore.training.flags.rows import free, no_effect, unsupported
 
-EMERGING = "muon dist_muon lion soap"
 MUON = "optimizer=muon|optimizer=dist_muon"
 NULL, TIKTOKEN = "tokenizer_type=NullTokenizer", "tokenizer_type=TikTokenizer"
 
@@ -58,10 +57,34 @@ STEPS = (
 OPTIMIZER = (
     free("tests/distributed/test_resume.py", "optimizer weight_decay clip_grad"),
     free(
-        "Megatron's own; sharded by layers it takes bf16 alone",
+        "tests/distributed/test_muon.py",
         "optimizer",
-        values=EMERGING,
-        needs="package:emerging_optimizers bf16|use_distributed_optimizer=False",
+        values="muon dist_muon",
+        needs="package:emerging_optimizers use_megatron_fsdp=False use_torch_fsdp2=False "
+        "use_precision_aware_optimizer=False optimizer_cpu_offload=False "
+        "optimizer_cuda_graph=False fp8_param_gather=False fp4_param_gather=False "
+        "num_distributed_optimizer_instances=1",
+    ),
+    free(
+        "sharded by layers it takes bf16 alone",
+        "optimizer",
+        values="muon",
+        needs="bf16|use_distributed_optimizer=False",
+    ),
+    free("sharded by layers it takes bf16 alone", "optimizer", values="dist_muon", needs="bf16"),
+    unsupported(
+        "it leaves stacked experts to Adam, and takes the projections of a GatedDeltaNet, and gate "
+        "and up of an MLP, as one matrix",
+        "optimizer",
+        values="soap",
+        fix="pass --optimizer muon",
+    ),
+    unsupported(
+        "megatron-core 0.19 leaves stacked experts, embeddings and norms to Adam, and gives it "
+        "Adam's betas",
+        "optimizer",
+        values="lion",
+        fix="pass --optimizer adam, or --optimizer muon --muon-scalar-optimizer lion",
     ),
     unsupported(
         "megatron-core 0.19 builds it without its scale mode, and its first step fails",
@@ -73,22 +96,23 @@ OPTIMIZER = (
     free(
         "Megatron's own",
         "adam_beta1 adam_beta2 adam_eps",
-        needs=f"optimizer=adam|optimizer=soap|{MUON}",
+        needs=f"optimizer=adam|{MUON} muon_scalar_optimizer=adam",
     ),
     free("Megatron's own", "sgd_momentum", needs="optimizer=sgd"),
     free(
         "Megatron's own",
         """
-        muon_momentum muon_split_qkv muon_nesterov muon_scale_mode muon_fp32_matmul_prec
+        muon_momentum muon_nesterov muon_scale_mode muon_fp32_matmul_prec
         muon_coefficient_type muon_num_ns_steps muon_tp_mode muon_extra_scale_factor
         muon_scalar_optimizer
         """,
         needs=MUON,
     ),
+    unsupported("Muon takes query, gate, key and value as a matrix each", "muon_split_qkv"),
     free(
         "Megatron's own",
         "lion_beta1 lion_beta2",
-        needs="optimizer=lion|muon_scalar_optimizer=lion",
+        needs="muon_scalar_optimizer=lion",
     ),
     free("Megatron's own", "dump_param_to_param_group_map"),
 )

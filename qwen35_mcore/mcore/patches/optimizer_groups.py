@@ -63,15 +63,14 @@ def fit_to_run(state: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
         whole = state[numbers[0]] | plain if numbers else state
         return _with_groups(whole, optimizers[0], parts)
     # what is no tensor may be saved for fewer optimizers than there are now
-    saved = plain | state[numbers[0]]
-    return {
-        number: _with_groups(
-            (saved if type(optimizer) is type(optimizers[0]) else plain) | state[number],
-            optimizer,
-            parts,
-        )
-        for number, optimizer in enumerate(optimizers)
-    }
+    fitted = {}
+    for number, optimizer in enumerate(optimizers):
+        alike = type(optimizer) is type(optimizers[0])
+        shared = plain | state[numbers[0]] if alike else plain
+        own = [plain, state[number]]
+        steps_of = own if any(_groups(part) for part in own) else parts
+        fitted[number] = _with_groups(shared | state[number], optimizer, steps_of)
+    return fitted
 
 
 def _with_groups(

@@ -28,7 +28,8 @@ from checkpoint_tools.mcore.write import (
     write_objects,
     write_tensors,
 )
-from checkpoint_tools.table.names import Format, Row
+from checkpoint_tools.table.names import Format
+from checkpoint_tools.table.row import Row
 from checkpoint_tools.table.transforms import Box, common_dtype, split_copy
 from qwen35_mcore.config.model_config import Qwen35Config
 

@@ -15,7 +15,8 @@ from checkpoint_tools.hf.read import HFCheckpoint, HFTensor, is_hf_folder
 from checkpoint_tools.mcore.exported import has_mtp, model_keys, recorded_config, stored_format
 from checkpoint_tools.mcore.keys import TRACKER
 from checkpoint_tools.mcore.read import MegatronCheckpoint, MegatronTensor
-from checkpoint_tools.table.names import MTP_PREFIX, VISION_PREFIX
+from checkpoint_tools.table.names import MTP_PREFIX
+from checkpoint_tools.table.vision import VISION_PREFIX
 from qwen35_mcore.config.flavors import FLAVORS
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError, ConfigError

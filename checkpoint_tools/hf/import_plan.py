@@ -16,13 +16,13 @@ from checkpoint_tools.hf.read import HFCheckpoint, HFTensor
 from checkpoint_tools.table.names import (
     HEAD,
     MTP_PREFIX,
-    VISION_PREFIX,
     Format,
     Naming,
-    Row,
     rows,
 )
+from checkpoint_tools.table.row import Row
 from checkpoint_tools.table.transforms import same_bits
+from checkpoint_tools.table.vision import VISION_PREFIX
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 
 from checkpoint_tools.mcore.read import MegatronCheckpoint
-from checkpoint_tools.table.names import MTP_PREFIX, Format, Naming, Row, TensorSpec, rows
+from checkpoint_tools.table.names import MTP_PREFIX, Format, Naming, rows
+from checkpoint_tools.table.row import Row, TensorSpec
 from checkpoint_tools.table.transforms import Copy, LazyTensor, common_dtype, split_rows
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from qwen35_mcore.config.model_config import Qwen35Config
@@ -13,6 +14,7 @@ from qwen35_mcore.model.gpt_model import Qwen35Model
 from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import decoder_block_spec, mtp_block_spec
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, apply_yarn
+from qwen35_mcore.model.vision.vision_language_model import Qwen35VisionLanguageModel
 
 
 def build_model(
@@ -25,6 +27,7 @@ def build_model(
     pg_collection: Any = None,
     parallel_output: bool = True,
     fp16_lm_cross_entropy: bool = False,
+    vision: bool = False,
 ) -> Qwen35Model:
     """megatron's GPTModel with Qwen3.5's layers, for one pipeline stage (or virtual stage).
 
@@ -39,10 +42,14 @@ def build_model(
         pg_collection: process groups; None: megatron's global ones.
         parallel_output: leave the logits split over tensor-parallel ranks.
         fp16_lm_cross_entropy: as megatron's flag of this name.
+        vision: build the vision-language model, with its tower on the stage of the embedding: a
+            `Qwen35VisionLanguageModel`, whose ``forward`` takes images. False: the text model,
+            whatever ``model_config`` carries.
 
     Raises:
-        ConfigError: megatron-core of another series, an unknown ``transformer_impl``, or experts
-            that were named and cannot run here.
+        ConfigError: megatron-core of another series, an unknown ``transformer_impl``, experts
+            that were named and cannot run here, or a vision part that contradicts the model or
+            that the layout cannot run.
         KernelError: kernels or a spec provider that were named cannot run here.
     """
     imports.check_release()
@@ -50,7 +57,10 @@ def build_model(
         accumulating_products.PATCH.apply()
     spec_provider = get_spec_provider(config)
     with as_first_raised():
-        return Qwen35Model(
+        build = partial(
+            Qwen35VisionLanguageModel, model_config=model_config, spec_provider=spec_provider
+        )
+        return (build if vision else Qwen35Model)(
             config=config,
             transformer_layer_spec=decoder_block_spec(
                 model_config, config, spec_provider, vp_stage

@@ -37,8 +37,11 @@ class Qwen35Model(GPTModel):
     and then refuses to save it. This class drops that weight.
     """
 
+    word_embedding: type = WordEmbedding
+    """What looks tokens up."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with vocabulary_layers(OutputLayer, WordEmbedding):
+        with vocabulary_layers(OutputLayer, self.word_embedding):
             super().__init__(*args, **kwargs)
         if self.position_embedding_type == "yarn":
             self.rotary_pos_emb = self._partial_yarn()

@@ -68,6 +68,7 @@ class Layout:
     distributed_optimizer: bool = True
     overlap: bool = False
     packed: bool = False  # the batches have documents
+    vision: bool = False  # the vision-language model
     run: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields
 
 
@@ -83,6 +84,10 @@ class Batch:
     def to(self, device: Any) -> Batch:
         mask = None if self.loss_mask is None else self.loss_mask.to(device)
         return Batch(self.tokens.to(device), mask, self.documents)
+
+    def images(self, first: int, count: int) -> dict[str, Any]:
+        """What the model takes beside the rows; none in a batch of text."""
+        return {}
 
     def sample(self, first: int, count: int) -> dict[str, Any]:
         """Rows as megatron's GPTDataset gives them."""
@@ -209,7 +214,12 @@ def build_chunks(
         first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         chunk = build_model(
-            model_config, config, pre_process=first, post_process=last, vp_stage=vp_stage
+            model_config,
+            config,
+            pre_process=first,
+            post_process=last,
+            vp_stage=vp_stage,
+            vision=layout.vision,
         )
         chunks.append(chunk.cuda())
     return chunks
@@ -324,6 +334,7 @@ def forward_backward(
             loss_mask=sample["loss_mask"],
             packed_seq_params=packed_sequences(sample),
             padding_mask=sample["padding_mask"],
+            **batch.images(first, micro_batch_size),
         )
         return output, partial(loss_function, first, sample["loss_mask"])
 

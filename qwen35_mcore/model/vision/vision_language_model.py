@@ -1,0 +1,159 @@
+"""The language model with the vision tower in front."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
+from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.mcore.imports import TransformerConfig
+from qwen35_mcore.model.gpt_model import Qwen35Model
+from qwen35_mcore.model.vision.embedding import WordAndImageEmbedding, place_features
+from qwen35_mcore.model.vision.grids import Grid, merged_tokens, read_grids
+from qwen35_mcore.model.vision.rope import mrope_angles, rope_index
+from qwen35_mcore.model.vision.tower import VisionModel
+
+
+class Qwen35VisionLanguageModel(Qwen35Model):
+    """transformers' ``Qwen3_5ForConditionalGeneration`` (dense and MoE) of Megatron's layers.
+
+    The first pipeline stage holds the tower as ``vision_model``. A batch without images runs one
+    block of empty patches through a tower that is trained, and uses nothing of it: its gradients
+    are zero then, and no rank waits for another's.
+
+    Args:
+        model_config: has the tower's description.
+        spec_provider: what the tower's layers are made of.
+        arguments: of `Qwen35Model`.
+
+    Raises:
+        ConfigError: the description contradicts the language model, or the layout is one that the
+            tower's outputs do not reach.
+    """
+
+    word_embedding = WordAndImageEmbedding
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        model_config: Qwen35Config,
+        spec_provider: Any,
+        **arguments: Any,
+    ) -> None:
+        vision = VisionConfig.of(model_config)
+        _check_layout(config)
+        super().__init__(config=config, **arguments)
+        self.vision = vision
+        self.rope_parameters = model_config.rope_parameters
+        self.vision_model = (
+            VisionModel(vision, config, spec_provider, self.pg_collection)
+            if self.pre_process
+            else None
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """Logits or losses, as of the language model.
+
+        Every pipeline stage takes the tokens and the grids, or the positions; the first takes all.
+
+        Args:
+            input_ids: ``[b, s]`` int64, with an image token for each of the merger's outputs.
+            position_ids: ``[3, b, s]`` of `rope_index`, or ``[b, s]`` for text; None: `rope_index`
+                of the tokens, which the host computes.
+            pixel_values, pixel_values_videos: patches ``[n, patch_values]`` of all images, and of
+                all videos, in the order of their tokens; as transformers' processor gives them.
+            image_grid_thw, video_grid_thw: their grids, ``[images, 3]`` int64.
+            arguments: of megatron's ``GPTModel.forward``.
+
+        Raises:
+            DataError: tokens, patches and grids do not fit together.
+        """
+        if position_ids is None:
+            position_ids = rope_index(input_ids, self.vision, image_grid_thw, video_grid_thw)
+        if position_ids.dim() == 2:
+            position_ids = position_ids.expand(3, -1, -1)
+        if self.vision_model is None:
+            return super().forward(input_ids, position_ids, attention_mask, **arguments)
+        images = read_grids(image_grid_thw, self.vision)
+        videos = read_grids(video_grid_thw, self.vision)
+        tokens = [merged_tokens(grids, self.vision) for grids in (images, videos)]
+        ids = place_features(input_ids, self.vision, *tokens)
+        words = self.embedding.word_embeddings
+        words.features = self._features(
+            self.vision_model, [pixel_values, pixel_values_videos], images + videos
+        )
+        try:
+            return super().forward(ids, position_ids, attention_mask, **arguments)
+        finally:
+            words.features = None
+
+    def _features(
+        self, tower: VisionModel, pixels: list[Tensor | None], grids: list[Grid]
+    ) -> Tensor | None:
+        """The tower's outputs ``[features, hidden]``; None where nothing asks for them."""
+        given = [each for each in pixels if each is not None]
+        if not (given or grids):
+            trained = any(parameter.requires_grad for parameter in tower.parameters())
+            if not (trained and torch.is_grad_enabled()):
+                return None
+            side = self.vision.spatial_merge_size
+            given = [torch.zeros(side**2, self.vision.patch_values)]
+            grids = [(1, side, side)]
+        patches = torch.cat(given) if given else torch.empty(0, self.vision.patch_values)
+        features: Tensor = tower(patches, grids)
+        return features
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._preprocess(*args, **kwargs)
+        section = self.rope_parameters.mrope_section
+        assert section is not None
+        # megatron's angles are positions times frequencies, so position 1 has the frequencies
+        at_one = self.rotary_pos_emb(2)
+        at_one = at_one[0] if isinstance(at_one, tuple) else at_one  # YaRN's come with a factor
+        half = at_one.shape[-1] // 2
+        angles = mrope_angles(kwargs["position_ids"], at_one[1, 0, 0, :half], section)
+        return (prepared[0], angles, *prepared[2:])
+
+    def _postprocess(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["labels"] is None and self.mtp_process and self.vision_model is not None:
+            # megatron derives MTP's labels from the ids then
+            if self.training:
+                raise ConfigError(
+                    "training a vision-language model with MTP needs labels", got="labels=None"
+                )
+            kwargs["input_ids"] = kwargs["input_ids"].clamp(min=0)
+        return super()._postprocess(*args, **kwargs)
+
+
+def _check_layout(config: TransformerConfig) -> None:
+    if config.context_parallel_size > 1:
+        raise ConfigError(
+            "the vision-language model does not split sequences over context-parallel ranks",
+            got=f"context_parallel_size={config.context_parallel_size}",
+            allowed="1",
+            fix="use tensor and sequence parallelism for long sequences",
+        )
+    if config.mtp_num_layers and config.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "MTP embeds the images that follow, and the tower's outputs stay on the first "
+            "pipeline stage while MTP is on the last",
+            got=f"pipeline_model_parallel_size={config.pipeline_model_parallel_size} with MTP",
+            allowed="one pipeline stage, or no MTP",
+            fix="set mtp_num_hidden_layers to 0, or use no pipeline",
+        )

@@ -30,8 +30,8 @@ def vision_rows(c: VisionConfig) -> list[Row]:
     return [
         *table,
         *_pair(f"{hf}norm", f"{mcore}norm.", (c.hidden_size,), None),
-        *_pair(f"{hf}linear_fc1", f"{mcore}linear_fc1.", (merged, merged), 0),
-        *_pair(f"{hf}linear_fc2", f"{mcore}linear_fc2.", (out, merged), 1),
+        *_pair(f"{hf}linear_fc1", f"{mcore}mlp.linear_fc1.", (merged, merged), 0),
+        *_pair(f"{hf}linear_fc2", f"{mcore}mlp.linear_fc2.", (out, merged), 1),
     ]
 
 

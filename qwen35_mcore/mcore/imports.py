@@ -32,7 +32,6 @@ BASE_CLASSES = {
     "LocalSpecProvider": "column_parallel_layer_norm_linear core_attention "
     "fuse_layernorm_and_linear grouped_mlp_modules layer_norm",
     "McoreGatedDeltaNet": "_resolve_cu_seqlens _setup_variant_attrs reset_parameters",
-    "MLP": "",
     "MegatronModule": "",
     "MoEAlltoAllTokenDispatcher": "_maybe_dtoh_and_synchronize _maybe_update_cuda_sync_point "
     "combine_preprocess dispatch_postprocess",

@@ -57,7 +57,8 @@ def toy_hf_config(
         carried={"dtype": str(dtype).removeprefix("torch."), "eos_token_id": 3},
         **changes,
     )
-    outer = {"vision_config": VISION, "image_token_id": 5} if not kind.endswith("_text") else {}
+    outer = {"vision_config": VISION, "image_token_id": 5, "video_token_id": 6}
+    outer = {} if kind.endswith("_text") else outer
     return replace(config, model_type=kind, carried_outer=outer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -229,7 +229,7 @@ def train(
     model_config: Qwen35Config,
     layout: Layout,
     weights: dict[str, torch.Tensor] | None,
-    batches: list[Batch],
+    batches: Sequence[Batch],
     micro_batch_size: int = 1,
     lr: float = 1e-3,
 ) -> Result:

@@ -116,13 +116,17 @@ class VisionPatchEmbed(nn.Module):
         return F.linear(pixel_values.to(weight.dtype), weight, self.proj.bias)
 
 
-class VisionPatchMerger(MLP):
+class VisionPatchMerger(MegatronModule):
     """A LayerNorm of each patch, then an MLP of the patches of a block together."""
 
     def __init__(
         self, vision: VisionConfig, config: TransformerConfig, spec_provider: Any, tp_group: Any
     ) -> None:
-        super().__init__(
+        super().__init__(config=config)
+        self.norm = spec_provider.layer_norm()(
+            config=config, hidden_size=vision.hidden_size, eps=EPSILON
+        )
+        self.mlp = MLP(
             config,
             MLPSubmodules(
                 linear_fc1=spec_provider.column_parallel_linear(),
@@ -132,14 +136,11 @@ class VisionPatchMerger(MLP):
             ffn_hidden_size=vision.merged_width,
             tp_group=tp_group,
         )
-        self.norm = spec_provider.layer_norm()(
-            config=config, hidden_size=vision.hidden_size, eps=EPSILON
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, h]``, the patches of a block in a row, to ``[blocks, text width]``."""
-        merged = self.norm(x).view(-1, 1, self.input_size)
-        output, bias = super().forward(merged)
+        merged = self.norm(x).view(-1, 1, self.mlp.input_size)
+        output, bias = self.mlp(merged)
         return (output + bias).squeeze(1)
 
 

@@ -1,0 +1,82 @@
+"""The vision-language model in parallel modes against one process: same losses, same gradients.
+
+Of two data-parallel ranks one has all images and the other none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.distributed.cases import FULL_RECOMPUTE
+from tests.distributed.test_parallel import (
+    GRADIENT_TOLERANCE,
+    LATER_LOSS_TOLERANCE,
+    TOKEN_LOSS_TOLERANCE,
+)
+from tests.helpers.distributed import CaseError, WorkerPool
+from tests.helpers.equivalence import Case, compare
+from tests.helpers.kinds import kinds
+from tests.helpers.training import Layout
+
+MOE: dict[str, Any] = {"mtp_num_hidden_layers": 1}
+DENSE: dict[str, Any] = {"moe": False, "tie_word_embeddings": True}
+PLAIN: dict[str, Any] = {}  # MoE without MTP
+STEPS = 2
+
+
+def vision(**sizes: Any) -> Layout:
+    return Layout(vision=True, **sizes)
+
+
+CASES = [
+    Case("TP2 with SP, DP2, images on one rank", 4, vision(tp=2), MOE),
+    Case("DP2, images on one rank", 2, vision(), MOE),
+    Case("DP2 dense, overlapped, no distributed optimizer", 2,
+         vision(overlap=True, distributed_optimizer=False), DENSE),
+    Case("TP2 without SP", 2, vision(tp=2, sp=False), DENSE),
+    Case("TP2 x ETP2", 2, vision(tp=2, etp=2), MOE),
+    Case("EP2, images on one rank", 2, vision(ep=2), MOE),
+    Case("PP2, overlapped, DP2", 4, vision(pp=2, overlap=True), PLAIN),
+    Case("PP2 x VPP2", 2, vision(pp=2, vpp=2), PLAIN),
+    Case("TP2 x PP2 x EP2", 4, vision(tp=2, pp=2, ep=2), PLAIN),
+    Case("TP2, full recompute", 2, vision(tp=2, run=FULL_RECOMPUTE), MOE),
+    Case("microbatch of 4", 1, vision(), DENSE, micro_batch_size=4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", kinds(CASES, ("DP2, images on one rank",), lambda case: case.name))
+def test_equals_serial(case: Case, pool: WorkerPool) -> None:
+    difference = compare(pool, replace(case, steps=STEPS))
+    assert difference.token_loss <= TOKEN_LOSS_TOLERANCE
+    assert difference.gradient <= GRADIENT_TOLERANCE, difference.worst_gradient
+    assert difference.logged <= TOKEN_LOSS_TOLERANCE
+    assert difference.later_loss <= LATER_LOSS_TOLERANCE
+    assert any(key.startswith("vision_model.") for key in difference.gradients)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "says"),
+    [
+        (vision(cp=2), PLAIN, "context-parallel"),
+        (vision(pp=2), MOE, "mtp_num_hidden_layers"),
+        (vision(tp=2), {"vision": {"num_heads": 1}, **PLAIN}, "num_heads"),
+    ],
+    ids=["CP2", "PP2 with MTP", "heads that TP2 does not divide"],
+)
+@pytest.mark.exhaustive
+def test_a_layout_that_the_tower_cannot_run_is_refused(
+    pool: WorkerPool, layout: Layout, model: dict[str, Any], says: str
+) -> None:
+    case = Case("refused", 2, layout, model)
+    with pytest.raises(CaseError, match=says):
+        pool.run(build, 2, case=case)
+
+
+def build(case: Case) -> None:
+    from tests.helpers.training import build_chunks, config_for, initialize
+
+    initialize(case.layout)
+    build_chunks(case.config, config_for(case.config, case.layout), case.layout)

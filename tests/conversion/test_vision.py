@@ -11,6 +11,7 @@ import torch
 
 from checkpoint_tools.mcore.read import MegatronCheckpoint
 from checkpoint_tools.table.names import hf_to_mcore
+from qwen35_mcore.config.model_config import Qwen35Config
 from tests.conversion import cases
 from tests.conversion.test_roundtrip import assert_same_folder
 from tests.conversion.test_same_model import assert_same, reference_logits, tokens_for
@@ -102,6 +103,35 @@ def test_a_run_of_text_alone_from_an_import_with_the_tower(
     refused(ckpt("export", run, tmp_path / "hf"), "has no vision tower", "--reference")
     ok(ckpt("export", run, tmp_path / "hf", "--reference", source))
     assert_same_folder(source, tmp_path / "hf")
+
+
+def test_training_of_text_alone_refuses_an_import_with_the_tower(
+    toys: dict[str, Path], tmp_path: Path, pool: WorkerPool
+) -> None:
+    for name, flags in (("text", []), ("vision", ["--vision"])):
+        ok(ckpt("import", toys["qwen3_5"], tmp_path / name, *flags))
+    config = toy_hf_config("qwen3_5")
+    assert pool.run(start_error, 1, folder=str(tmp_path / "text"), config=config) == [""]
+    [message] = pool.run(start_error, 1, folder=str(tmp_path / "vision"), config=config)
+    assert "holds a vision tower" in message
+    assert "without --vision" in message
+
+
+def start_error(folder: str, config: Qwen35Config) -> str:
+    """What training says of a checkpoint to start from, in a pool worker."""
+    from argparse import Namespace
+
+    from qwen35_mcore.errors import CheckpointError
+    from qwen35_mcore.training.checks.checkpoint import check_start
+
+    args = Namespace(
+        load=None, save=None, ckpt_step=None, pretrained_checkpoint=folder, finetune=False, rank=0
+    )
+    try:
+        check_start(args, config)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def test_an_import_says_what_it_is(toys: dict[str, Path], tmp_path: Path) -> None:

@@ -19,21 +19,27 @@ VISION = {
     "intermediate_size": 80,
     "num_heads": 4,
     "patch_size": 4,
-    "out_hidden_size": 64,
     "num_position_embeddings": 36,
 }
 Grid = tuple[int, int, int]
 
 
-def vision_toy_config(*, moe: bool = True, vision: dict[str, Any] | None = None, **changes: Any):  # type: ignore[no-untyped-def]
+def vision_toy_config(
+    *, moe: bool = True, vision: dict[str, Any] | None = None, **changes: Any
+) -> Qwen35Config:
     """`toy_config` with a tower of two blocks."""
+    return with_tower(toy_config(moe=moe, **changes), **vision or {})
+
+
+def with_tower(config: Qwen35Config, **vision: Any) -> Qwen35Config:
+    """The same text model with a tower of two blocks."""
     outer = {
-        "vision_config": VISION | (vision or {}),
+        "vision_config": VISION | {"out_hidden_size": config.hidden_size} | vision,
         "image_token_id": IMAGE,
         "video_token_id": VIDEO,
     }
-    config = toy_config(moe=moe, **changes)
-    return replace(config, model_type="qwen3_5_moe" if moe else "qwen3_5", carried_outer=outer)
+    model_type = config.model_type.removesuffix("_text")
+    return replace(config, model_type=model_type, carried_outer=outer)
 
 
 @dataclass

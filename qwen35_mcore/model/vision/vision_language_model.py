@@ -47,6 +47,8 @@ class Qwen35VisionLanguageModel(Qwen35Model):
     ) -> None:
         vision = VisionConfig.of(model_config)
         _check_layout(config)
+        # the fused kernels take one angle a position, equal in every row and packed document
+        config.apply_rope_fusion = False
         super().__init__(config=config, **arguments)
         self.vision = vision
         self.rope_parameters = model_config.rope_parameters

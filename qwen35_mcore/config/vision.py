@@ -63,13 +63,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            whole = name not in ("initializer_range", "rope_theta")
-            kinds = int if whole else int | float
-            least = 0 if name in _TOKENS else 1 if whole else 0.0
-            bad = isinstance(value, bool) or not isinstance(value, kinds)
-            if bad or not least <= value < inf or (not whole and not value):
-                kind = "an integer" if name in _TOKENS else "positive"
-                raise ConfigError(f"vision_config: {name} must be {kind}", got=value)
+            _check_number(name, value)
         if self.hidden_size % self.num_heads or self.head_dim % 4:
             raise ConfigError(
                 "vision_config: hidden_size must give every head a multiple of 4 channels, half "
@@ -136,6 +130,19 @@ class VisionConfig:
     def merged_width(self) -> int:
         """Channels of the patches that the merger joins."""
         return self.hidden_size * self.spatial_merge_size**2
+
+
+def _check_number(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value < inf
+    is_whole = is_number and isinstance(value, int)
+    if name in _TOKENS:
+        good, kind = is_whole and value >= 0, "a token id"
+    elif name in ("initializer_range", "rope_theta"):
+        good, kind = is_number and value > 0, "a positive number"
+    else:
+        good, kind = is_whole and value > 0, "a positive integer"
+    if not good:
+        raise ConfigError(f"vision_config: {name} must be {kind}", got=value)
 
 
 def _account(content: Mapping[str, Any], names: set[str]) -> None:

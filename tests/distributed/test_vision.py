@@ -21,6 +21,7 @@ from tests.helpers.distributed import CaseError, WorkerPool
 from tests.helpers.equivalence import Case, compare
 from tests.helpers.kinds import kinds
 from tests.helpers.training import Layout
+from tests.helpers.vision import vision_toy_config
 
 MOE: dict[str, Any] = {"mtp_num_hidden_layers": 1}
 DENSE: dict[str, Any] = {"moe": False, "tie_word_embeddings": True}
@@ -59,25 +60,31 @@ def test_equals_serial(case: Case, pool: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "model", "says"),
+    ("layout", "model", "run", "says"),
     [
-        (vision(cp=2), PLAIN, "context-parallel"),
-        (vision(pp=2), MOE, "mtp_num_hidden_layers"),
-        (vision(tp=2), {"vision": {"num_heads": 1}, **PLAIN}, "num_heads"),
+        (vision(cp=2), PLAIN, {}, "context-parallel"),
+        (vision(pp=2), MOE, {}, "mtp_num_hidden_layers"),
+        (vision(tp=2), {"vision": {"num_heads": 1}}, {}, "num_heads"),
+        (vision(ep=2), PLAIN, {"overlap_moe_expert_parallel_comm": True}, "leave the overlap off"),
+        (vision(), PLAIN, {"cuda_graph_impl": "local"}, "leave CUDA graphs off"),
     ],
-    ids=["CP2", "PP2 with MTP", "heads that TP2 does not divide"],
+    ids=["CP2", "PP2 with MTP", "heads that TP2 does not divide", "overlapped experts", "graphs"],
 )
 @pytest.mark.exhaustive
-def test_a_layout_that_the_tower_cannot_run_is_refused(
-    pool: WorkerPool, layout: Layout, model: dict[str, Any], says: str
+def test_what_the_tower_cannot_run_is_refused(
+    pool: WorkerPool, layout: Layout, model: dict[str, Any], run: dict[str, Any], says: str
 ) -> None:
-    case = Case("refused", 2, layout, model)
+    config = vision_toy_config(**model)
     with pytest.raises(CaseError, match=says):
-        pool.run(build, 2, layout=layout, config=case.config)
+        pool.run(build, 2, layout=layout, config=config, run=run)
 
 
-def build(layout: Layout, config: Qwen35Config) -> None:
+def build(layout: Layout, config: Qwen35Config, run: dict[str, Any]) -> None:
+    """Build the model, in a pool worker."""
     from tests.helpers.training import build_chunks, config_for, initialize
 
     initialize(layout)
-    build_chunks(config, config_for(config, layout), layout)
+    transformer_config = config_for(config, layout)
+    for name, value in run.items():
+        setattr(transformer_config, name, value)
+    build_chunks(config, transformer_config, layout)

@@ -43,10 +43,11 @@ def test_derived_widths() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"out_hidden_size": 32}, "out_hidden_size must be the language model's"),
-        ({"depth": 0}, "depth must be positive"),
-        ({"depth": True}, "depth must be positive"),
-        ({"patch_size": [16, 16]}, "patch_size must be positive"),
+        ({"num_heads": 2, "out_hidden_size": 32}, "out_hidden_size must be the language model's"),
+        ({"depth": 0}, "depth must be a positive integer"),
+        ({"depth": True}, "depth must be a positive integer"),
+        ({"patch_size": [16, 16]}, "patch_size must be a positive integer"),
+        ({"initializer_range": 0}, "initializer_range must be a positive number"),
         ({"hidden_act": "silu"}, "hidden_act"),
         ({"deepstack_visual_indexes": [5]}, "deepstack_visual_indexes"),
         ({"num_heads": 3}, "multiple of 4 channels"),

@@ -46,7 +46,7 @@ class Qwen35VisionLanguageModel(Qwen35Model):
         **arguments: Any,
     ) -> None:
         vision = VisionConfig.of(model_config)
-        _check_layout(config)
+        _check_run(config)
         # the fused kernels take one angle a position, equal in every row and packed document
         config.apply_rope_fusion = False
         super().__init__(config=config, **arguments)
@@ -143,19 +143,37 @@ class Qwen35VisionLanguageModel(Qwen35Model):
         return super()._postprocess(*args, **kwargs)
 
 
-def _check_layout(config: TransformerConfig) -> None:
-    if config.context_parallel_size > 1:
-        raise ConfigError(
-            "the vision-language model does not split sequences over context-parallel ranks",
-            got=f"context_parallel_size={config.context_parallel_size}",
-            allowed="1",
-            fix="use tensor and sequence parallelism for long sequences",
-        )
-    if config.mtp_num_layers and config.pipeline_model_parallel_size > 1:
-        raise ConfigError(
-            "MTP embeds the images that follow, and the tower's outputs stay on the first "
-            "pipeline stage while MTP is on the last",
-            got=f"pipeline_model_parallel_size={config.pipeline_model_parallel_size} with MTP",
-            allowed="one pipeline stage, or no MTP",
-            fix="set mtp_num_hidden_layers to 0, or use no pipeline",
-        )
+def _check_run(config: TransformerConfig) -> None:
+    """Refuse what the tower's outputs do not reach, or what was not proven with them."""
+    pipeline, mtp = config.pipeline_model_parallel_size, config.mtp_num_layers
+    for runs, got, why, fix in (
+        (
+            config.context_parallel_size == 1,
+            f"context_parallel_size={config.context_parallel_size}",
+            "sequences with images are not split over context-parallel ranks",
+            "use tensor and sequence parallelism for long sequences",
+        ),
+        (
+            pipeline == 1 or not mtp,
+            f"pipeline_model_parallel_size={pipeline}, mtp_num_layers={mtp}",
+            "MTP embeds the images that follow: the tower's outputs stay on the first pipeline "
+            "stage, and MTP is on the last",
+            "set mtp_num_hidden_layers to 0, or use no pipeline",
+        ),
+        (
+            config.cuda_graph_impl == "none",
+            f"cuda_graph_impl={config.cuda_graph_impl}",
+            "positions and patches differ from step to step, and a CUDA graph repeats the first",
+            "leave CUDA graphs off",
+        ),
+        (
+            not config.overlap_moe_expert_parallel_comm,
+            "overlap_moe_expert_parallel_comm=True",
+            "megatron's schedule of overlapped expert communication does not call the tower",
+            "leave the overlap off",
+        ),
+    ):
+        if not runs:
+            raise ConfigError(
+                f"the vision-language model cannot run this way: {why}", got=got, fix=fix
+            )

@@ -42,7 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
-    checked([*pip, "--wheel-dir", str(out), str(source)], cwd=out)
+    checked([*pip, "--wheel-dir", str(out), str(source)], out)
     (built,) = out.glob("*.whl")
     return built
 
@@ -57,25 +57,25 @@ class Installed:
         self.folder.mkdir()
         venv.create(folder / "venv")
         pip = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "install"]
-        checked([*pip, "--no-deps", "--no-index", str(wheel)], cwd=self.folder)
+        checked([*pip, "--no-deps", "--no-index", str(wheel)], self.folder)
         others = [path for path in sys.path if Path(path).name in HERE_ALREADY]
         (site_packages,) = (folder / "venv").glob("lib/*/site-packages")
         (site_packages / "dependencies.pth").write_text("\n".join(others) + "\n")
 
     def run(self, command: str, *words: object) -> str:
         """A command of the environment, in an empty folder."""
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        return checked(
-            [str(self.bin / command), *map(str, words)],
-            cwd=self.folder,
-            env=environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        )
+        return checked([str(self.bin / command), *map(str, words)], self.folder)
 
 
-def checked(command: list[str], **options: object) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+def checked(command: list[str], folder: Path) -> str:
+    """What a command prints. The checkout is not on its path: pip would find its package there."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return str(done.stdout)
+    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -11,28 +11,12 @@ import torch.nn.functional as F
 
 from qwen35_mcore.kernels import reference
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
+from tests.helpers.one_gpu import one_rank, relative
 
-pytestmark = pytest.mark.gpu
+__all__ = ["one_rank"]  # a fixture
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 
 LENGTH, BATCH = 512, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Any:
-    from tests.bench.common import start
-
-    was_running = torch.distributed.is_initialized()
-    start()
-    yield
-    if not was_running:
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def gdn_in_float64(module: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,26 +11,10 @@ from torch import Tensor
 
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
 from qwen35_mcore.kernels.weighted_swiglu import weighted_swiglu
+from tests.helpers.one_gpu import one_rank, relative
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    from tests.bench.common import start
-
-    was_running = torch.distributed.is_initialized()
-    start()
-    yield
-    if not was_running:
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+__all__ = ["one_rank"]  # a fixture
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 
 
 @pytest.mark.parametrize("counts", [(64, 0, 1, 447), (128,) * 4, (0, 0, 512, 0)], ids=str)

@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity import test_gpu
+from tests.helpers.one_gpu import (
+    copy_weights,
+    forget_attention_backend,
+    object_keys,
+    one_rank,
+    relative,
+)
 
-pytestmark = pytest.mark.gpu
-one_rank = test_gpu.one_rank
+__all__ = ["one_rank"]  # a fixture
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 
 
 def test_model_in_bfloat16_is_near_float32() -> None:
@@ -19,13 +25,13 @@ def test_model_in_bfloat16_is_near_float32() -> None:
     from qwen35_mcore.model.build import build_model
     from qwen35_mcore.model.transformer_config import transformer_config
     from tests.bench.common import gpu_config
-    from tests.helpers.shards import load_global, local_shards, window
+    from tests.helpers.shards import local_shards
     from tests.helpers.toys import narrow_config
     from tests.helpers.training import LOCAL
     from tests.helpers.vision import VisionBatch, row, with_tower
 
     model_config = with_tower(narrow_config(), hidden_size=144, num_heads=2, patch_size=16)
-    test_gpu._forget_attention_backend()
+    forget_attention_backend()
     exact_config = transformer_config(
         model_config,
         **LOCAL,
@@ -34,13 +40,9 @@ def test_model_in_bfloat16_is_near_float32() -> None:
         moe_router_load_balancing_type="none",
     )
     exact = build_model(model_config, exact_config, vision=True).cuda()
-    test_gpu._forget_attention_backend()
+    forget_attention_backend()
     fast = build_model(model_config, gpu_config(model_config), vision=True).cuda()
-    weights: dict[str, torch.Tensor] = {}
-    for shard in local_shards([exact]):
-        tensor = weights.setdefault(shard.key, torch.empty(shard.global_shape, device="cuda"))
-        tensor[window(shard)] = shard.data
-    load_global([fast], weights)
+    copy_weights(exact, fast)
     rows = [
         row(model_config, 256, [(1, 8, 10), (1, 4, 4)], [(2, 4, 6)], seed=1),
         row(model_config, 256, [(1, 16, 16)], [], seed=2),
@@ -56,9 +58,9 @@ def test_model_in_bfloat16_is_near_float32() -> None:
     assert losses["fast"] == pytest.approx(losses["exact"], rel=5e-3)
     assert gradients["fast"].keys() == gradients["exact"].keys()
     for key, value in gradients["exact"].items():
-        assert test_gpu.relative(gradients["fast"][key], value) < 0.1, key
+        assert relative(gradients["fast"][key], value) < 0.1, key
     assert {s.key for s in local_shards([exact])} == {s.key for s in local_shards([fast])}
-    assert test_gpu._object_keys(fast) <= test_gpu._object_keys(exact)
+    assert object_keys(fast) <= object_keys(exact)
 
 
 def tower_gradients(model: Any) -> dict[str, torch.Tensor]:

@@ -120,10 +120,10 @@ class ReferenceMTP(torch.nn.Module):
             position_ids=position_ids,
         )
         logits = model.lm_head(self.norm(x))
-        return _mean_loss(logits[:, :-1], labels[:, 1:])
+        return mean_loss(logits[:, :-1], labels[:, 1:])
 
 
-def _mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Summed up in float64: a float32 sum over some hundred tokens is off by 1e-6 of the mean."""
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.double().mean()
@@ -143,7 +143,7 @@ def reference_loss(
     """Mean next-token loss, mean MTP loss, and the training loss that adds them up."""
     hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
     logits = model.lm_head(hidden)
-    loss = _mean_loss(logits, tokens[:, 1:])
+    loss = mean_loss(logits, tokens[:, 1:])
     if mtp is None:
         return loss, None, loss
     mtp_loss = mtp.loss(model, hidden, tokens)

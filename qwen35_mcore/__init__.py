@@ -44,6 +44,7 @@ _HOMES = {
     "VisionConfig": "qwen35_mcore.config.vision",
     "Qwen35VisionLanguageModel": "qwen35_mcore.model.vision.vision_language_model",
     "rope_index": "qwen35_mcore.model.vision.rope",
+    "place_features": "qwen35_mcore.model.vision.embedding",
     "freeze": "qwen35_mcore.model.vision.freeze",
     "Qwen35Error": "qwen35_mcore.errors",
     "ConfigError": "qwen35_mcore.errors",

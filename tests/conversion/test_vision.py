@@ -67,7 +67,7 @@ def is_used(key: Any) -> bool:
     return "core_attention" not in str(key)
 
 
-@pytest.mark.parametrize("tower_was_carried", [True, False])
+@pytest.mark.parametrize("tower_was_carried", kinds((True, False), ("True",)))
 def test_a_tower_that_trained_is_exported(
     toys: dict[str, Path], tmp_path: Path, tower_was_carried: bool
 ) -> None:
@@ -105,6 +105,7 @@ def test_a_run_of_text_alone_from_an_import_with_the_tower(
     assert_same_folder(source, tmp_path / "hf")
 
 
+@pytest.mark.exhaustive
 def test_training_of_text_alone_refuses_an_import_with_the_tower(
     toys: dict[str, Path], tmp_path: Path, pool: WorkerPool
 ) -> None:
@@ -134,6 +135,7 @@ def start_error(folder: str, config: Qwen35Config) -> str:
     return ""
 
 
+@pytest.mark.exhaustive
 def test_an_import_says_what_it_is(toys: dict[str, Path], tmp_path: Path) -> None:
     ok(ckpt("import", toys["qwen3_5"], tmp_path / "text"))
     ok(ckpt("import", toys["qwen3_5"], tmp_path / "vision", "--vision"))
@@ -142,6 +144,7 @@ def test_an_import_says_what_it_is(toys: dict[str, Path], tmp_path: Path) -> Non
     assert said == [None, True]
 
 
+@pytest.mark.exhaustive
 def test_where_a_tensor_of_the_tower_goes(toys: dict[str, Path], tmp_path: Path) -> None:
     name = "model.visual.blocks.1.attn.qkv.bias"
     explain = ("import", toys["qwen3_5"], tmp_path / "m", "--explain", name)
@@ -173,6 +176,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(copy_of: Any, tmp_path
     ok(ckpt("import", source, tmp_path / "m"))  # carried unread
 
 
+@pytest.mark.exhaustive
 def test_a_tower_with_too_many_tensors_is_refused(copy_of: Any, tmp_path: Path) -> None:
     source = copy_of("qwen3_5")
     extra = {"model.visual.deepstack_merger_list.0.norm.weight": torch.zeros(2)}

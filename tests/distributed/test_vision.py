@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qwen35_mcore.config.model_config import Qwen35Config
-from tests.distributed.cases import FULL_RECOMPUTE
+from tests.distributed.cases import FULL_RECOMPUTE, STATES
 from tests.distributed.test_parallel import assert_equals_serial
 from tests.helpers.distributed import CaseError, WorkerPool
 from tests.helpers.equivalence import Case
@@ -41,6 +41,10 @@ CASES = [
     Case("PP2 x VPP2", 2, vision(pp=2, vpp=2), PLAIN),
     Case("TP2 x PP2 x EP2", 4, vision(tp=2, pp=2, ep=2), PLAIN),
     Case("TP2, full recompute", 2, vision(tp=2, run=FULL_RECOMPUTE), MOE),
+    Case("CP2 (all-to-all GDN)", 2, vision(cp=2), MOE),
+    Case("CP2 (states passed)", 2, vision(cp=2, run=STATES), MOE, micro_batch_size=2),
+    Case("CP2 x TP2", 4, vision(cp=2, tp=2), MOE),
+    Case("CP2 x PP2 dense", 4, vision(cp=2, pp=2), DENSE),
     Case("microbatch of 4", 1, vision(), DENSE, micro_batch_size=4),
 ]  # fmt: skip
 
@@ -53,13 +57,12 @@ def test_equals_serial(case: Case, pool: WorkerPool) -> None:
 @pytest.mark.parametrize(
     ("layout", "model", "run", "says"),
     [
-        (vision(cp=2), PLAIN, {}, "context-parallel"),
         (vision(pp=2), MOE, {}, "mtp_num_hidden_layers"),
         (vision(tp=2), {"vision": {"num_heads": 1}}, {}, "num_heads"),
         (vision(ep=2), PLAIN, {"overlap_moe_expert_parallel_comm": True}, "leave the overlap off"),
         (vision(), PLAIN, {"cuda_graph_impl": "local"}, "leave CUDA graphs off"),
     ],
-    ids=["CP2", "PP2 with MTP", "heads that TP2 does not divide", "overlapped experts", "graphs"],
+    ids=["PP2 with MTP", "heads that TP2 does not divide", "overlapped experts", "graphs"],
 )
 @pytest.mark.exhaustive
 def test_what_the_tower_cannot_run_is_refused(

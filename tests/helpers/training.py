@@ -85,6 +85,10 @@ class Batch:
         mask = None if self.loss_mask is None else self.loss_mask.to(device)
         return Batch(self.tokens.to(device), mask, self.documents)
 
+    def sample_on_this_rank(self, first: int, count: int) -> dict[str, Any]:
+        """This context-parallel rank's part of a sample."""
+        return on_this_rank(self.sample(first, count))
+
     def images(self, first: int, count: int) -> dict[str, Any]:
         """What the model takes beside the rows; none in a batch of text."""
         return {}
@@ -325,7 +329,7 @@ def forward_backward(
 
     def forward_step(data_iterator: Any, model: Any) -> Any:
         first = next(data_iterator)
-        sample = _on_this_rank(batch.sample(first, micro_batch_size))
+        sample = batch.sample_on_this_rank(first, micro_batch_size)
         output = model(
             sample["tokens"],
             sample["position_ids"],
@@ -367,7 +371,7 @@ def forward_backward(
     return losses
 
 
-def _on_this_rank(sample: dict[str, Any]) -> dict[str, Any]:
+def on_this_rank(sample: dict[str, Any]) -> dict[str, Any]:
     return batch_on_this_cp_rank(
         flatten_batch_for_packed_sequences(sample),
         ps.get_context_parallel_group(),
@@ -379,7 +383,7 @@ def _places(sample: dict[str, Any]) -> torch.Tensor:
     """The position in the microbatch, row after row, of every token of this rank; -1 is padding."""
     numbers = torch.arange(1, sample["tokens"].numel() + 1, device=sample["tokens"].device)
     sample["tokens"] = numbers.view_as(sample["tokens"])
-    return _on_this_rank(sample)["tokens"] - 1
+    return on_this_rank(sample)["tokens"] - 1
 
 
 _BALANCING = {

@@ -9,8 +9,10 @@ import torch
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.vision import VisionConfig
+from qwen35_mcore.model.vision.embedding import place_features
+from qwen35_mcore.model.vision.rope import rope_index
 from tests.helpers.toys import toy_config
-from tests.helpers.training import Batch
+from tests.helpers.training import Batch, on_this_rank
 
 IMAGE, VIDEO = 250, 251
 VISION = {
@@ -84,6 +86,20 @@ class VisionBatch(Batch):
     def sample(self, first: int, count: int) -> dict[str, Any]:
         return super().sample(first, count) | {"position_ids": None}
 
+    def sample_on_this_rank(self, first: int, count: int) -> dict[str, Any]:
+        """Under context parallelism, positions and images are placed before the split."""
+        from megatron.core import parallel_state
+
+        if parallel_state.get_context_parallel_world_size() == 1:
+            return super().sample_on_this_rank(first, count)
+        vision, whole = VisionConfig.of(self.config), self.sample(first, count)
+        images = self.images(first, count)
+        grids = {name: value for name, value in images.items() if "grid" in name}
+        positions = rope_index(whole["tokens"], vision, **grids)
+        whole["tokens"] = place_features(whole["tokens"], vision, **grids)
+        parts = [on_this_rank(whole | {"position_ids": axis}) for axis in positions]
+        return parts[0] | {"position_ids": torch.stack([part["position_ids"] for part in parts])}
+
     def images(self, first: int, count: int) -> dict[str, Any]:
         """Arguments as transformers' processor gives them; none where there is no image."""
         numbers = range(first, first + count)
@@ -112,10 +128,15 @@ def token_types(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def vision_logits(
-    config: Qwen35Config, batch: VisionBatch, weights: dict[str, torch.Tensor]
+    config: Qwen35Config,
+    batch: VisionBatch,
+    weights: dict[str, torch.Tensor],
+    packed: bool = False,
 ) -> torch.Tensor:
-    """Our logits ``[b, s, vocabulary]`` of a whole batch, in a pool worker."""
+    """Our logits ``[b, s, vocabulary]`` of a whole batch, in a pool worker; ``packed``: of its rows
+    as documents of one."""
     from tests.helpers.shards import load_global
+    from tests.helpers.traces import packed_sequence
     from tests.helpers.training import Layout, build_chunks, config_for, initialize
 
     layout = Layout(vision=True)
@@ -123,6 +144,11 @@ def vision_logits(
     [model] = build_chunks(config, config_for(config, layout), layout)
     load_global([model], weights)
     model.eval()
+    tokens, images = batch.tokens[:, :-1], batch.images(0, len(batch.rows))
+    documents = None
+    if packed:
+        bounds = range(0, tokens.numel() + 1, tokens.shape[1])
+        tokens, documents = tokens.reshape(1, -1), packed_sequence(list(bounds))
     with torch.no_grad():
-        logits: torch.Tensor = model(batch.tokens[:, :-1], **batch.images(0, len(batch.rows)))
+        logits: torch.Tensor = model(tokens, packed_seq_params=documents, **images)
     return logits

@@ -102,10 +102,7 @@ def comparison(request: pytest.FixtureRequest, pool: WorkerPool) -> Comparison:
     exact = reference(
         copy.deepcopy(model).double(), copy.deepcopy(mtp).double() if mtp else None, batch
     )[3]
-    weights = {
-        key: value.detach()
-        for key, value in hf_to_mcore(config, reference_weights(model, mtp), vision=True).items()
-    }
+    weights = our_weights(config, model, mtp)
     [ours] = pool.run(vision_logits, 1, config=config, batch=batch, weights=weights)
     [result] = pool.run(
         train,
@@ -129,6 +126,12 @@ def comparison(request: pytest.FixtureRequest, pool: WorkerPool) -> Comparison:
             key: (our_gradients[key], expected[key], expected_exact[key]) for key in expected
         },
     )
+
+
+def our_weights(config: Qwen35Config, model: Any, mtp: Any) -> dict[str, torch.Tensor]:
+    """transformers' weights by checkpoint key."""
+    named = reference_weights(model, mtp)
+    return {key: value.detach() for key, value in hf_to_mcore(config, named, vision=True).items()}
 
 
 def reference(model: Any, mtp: Any, batch: VisionBatch) -> Any:
@@ -183,3 +186,15 @@ def test_gradient_of_every_parameter(comparison: Comparison) -> None:
     """The tower's without an image are zero."""
     assert wrong_gradients(comparison.gradients) == {}
     assert any(key.startswith("vision_model.") for key in comparison.gradients)
+
+
+@pytest.mark.exhaustive
+def test_documents_of_one_row_see_their_own_images_alone(pool: WorkerPool) -> None:
+    case = CASES[0]
+    batch, model = batch_of(case), vision_language_model(case.config)
+    weights = our_weights(case.config, model, ReferenceMTP(model, case.config))
+    given = {"config": case.config, "batch": batch, "weights": weights}
+    [apart] = pool.run(vision_logits, 1, **given)
+    [packed] = pool.run(vision_logits, 1, packed=True, **given)
+    difference = packed.view_as(apart) - apart
+    assert difference.abs().max() <= LOGIT_TOLERANCE * apart.abs().max()

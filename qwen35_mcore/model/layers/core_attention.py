@@ -46,7 +46,8 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.cp_group = pg_collection.cp
+        # the vision tower's sequences are whole on every context-parallel rank
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.causal = attn_mask_type is not AttnMaskType.no_mask
 
     def forward(
@@ -64,7 +65,7 @@ class CoreAttention(torch.nn.Module):
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         mask = self._mask(query, packed_seq_params if packed else None)
-        if self.cp_group.size() > 1:
+        if self.cp_group is not None:
             key, value = (
                 gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value)
             )
@@ -86,7 +87,9 @@ class CoreAttention(torch.nn.Module):
 
         None stands for one unpacked sequence on one rank.
         """
-        cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
+        cp_size, cp_rank = 1, 0
+        if self.cp_group is not None:
+            cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         if packed is None and cp_size == 1:
             return None
         if packed is None:

@@ -17,6 +17,7 @@ from qwen35_mcore.mcore.imports import (
     scatter_to_sequence_parallel_region,
 )
 from qwen35_mcore.model.layers.vocabulary import WordEmbedding
+from qwen35_mcore.model.vision.grids import Grids, merged_tokens, read_grids
 
 
 class WordAndImageEmbedding(WordEmbedding):
@@ -40,29 +41,35 @@ class WordAndImageEmbedding(WordEmbedding):
         return torch.where((ids < 0).unsqueeze(-1), images.to(words.dtype), words)
 
 
-def place_features(tokens: Tensor, vision: VisionConfig, images: int, videos: int) -> Tensor:
+def place_features(
+    tokens: Tensor,
+    vision: VisionConfig,
+    image_grid_thw: Grids = None,
+    video_grid_thw: Grids = None,
+) -> Tensor:
     """Tokens ``[b, s]`` with ids below zero for image and video tokens, in order, row after row.
 
     Args:
-        images, videos: how many outputs of the tower are of images, and behind them, of videos.
+        image_grid_thw, video_grid_thw: grids of all images and of all videos, row after row.
 
     Raises:
-        DataError: there are not as many tokens of a kind as outputs.
+        DataError: there are not as many tokens of a kind as the tower makes outputs.
     """
-    kinds = (("image", vision.image_token_id, images), ("video", vision.video_token_id, videos))
-    places = [tokens == token for _, token, _ in kinds]
-    counts = torch.stack([place.sum() for place in places]).tolist()
-    for (name, token, expected), count in zip(kinds, counts, strict=True):
-        if count != expected:
+    first = 0
+    for name, token, grid_thw in (
+        ("image", vision.image_token_id, image_grid_thw),
+        ("video", vision.video_token_id, video_grid_thw),
+    ):
+        expected = merged_tokens(read_grids(grid_thw, vision), vision)
+        place = tokens == token
+        order = place.flatten().cumsum(0)
+        if (count := int(order[-1])) != expected:
             raise DataError(
                 f"the text has other numbers of {name} tokens than the {name}s make",
                 got=f"{count} tokens {token}",
                 allowed=f"{expected}",
                 fix="let transformers' processor make both, and cut no sequence within an image",
             )
-    first = 0
-    for place, (_, _, count) in zip(places, kinds, strict=True):
-        order = place.flatten().cumsum(0).view_as(tokens)
-        tokens = torch.where(place, -order - first, tokens)
-        first += count
+        tokens = torch.where(place, -order.view_as(tokens) - first, tokens)
+        first += expected
     return tokens

@@ -14,12 +14,12 @@ from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import DataError
 
 Grid = tuple[int, int, int]
+Grids = Tensor | Sequence[Sequence[int]] | None
+"""Grids as transformers' processors give them, ``[images, 3]`` int64; None: no image."""
 
 
-def read_grids(
-    grid_thw: Tensor | Sequence[Sequence[int]] | None, vision: VisionConfig
-) -> list[Grid]:
-    """Grids as transformers' processors give them, ``[images, 3]`` int64, as plain numbers.
+def read_grids(grid_thw: Grids, vision: VisionConfig) -> list[Grid]:
+    """Grids as plain numbers.
 
     Raises:
         DataError: a grid is empty, or the merger's blocks do not divide it.

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import DataError
-from qwen35_mcore.model.vision.grids import Grid, read_grids
+from qwen35_mcore.model.vision.grids import Grid, Grids, read_grids
 
 
 def rope_index(
     tokens: Tensor,
     vision: VisionConfig,
-    image_grid_thw: Tensor | Sequence[Sequence[int]] | None = None,
-    video_grid_thw: Tensor | Sequence[Sequence[int]] | None = None,
+    image_grid_thw: Grids = None,
+    video_grid_thw: Grids = None,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
     """transformers' ``get_rope_index``: positions ``[3, b, s]`` int64 of tokens ``[b, s]``.

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.vision import VisionConfig
-from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.errors import ConfigError, DataError
 from qwen35_mcore.mcore.imports import TransformerConfig
 from qwen35_mcore.model.gpt_model import Qwen35Model
 from qwen35_mcore.model.vision.embedding import WordAndImageEmbedding, place_features
-from qwen35_mcore.model.vision.grids import Grid, merged_tokens, read_grids
+from qwen35_mcore.model.vision.grids import Grid, Grids, read_grids
 from qwen35_mcore.model.vision.rope import mrope_angles, rope_index
 from qwen35_mcore.model.vision.tower import VisionModel
 
@@ -65,17 +65,20 @@ class Qwen35VisionLanguageModel(Qwen35Model):
         attention_mask: Tensor | None = None,
         *,
         pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
+        image_grid_thw: Grids = None,
         pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
+        video_grid_thw: Grids = None,
         **arguments: Any,
     ) -> Tensor:
         """Logits or losses, as of the language model.
 
         Every pipeline stage takes the tokens and the grids, or the positions; the first takes all.
+        A context-parallel rank takes all images, and its part of what `place_features` and
+        `rope_index` made of the whole sequences.
 
         Args:
-            input_ids: ``[b, s]`` int64, with an image token for each of the merger's outputs.
+            input_ids: ``[b, s]`` int64, with an image token for each of the merger's outputs; under
+                context parallelism of `place_features`.
             position_ids: ``[3, b, s]`` of `rope_index`, or ``[b, s]`` for text; None: `rope_index`
                 of the tokens, which the host computes.
             pixel_values, pixel_values_videos: patches ``[n, patch_values]`` of all images, and of
@@ -85,25 +88,46 @@ class Qwen35VisionLanguageModel(Qwen35Model):
 
         Raises:
             DataError: tokens, patches and grids do not fit together.
+            ConfigError: packed documents under context parallelism.
         """
+        if self.config.context_parallel_size > 1:
+            self._check_part(input_ids, position_ids, arguments.get("packed_seq_params"))
         if position_ids is None:
             position_ids = rope_index(input_ids, self.vision, image_grid_thw, video_grid_thw)
         if position_ids.dim() == 2:
             position_ids = position_ids.expand(3, -1, -1)
         if self.vision_model is None:
             return super().forward(input_ids, position_ids, attention_mask, **arguments)
-        images = read_grids(image_grid_thw, self.vision)
-        videos = read_grids(video_grid_thw, self.vision)
-        tokens = [merged_tokens(grids, self.vision) for grids in (images, videos)]
-        ids = place_features(input_ids, self.vision, *tokens)
+        if self.config.context_parallel_size == 1:
+            input_ids = place_features(input_ids, self.vision, image_grid_thw, video_grid_thw)
+        grids = [
+            grid
+            for grid_thw in (image_grid_thw, video_grid_thw)
+            for grid in read_grids(grid_thw, self.vision)
+        ]
         words = self.embedding.word_embeddings
         words.features = self._features(
-            self.vision_model, [pixel_values, pixel_values_videos], images + videos
+            self.vision_model, [pixel_values, pixel_values_videos], grids
         )
         try:
-            return super().forward(ids, position_ids, attention_mask, **arguments)
+            return super().forward(input_ids, position_ids, attention_mask, **arguments)
         finally:
             words.features = None
+
+    def _check_part(self, ids: Tensor, positions: Tensor | None, packed: Any) -> None:
+        if packed is not None:
+            raise ConfigError(
+                "packed documents with images are not split over context-parallel ranks",
+                got=f"context_parallel_size={self.config.context_parallel_size}",
+                fix="pad every document to a row of its own, or use no context parallelism",
+            )
+        kinds = (self.vision.image_token_id, self.vision.video_token_id)
+        if positions is None or any(bool((ids == kind).any()) for kind in kinds):
+            raise DataError(
+                "a part of a sequence does not say where its images are",
+                got="no positions" if positions is None else "image tokens",
+                fix="split what place_features and rope_index make of whole sequences",
+            )
 
     def _features(
         self, tower: VisionModel, pixels: list[Tensor | None], grids: list[Grid]
@@ -126,7 +150,7 @@ class Qwen35VisionLanguageModel(Qwen35Model):
         section = self.rope_parameters.mrope_section
         assert section is not None
         # megatron's angles are positions times frequencies, so position 1 has the frequencies
-        at_one = self.rotary_pos_emb(2)
+        at_one = self.rotary_pos_emb(2, packed_seq=True)  # whole, not a context-parallel part
         at_one = at_one[0] if isinstance(at_one, tuple) else at_one  # YaRN's come with a factor
         half = at_one.shape[-1] // 2
         angles = mrope_angles(kwargs["position_ids"], at_one[1, 0, 0, :half], section)
@@ -147,12 +171,6 @@ def _check_run(config: TransformerConfig) -> None:
     """Refuse what the tower's outputs do not reach, or what was not proven with them."""
     pipeline, mtp = config.pipeline_model_parallel_size, config.mtp_num_layers
     for runs, got, why, fix in (
-        (
-            config.context_parallel_size == 1,
-            f"context_parallel_size={config.context_parallel_size}",
-            "sequences with images are not split over context-parallel ranks",
-            "use tensor and sequence parallelism for long sequences",
-        ),
         (
             pipeline == 1 or not mtp,
             f"pipeline_model_parallel_size={pipeline}, mtp_num_layers={mtp}",

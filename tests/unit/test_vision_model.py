@@ -21,6 +21,9 @@ def test_the_model_refuses_what_does_not_fit_together(pool: WorkerPool) -> None:
         "the images have other patches than their grids say",
         "the images have other patches than their grids say",
         "training a vision-language model with MTP needs labels",
+        "a part of a sequence does not say where its images are",
+        "a part of a sequence does not say where its images are",
+        "packed documents with images are not split over context-parallel ranks",
     ]]  # fmt: skip
 
 
@@ -44,31 +47,40 @@ def refusals() -> list[str]:
     }
     assert model(tokens, positions, **good).isfinite().all()
     said = []
-    for wrong in (
-        {"image_grid_thw": torch.tensor([(1, 2, 4)])},
-        {"pixel_values_videos": None, "video_grid_thw": None},
-        {"pixel_values": patches[:3]},
-        {"pixel_values": patches[:, :95], "pixel_values_videos": patches[:, :95]},
-        {"labels": None},
+    for ranks, wrong in (
+        (1, {"image_grid_thw": torch.tensor([(1, 2, 4)])}),
+        (1, {"pixel_values_videos": None, "video_grid_thw": None}),
+        (1, {"pixel_values": patches[:3]}),
+        (1, {"pixel_values": patches[:, :95], "pixel_values_videos": patches[:, :95]}),
+        (1, {"labels": None}),
+        (2, {}),
+        (2, {"input_ids": tokens.clamp(max=9), "position_ids": None}),
+        (2, {"packed_seq_params": "documents"}),
     ):
+        model.config.context_parallel_size = ranks  # all that is looked at before the refusal
         with pytest.raises(Qwen35Error) as caught:
-            model(tokens, positions, **good | wrong)
+            model(**{"input_ids": tokens, "position_ids": positions} | good | wrong)
         said.append(caught.value.what)
     return said
 
 
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(
     "parts", [("language",), ("vision",), ("merger", "language"), ("vision", "merger")]
 )
 @pytest.mark.exhaustive
-def test_frozen_parts_have_neither_gradients_nor_state(pool: WorkerPool, parts: Any) -> None:
-    [(trained, moved)] = pool.run(parts_that_train, 1, parts=parts)
+def test_frozen_parts_have_neither_gradients_nor_state(
+    pool: WorkerPool, parts: Any, stages: int
+) -> None:
+    """With two stages and a frozen language model the second stage trains nothing."""
+    layout = Layout(vision=True, pp=stages)
+    answers = pool.run(parts_that_train, stages, parts=parts, layout=layout)
     expected = {"language", "vision", "merger"} - set(parts)
-    assert trained == expected
-    assert moved == expected
+    assert set.union(*(trained for trained, _ in answers)) == expected
+    assert set.union(*(moved for _, moved in answers)) == expected
 
 
-def parts_that_train(parts: Any) -> tuple[set[str], set[str]]:
+def parts_that_train(parts: Any, layout: Layout) -> tuple[set[str], set[str]]:
     """Parts that have main gradients, and those that a step changes; in a pool worker."""
     from tests.helpers.training import (
         Result,
@@ -79,14 +91,14 @@ def parts_that_train(parts: Any) -> tuple[set[str], set[str]]:
         wrap,
     )  # fmt: skip
 
-    model_config, layout = vision_toy_config(), Layout(vision=True)
+    model_config = vision_toy_config()
     initialize(layout)
     config = config_for(model_config, layout)
     [model] = build_chunks(model_config, config, layout)
     freeze(model, parts)
     [wrapped], optimizer = wrap([model], config, layout, lr=1e-3)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    batch = VisionBatch(model_config, [row(model_config, 20, [(1, 4, 4)], [], seed=0)])
+    batch = VisionBatch(model_config, [row(model_config, 64, [(1, 4, 4)], [], seed=0)])
     forward_backward(batch, [wrapped], config, len(batch.rows), Result(), 0)
     optimizer.step()
     named = dict(model.named_parameters())

@@ -9,15 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from checkpoint_tools.table.names import mcore_to_hf
 from qwen35_mcore.config.model_config import Qwen35Config
 from tests.distributed.cases import FULL_RECOMPUTE, STATES
 from tests.distributed.test_parallel import assert_equals_serial
 from tests.helpers.distributed import CaseError, WorkerPool
-from tests.helpers.equivalence import Case
+from tests.helpers.equivalence import Case, batches, initial_weights
 from tests.helpers.kinds import kinds
-from tests.helpers.training import Layout
-from tests.helpers.vision import vision_toy_config
+from tests.helpers.reference_model import mean_loss, vision_language_model
+from tests.helpers.shards import assemble
+from tests.helpers.training import Layout, train
+from tests.helpers.vision import VisionBatch, token_types, vision_toy_config
 
 MOE: dict[str, Any] = {"mtp_num_hidden_layers": 1}
 DENSE: dict[str, Any] = {"moe": False, "tie_word_embeddings": True}
@@ -52,6 +56,30 @@ CASES = [
 @pytest.mark.parametrize("case", kinds(CASES, ("DP2, images on one rank",), lambda case: case.name))
 def test_equals_serial(case: Case, pool: WorkerPool) -> None:
     assert_equals_serial(pool, replace(case, steps=STEPS))
+
+
+@pytest.mark.exhaustive
+def test_what_trained_in_parallel_is_transformers_model(pool: WorkerPool) -> None:
+    """After five steps at TP2 x PP2 x EP2, transformers has the loss that the sixth began with."""
+    case = Case("trained", 4, vision(tp=2, pp=2, ep=2), PLAIN, steps=6)
+    config, steps = case.config, batches(case)
+    arguments = {
+        "model_config": config,
+        "layout": case.layout,
+        "weights": initial_weights(pool, config),
+    }
+    trained = pool.run(train, case.world, batches=steps[:-1], **arguments)
+    ours = pool.run(train, case.world, batches=steps, **arguments)[0].loss_sums[-1]
+    weights = mcore_to_hf(config, assemble([result.parameters for result in trained]))
+    model = vision_language_model(config)
+    model.load_state_dict(weights)
+    last = steps[-1]
+    assert isinstance(last, VisionBatch)
+    tokens, images = last.tokens[:, :-1], last.images(0, len(last.rows))
+    with torch.no_grad():
+        logits = model(input_ids=tokens, mm_token_type_ids=token_types(tokens), **images).logits
+    expected = mean_loss(logits, last.tokens[:, 1:])
+    assert float(ours[0] / ours[1]) == pytest.approx(float(expected), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", kinds(CASES, ("DP2, images on one rank",), lambda case: case.name))
+@pytest.mark.parametrize("case", kinds(CASES, ("DP2 dense, overlapped",), lambda case: case.name))
 def test_equals_serial(case: Case, pool: WorkerPool) -> None:
     assert_equals_serial(pool, replace(case, steps=STEPS))
 

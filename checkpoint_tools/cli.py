@@ -94,6 +94,13 @@ def import_(
         ),
     ] = None,
     no_mtp: NoMtp = False,
+    vision: Annotated[
+        bool,
+        typer.Option(
+            "--vision",
+            help="Convert the vision tower, for a run that trains it; without, it is carried.",
+        ),
+    ] = False,
     workers: Workers = 4,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -110,14 +117,15 @@ def import_(
     from checkpoint_tools.hf.import_plan import plan_import
 
     source = local_folder(hf_dir)
+    what: Any = {
+        "checkpoint_format": layout, "carry": carry or (), "no_mtp": no_mtp, "vision": vision
+    }  # fmt: skip
     if explain is not None:
-        plan = plan_import(source, checkpoint_format=layout, carry=carry or (), no_mtp=no_mtp)
+        plan = plan_import(source, **what)
         _print_explanation(explain, plan.table, plan.carried)
         return
     options = _options(workers, max_shard_size, overwrite, dry_run, as_json)
-    report = import_checkpoint(
-        source, out_dir, options, checkpoint_format=layout, carry=carry or (), no_mtp=no_mtp
-    )
+    report = import_checkpoint(source, out_dir, options, **what)
     _print_report(report, dry_run=dry_run, as_json=as_json)
 
 

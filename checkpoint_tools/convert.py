@@ -18,7 +18,7 @@ from checkpoint_tools.files.workers import import_meanwhile, run_parallel
 from checkpoint_tools.hf.carried import CARRIED_PREFIX, carried_folder, store_carried
 from checkpoint_tools.hf.import_plan import plan_import
 from checkpoint_tools.hf.read import HFCheckpoint
-from checkpoint_tools.mcore.extra_state import extra_state_keys
+from checkpoint_tools.mcore.extra_state import extra_state_keys, vision_extra_state_keys
 from checkpoint_tools.mcore.keys import COMMON_STATE, RELEASE, TRACKER
 from checkpoint_tools.mcore.write import (
     Item,
@@ -28,9 +28,11 @@ from checkpoint_tools.mcore.write import (
     write_objects,
     write_tensors,
 )
-from checkpoint_tools.table.names import Format, Row
+from checkpoint_tools.table.names import Format
+from checkpoint_tools.table.row import Row
 from checkpoint_tools.table.transforms import Box, common_dtype, split_copy
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 
 PART_BYTES = 2**29
 
@@ -43,6 +45,7 @@ def import_checkpoint(
     checkpoint_format: Format = "qwen35",
     carry: Sequence[str] = (),
     no_mtp: bool = False,
+    vision: bool = False,
 ) -> Report:
     """Convert a Hugging Face folder to ``TARGET/release`` (and what it carries through).
 
@@ -52,7 +55,9 @@ def import_checkpoint(
         CheckpointError, ConfigError: the input is unusable; nothing is written then.
     """
     refuse_overlap(source, target)
-    plan = plan_import(source, checkpoint_format=checkpoint_format, carry=carry, no_mtp=no_mtp)
+    plan = plan_import(
+        source, checkpoint_format=checkpoint_format, carry=carry, no_mtp=no_mtp, vision=vision
+    )
     folder = carried_folder(plan.carried, plan.hf)
     items = [item for row in plan.table for item in _row_items(plan.hf, row)]
     report = Report(
@@ -72,6 +77,7 @@ def import_checkpoint(
         "layout": checkpoint_format,
         "carry": list(carry),
         "no_mtp": no_mtp,
+        "vision": vision,
         "max_shard_bytes": options.max_shard_bytes,
         "input": fingerprint(plan.hf.paths),
         "files": fingerprint(plan.carried.files.values()),
@@ -84,7 +90,11 @@ def import_checkpoint(
         store_carried(work, plan.carried, folder, options.max_shard_bytes)
         builder = _write_parts(work, items, options)
         common = _common_state(plan.config, folder, checkpoint_format)
-        _write_objects(work, builder, common, extra_state_keys(plan.config, checkpoint_format))
+        extra_keys = extra_state_keys(plan.config, checkpoint_format)
+        if vision:
+            common["args"].qwen35_vision = True
+            extra_keys += vision_extra_state_keys(VisionConfig.of(plan.config))
+        _write_objects(work, builder, common, extra_keys)
         builder.write(work.tree)
         work.publish()
     return report

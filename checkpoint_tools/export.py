@@ -26,6 +26,7 @@ from checkpoint_tools.mcore.exported import (
     DtypeChoice,
     ExportedTensors,
     has_mtp,
+    has_vision,
     main_parameter,
     model_keys,
     recorded_config,
@@ -34,6 +35,7 @@ from checkpoint_tools.mcore.keys import RELEASE, TRACKER
 from checkpoint_tools.mcore.read import MegatronCheckpoint
 from checkpoint_tools.table.names import HEAD, MTP_PREFIX, Naming
 from checkpoint_tools.table.transforms import LazyTensor
+from checkpoint_tools.table.vision import VISION_PREFIX
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError, ConfigError
 
@@ -136,7 +138,9 @@ def plan_export(
     naming = naming or Naming.default(config)
     naming = replace(naming, mtp=has_mtp(checkpoint) and not no_mtp)
     config = replace(config, mtp_num_hidden_layers=int(naming.mtp))
-    if carried is None and config.is_vision_language:
+    if has_vision(checkpoint):
+        carried = _without_vision(carried)
+    elif config.is_vision_language and not _carries_vision(carried):
         raise CheckpointError(
             "the run's config is vision-language and the checkpoint has no vision tower",
             fix="give --reference HF_DIR to take it from there",
@@ -256,6 +260,19 @@ def _config(checkpoint: MegatronCheckpoint, carried: Carried | None) -> Qwen35Co
             fix="it was not written by this package: give --reference HF_DIR",
         )
     return known
+
+
+def _carries_vision(carried: Carried | None) -> bool:
+    names = [tensor.name for tensor in carried.tensors] if carried is not None else []
+    return any(name.startswith(VISION_PREFIX) for name in names)
+
+
+def _without_vision(carried: Carried | None) -> Carried | None:
+    """What is carried beside a tower that was trained."""
+    if carried is None:
+        return None
+    kept = [one for one in carried.tensors if not one.name.startswith(VISION_PREFIX)]
+    return replace(carried, tensors=kept)
 
 
 def _into_wrapper(config: Qwen35Config, original: Qwen35Config) -> Qwen35Config:

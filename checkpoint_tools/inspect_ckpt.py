@@ -15,7 +15,8 @@ from checkpoint_tools.hf.read import HFCheckpoint, HFTensor, is_hf_folder
 from checkpoint_tools.mcore.exported import has_mtp, model_keys, recorded_config, stored_format
 from checkpoint_tools.mcore.keys import TRACKER
 from checkpoint_tools.mcore.read import MegatronCheckpoint, MegatronTensor
-from checkpoint_tools.table.names import MTP_PREFIX, VISION_PREFIX
+from checkpoint_tools.table.names import MTP_PREFIX
+from checkpoint_tools.table.vision import MCORE_VISION_PREFIX, VISION_PREFIX
 from qwen35_mcore.config.flavors import FLAVORS
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError, ConfigError
@@ -106,6 +107,7 @@ def _describe_megatron(path: Path) -> dict[str, Any]:
         "tensors": len(tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "dtypes": _dtypes(tensors),
+        "vision_tensors": sum(key.startswith(MCORE_VISION_PREFIX) for key in keys),
         "mtp": has_mtp(checkpoint),
         "gdn_layout": stored_format(checkpoint),
         "optimizer_tensors": len(checkpoint.tensors) - len(tensors),

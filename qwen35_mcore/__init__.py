@@ -18,6 +18,10 @@ that is the user's to fix is a `Qwen35Error`. Importing this package imports no 
     (losses := model(ids, ids, None, labels=ids)).mean().backward()  # losses: [1, 64], float32
 
 Training runs do the first line by themselves: see `qwen35_mcore.training.pretrain`.
+
+``build_model(model_config, config, vision=True)`` makes the vision-language model of a config.json
+that has a tower, a `Qwen35VisionLanguageModel`. It takes tokens and images as transformers'
+processor gives them; `rope_index` makes positions ahead of time, `freeze` leaves parts untrained.
 """
 
 from __future__ import annotations
@@ -38,6 +42,11 @@ _HOMES = {
     "Qwen35HybridModel": "qwen35_mcore.model.hybrid_model",
     "build_model": "qwen35_mcore.model.build",
     "make_model_provider": "qwen35_mcore.model.build",
+    "VisionConfig": "qwen35_mcore.config.vision",
+    "Qwen35VisionLanguageModel": "qwen35_mcore.model.vision.vision_language_model",
+    "rope_index": "qwen35_mcore.model.vision.rope",
+    "place_features": "qwen35_mcore.model.vision.embedding",
+    "freeze": "qwen35_mcore.model.vision.freeze",
     "Qwen35Error": "qwen35_mcore.errors",
     "ConfigError": "qwen35_mcore.errors",
     "PlanError": "qwen35_mcore.errors",

@@ -16,13 +16,13 @@ from checkpoint_tools.hf.read import HFCheckpoint, HFTensor
 from checkpoint_tools.table.names import (
     HEAD,
     MTP_PREFIX,
-    VISION_PREFIX,
     Format,
     Naming,
-    Row,
     rows,
 )
+from checkpoint_tools.table.row import Row
 from checkpoint_tools.table.transforms import same_bits
+from checkpoint_tools.table.vision import VISION_PREFIX
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
@@ -51,24 +51,33 @@ def plan_import(
     checkpoint_format: Format = "qwen35",
     carry: Sequence[str] = (),
     no_mtp: bool = False,
+    vision: bool = False,
 ) -> ImportPlan:
     """Read a Hugging Face folder and decide what happens to each tensor.
 
     Args:
         carry: name patterns (``*`` and ``?``) of tensors to carry through untouched.
         no_mtp: convert without MTP although the config says there is one.
+        vision: convert the vision tower, for a run that trains it; without, it is carried.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, misshapen, quantised or not the config's.
-        ConfigError: config.json is missing or is not of this family.
+        ConfigError: config.json is missing, is not of this family, or describes no tower that
+            could be converted.
     """
+    if vision and checkpoint_format == "mcore":
+        raise CheckpointError(
+            "megatron-core has no model of its own with this vision tower",
+            got="--vision --layout mcore",
+            fix="drop --vision to carry the tower, or --layout mcore to train it here",
+        )
     hf = HFCheckpoint(folder)
     refuse_foreign(hf.tensors)
     config = Qwen35Config.from_hf(folder)
     carried = {
         name for name in hf.tensors if any(fnmatchcase(name, p) for p in (*carry, _COMPUTED))
     }
-    if config.is_vision_language:
+    if config.is_vision_language and not vision:
         carried |= {name for name in hf.tensors if name.startswith(VISION_PREFIX)}
     given = {name: entry for name, entry in hf.tensors.items() if name not in carried}
     naming = Naming.detect(config, given)
@@ -80,13 +89,13 @@ def plan_import(
         notes += _without_mtp(hf.folder, config, left_out)
         naming = replace(naming, mtp=False)
         config = replace(config, mtp_num_hidden_layers=0)
-    table = rows(config, naming, checkpoint_format)
+    table = rows(config, naming, checkpoint_format, vision=vision)
     _check_carry(hf.tensors, carry, table)
     _check_names(config, naming, given, table)
     _check_tensors(given, table)
     if config.tie_word_embeddings and HEAD in given:
         _check_tied(hf, f"{naming.prefix}embed_tokens.weight")
-    if config.is_vision_language and not any(n.startswith(VISION_PREFIX) for n in carried):
+    if config.is_vision_language and not any(n.startswith(VISION_PREFIX) for n in hf.tensors):
         raise _no_vision(naming)
     files, other_weights = other_files(hf)
     return ImportPlan(

@@ -13,8 +13,10 @@ from typing import Literal
 import torch
 
 from checkpoint_tools.mcore.read import MegatronCheckpoint
-from checkpoint_tools.table.names import MTP_PREFIX, Format, Naming, Row, TensorSpec, rows
+from checkpoint_tools.table.names import MTP_PREFIX, Format, Naming, rows
+from checkpoint_tools.table.row import Row, TensorSpec
 from checkpoint_tools.table.transforms import Copy, LazyTensor, common_dtype, split_rows
+from checkpoint_tools.table.vision import MCORE_VISION_PREFIX
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 
@@ -49,7 +51,7 @@ class ExportedTensors:
         choice: DtypeChoice = "original",
     ) -> None:
         self._checkpoint, self._dtypes, self._choice = checkpoint, dtypes, choice
-        self.table = rows(config, naming, stored_format(checkpoint))
+        self.table = rows(config, naming, stored_format(checkpoint), vision=has_vision(checkpoint))
         _check(checkpoint, self.table, without_mtp=not naming.mtp)
         self._copies = lru_cache(maxsize=8)(_grouped)
 
@@ -111,6 +113,11 @@ def stored_format(checkpoint: MegatronCheckpoint) -> Format:
 def has_mtp(checkpoint: MegatronCheckpoint) -> bool:
     """Whether the checkpoint holds a multi-token-prediction layer."""
     return any(key.startswith(MTP_PREFIX) for key in checkpoint.tensors)
+
+
+def has_vision(checkpoint: MegatronCheckpoint) -> bool:
+    """Whether the checkpoint holds a vision tower: its run trained the tower."""
+    return any(key.startswith(MCORE_VISION_PREFIX) for key in checkpoint.tensors)
 
 
 def main_parameter(checkpoint: MegatronCheckpoint, key: str) -> str | None:

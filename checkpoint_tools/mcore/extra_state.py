@@ -9,7 +9,9 @@ that has no use for one ignores it.
 from __future__ import annotations
 
 from checkpoint_tools.table.names import Format
+from checkpoint_tools.table.vision import MCORE_VISION_PREFIX
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 
 
 def extra_state_keys(config: Qwen35Config, checkpoint_format: Format) -> list[str]:
@@ -32,6 +34,18 @@ def extra_state_keys(config: Qwen35Config, checkpoint_format: Format) -> list[st
         keys += _attention(f"{prefix}transformer_layer.")
         keys += _feed_forward(config, f"{prefix}transformer_layer.")
     return keys
+
+
+def vision_extra_state_keys(vision: VisionConfig) -> list[str]:
+    """The same of the vision tower."""
+    linears = ("linear_fc1", "linear_fc2")
+    modules = ["merger.norm", *(f"merger.mlp.{name}" for name in linears)]
+    for block in range(vision.depth):
+        prefix = f"decoder.layers.{block}."
+        attention = ("linear_qkv", "linear_proj", "core_attention")
+        modules += [f"{prefix}self_attention.{name}" for name in attention]
+        modules += [f"{prefix}mlp.{name}" for name in linears]
+    return [_single(f"{MCORE_VISION_PREFIX}{module}") for module in modules]
 
 
 def _attention(prefix: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from checkpoint_tools.table.names import Row, TensorSpec
+from checkpoint_tools.table.row import Row, TensorSpec
 from qwen35_mcore.errors import CheckpointError
 
 _SHOWN = 3

@@ -13,22 +13,20 @@ from typing import Literal
 
 import torch
 
+from checkpoint_tools.table.row import Row, TensorSpec, same
 from checkpoint_tools.table.transforms import (
-    Copies,
     Shape,
     cut,
-    gather,
     join,
     packed_experts,
     query_gate_key_value,
-    scatter,
     separate_experts,
-    whole,
 )
+from checkpoint_tools.table.vision import MCORE_VISION_PREFIX, VISION_PREFIX, vision_rows
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import CheckpointError
 
-VISION_PREFIX = "model.visual."
 NESTED_PREFIX = "model.language_model."
 FLAT_PREFIX = "model."
 MTP_PREFIX = "mtp."
@@ -37,49 +35,6 @@ HEAD = "lm_head.weight"
 Experts = Literal["packed", "per_expert"]
 Format = Literal["qwen35", "mcore"]
 """qwen35: the GDN output norm as in Hugging Face. mcore: megatron-core's own, zero-centred."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Name and global shape of a tensor on one side."""
-
-    name: str
-    shape: Shape
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Row:
-    """Hugging Face tensors and the Megatron tensors that hold the same numbers."""
-
-    hf: tuple[TensorSpec, ...]
-    mcore: tuple[TensorSpec, ...]
-    how: str
-    copies: Copies
-    tp_axis: int | None = None
-    """Axis of the Megatron tensors that tensor parallelism splits (expert TP for experts)."""
-    ep_axis: int | None = None
-    """Axis that expert parallelism splits."""
-    float32: bool = False
-    """Stored in float32 whatever the model's dtype."""
-    zero_centred: bool = False
-    """Megatron holds the Hugging Face value minus one."""
-
-    def to_mcore(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Megatron tensors by key, from Hugging Face tensors by name."""
-        sources = [tensors[spec.name] for spec in self.hf]
-        shapes = [spec.shape for spec in self.mcore]
-        results = gather(self.copies(), sources, shapes)
-        if self.zero_centred:
-            results = [tensor - 1 for tensor in results]
-        return {spec.name: tensor for spec, tensor in zip(self.mcore, results, strict=True)}
-
-    def to_hf(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `to_mcore`."""
-        sources = [tensors[spec.name] for spec in self.mcore]
-        if self.zero_centred:
-            sources = [tensor + 1 for tensor in sources]
-        results = scatter(self.copies(), sources, [spec.shape for spec in self.hf])
-        return {spec.name: tensor for spec, tensor in zip(self.hf, results, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +78,20 @@ def _experts_of(names: Mapping[str, object], prefix: str) -> Experts:
     return "per_expert" if separate else "packed"
 
 
-def rows(config: Qwen35Config, naming: Naming, checkpoint_format: Format = "qwen35") -> list[Row]:
-    """All rows of a model, in the order in which the model computes."""
+def rows(
+    config: Qwen35Config,
+    naming: Naming,
+    checkpoint_format: Format = "qwen35",
+    *,
+    vision: bool = False,
+) -> list[Row]:
+    """All rows of a model, in the order in which the model computes; the vision tower's with
+    ``vision``, for a run that trains it."""
     hidden = (config.vocab_size, config.hidden_size)
     top = naming.prefix
-    table = [
-        _same(f"{top}embed_tokens.weight", "embedding.word_embeddings.weight", hidden, tp_axis=0)
+    table = vision_rows(VisionConfig.of(config)) if vision else []
+    table += [
+        same(f"{top}embed_tokens.weight", "embedding.word_embeddings.weight", hidden, tp_axis=0)
     ]
     for layer in range(config.num_hidden_layers):
         hf, mcore = f"{top}layers.{layer}.", f"decoder.layers.{layer}."
@@ -137,11 +100,11 @@ def rows(config: Qwen35Config, naming: Naming, checkpoint_format: Format = "qwen
         else:
             table += _attention_rows(config, hf, f"{mcore}self_attention.")
         table += _mlp_rows(config, hf, mcore, naming.experts)
-    table += [_same(f"{top}norm.weight", "decoder.final_layernorm.weight", (config.hidden_size,))]
+    table += [same(f"{top}norm.weight", "decoder.final_layernorm.weight", (config.hidden_size,))]
     if naming.mtp:
         table += _mtp_rows(config, naming.mtp_experts)
     if not config.tie_word_embeddings:
-        table += [_same(HEAD, "output_layer.weight", hidden, tp_axis=0)]
+        table += [same(HEAD, "output_layer.weight", hidden, tp_axis=0)]
     return table
 
 
@@ -152,19 +115,19 @@ def _gdn_rows(c: Qwen35Config, hf: str, mcore: str, checkpoint_format: Format) -
     att, taps = f"{hf}linear_attn.", (1, c.linear_conv_kernel_dim)
     projections = _GDN_PROJECTIONS[c.family.gdn_projections]
     return [
-        _same(f"{hf}input_layernorm.weight", f"{mcore}in_proj.layer_norm_weight", (h,)),
+        same(f"{hf}input_layernorm.weight", f"{mcore}in_proj.layer_norm_weight", (h,)),
         *projections(c, f"{att}in_proj_", f"{mcore}in_proj.weight."),
         _cut(f"{att}conv1d.weight", f"{mcore}conv1d.weight.", _mixed(c), taps),
-        _same(f"{att}A_log", f"{mcore}A_log", (heads,), tp_axis=0, float32=True),
-        _same(f"{att}dt_bias", f"{mcore}dt_bias", (heads,), tp_axis=0, float32=True),
-        _same(
+        same(f"{att}A_log", f"{mcore}A_log", (heads,), tp_axis=0, float32=True),
+        same(f"{att}dt_bias", f"{mcore}dt_bias", (heads,), tp_axis=0, float32=True),
+        same(
             f"{att}norm.weight",
             f"{mcore}{norm_key}",
             (c.linear_value_head_dim,),
             float32=True,
             zero_centred=native,
         ),
-        _same(f"{att}out_proj.weight", f"{mcore}out_proj.weight", (h, value), tp_axis=1),
+        same(f"{att}out_proj.weight", f"{mcore}out_proj.weight", (h, value), tp_axis=1),
     ]
 
 
@@ -177,9 +140,9 @@ def _projections_by_part(c: Qwen35Config, hf: str, mcore: str) -> list[Row]:
     value, heads, h = c.gdn_shape.value_width, c.linear_num_value_heads, c.hidden_size
     return [
         _cut(f"{hf}qkv.weight", mcore, _mixed(c), (h,)),
-        _same(f"{hf}z.weight", f"{mcore}z", (value, h), tp_axis=0),
-        _same(f"{hf}b.weight", f"{mcore}beta", (heads, h), tp_axis=0),
-        _same(f"{hf}a.weight", f"{mcore}alpha", (heads, h), tp_axis=0),
+        same(f"{hf}z.weight", f"{mcore}z", (value, h), tp_axis=0),
+        same(f"{hf}b.weight", f"{mcore}beta", (heads, h), tp_axis=0),
+        same(f"{hf}a.weight", f"{mcore}alpha", (heads, h), tp_axis=0),
     ]
 
 
@@ -215,11 +178,11 @@ def _attention_rows(c: Qwen35Config, hf: str, mcore: str) -> list[Row]:
         tp_axis=0,
     )
     return [
-        _same(f"{hf}input_layernorm.weight", f"{mcore}linear_qkv.layer_norm_weight", (h,)),
+        same(f"{hf}input_layernorm.weight", f"{mcore}linear_qkv.layer_norm_weight", (h,)),
         fused,
-        _same(f"{att}q_norm.weight", f"{mcore}q_layernorm.weight", (dim,)),
-        _same(f"{att}k_norm.weight", f"{mcore}k_layernorm.weight", (dim,)),
-        _same(f"{att}o_proj.weight", f"{mcore}linear_proj.weight", (h, heads * dim), tp_axis=1),
+        same(f"{att}q_norm.weight", f"{mcore}q_layernorm.weight", (dim,)),
+        same(f"{att}k_norm.weight", f"{mcore}k_layernorm.weight", (dim,)),
+        same(f"{att}o_proj.weight", f"{mcore}linear_proj.weight", (h, heads * dim), tp_axis=1),
     ]
 
 
@@ -228,16 +191,16 @@ def _mlp_rows(c: Qwen35Config, hf: str, mcore: str, experts: Experts) -> list[Ro
     mlp = f"{mcore}mlp."
     if not c.is_moe:
         return [
-            _same(norm, f"{mlp}linear_fc1.layer_norm_weight", (h,)),
+            same(norm, f"{mlp}linear_fc1.layer_norm_weight", (h,)),
             *_swiglu_rows(f"{hf}mlp.", mlp, c.intermediate_size, h),
         ]
     shared = f"{hf}mlp.shared_expert."
     return [
-        _same(norm, f"{mcore}pre_mlp_layernorm.weight", (h,)),
-        _same(f"{hf}mlp.gate.weight", f"{mlp}router.weight", (c.num_experts, h)),
+        same(norm, f"{mcore}pre_mlp_layernorm.weight", (h,)),
+        same(f"{hf}mlp.gate.weight", f"{mlp}router.weight", (c.num_experts, h)),
         _expert_row(c, hf, mcore, experts, ("gate", "up"), "linear_fc1"),
         _expert_row(c, hf, mcore, experts, ("down",), "linear_fc2"),
-        _same(f"{hf}mlp.shared_expert_gate.weight", f"{mlp}shared_experts.gate_weight", (1, h)),
+        same(f"{hf}mlp.shared_expert_gate.weight", f"{mlp}shared_experts.gate_weight", (1, h)),
         *_swiglu_rows(shared, f"{mlp}shared_experts.", c.shared_expert_intermediate_size, h),
     ]
 
@@ -250,7 +213,7 @@ def _swiglu_rows(hf: str, mcore: str, ffn: int, hidden: int) -> list[Row]:
         copies=join((ffn, ffn), (hidden,)),
         tp_axis=0,
     )
-    down = _same(f"{hf}down_proj.weight", f"{mcore}linear_fc2.weight", (hidden, ffn), tp_axis=1)
+    down = same(f"{hf}down_proj.weight", f"{mcore}linear_fc2.weight", (hidden, ffn), tp_axis=1)
     return [up, down]
 
 
@@ -288,33 +251,13 @@ def _mtp_rows(c: Qwen35Config, experts: Experts) -> list[Row]:
     h, layer = c.hidden_size, "mtp.layers.0."
     inner = f"{layer}transformer_layer."
     return [
-        _same("mtp.pre_fc_norm_embedding.weight", f"{layer}enorm.weight", (h,)),
-        _same("mtp.pre_fc_norm_hidden.weight", f"{layer}hnorm.weight", (h,)),
-        _same("mtp.fc.weight", f"{layer}eh_proj.weight", (h, 2 * h), tp_axis=0),
+        same("mtp.pre_fc_norm_embedding.weight", f"{layer}enorm.weight", (h,)),
+        same("mtp.pre_fc_norm_hidden.weight", f"{layer}hnorm.weight", (h,)),
+        same("mtp.fc.weight", f"{layer}eh_proj.weight", (h, 2 * h), tp_axis=0),
         *_attention_rows(c, layer, f"{inner}self_attention."),
         *_mlp_rows(c, layer, inner, experts),
-        _same("mtp.norm.weight", f"{layer}final_layernorm.weight", (h,)),
+        same("mtp.norm.weight", f"{layer}final_layernorm.weight", (h,)),
     ]
-
-
-def _same(
-    hf: str,
-    mcore: str,
-    shape: Shape,
-    *,
-    tp_axis: int | None = None,
-    float32: bool = False,
-    zero_centred: bool = False,
-) -> Row:
-    return Row(
-        hf=(TensorSpec(hf, shape),),
-        mcore=(TensorSpec(mcore, shape),),
-        how="minus one" if zero_centred else "unchanged",
-        copies=whole(shape),
-        tp_axis=tp_axis,
-        float32=float32,
-        zero_centred=zero_centred,
-    )
 
 
 def _cut(hf: str, mcore: str, parts: Mapping[str, int], tail: Shape, groups: int = 1) -> Row:
@@ -328,23 +271,27 @@ def _cut(hf: str, mcore: str, parts: Mapping[str, int], tail: Shape, groups: int
 
 
 def hf_to_mcore(
-    config: Qwen35Config, tensors: Mapping[str, torch.Tensor], checkpoint_format: Format = "qwen35"
+    config: Qwen35Config,
+    tensors: Mapping[str, torch.Tensor],
+    checkpoint_format: Format = "qwen35",
+    *,
+    vision: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Megatron's global tensors by checkpoint key, from a Hugging Face state dict.
 
     Works for parameters and, in the qwen35 format, for their gradients: values are only moved. A
-    state dict without MTP gives a result without it; vision tensors are left out.
+    state dict without MTP gives a result without it; vision tensors are left out without `vision`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape than the config says.
     """
-    table = rows(config, Naming.detect(config, tensors), checkpoint_format)
+    table = rows(config, Naming.detect(config, tensors), checkpoint_format, vision=vision)
     expected = [spec for row in table for spec in row.hf]
     ignored = {HEAD} if config.tie_word_embeddings else set()
     given = {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in ignored and not name.startswith(VISION_PREFIX)
+        if name not in ignored and (vision or not name.startswith(VISION_PREFIX))
     }
     _check(given, expected)
     return {key: tensor for row in table for key, tensor in row.to_mcore(given).items()}
@@ -364,7 +311,8 @@ def mcore_to_hf(
     mtp = any(name.startswith(MTP_PREFIX) for name in tensors)
     base = Naming.default(config, experts)
     naming = Naming(prefix=base.prefix, experts=experts, mtp_experts=experts, mtp=mtp)
-    table = rows(config, naming, checkpoint_format)
+    vision = any(name.startswith(MCORE_VISION_PREFIX) for name in tensors)
+    table = rows(config, naming, checkpoint_format, vision=vision)
     _check(tensors, [spec for row in table for spec in row.mcore])
     return {name: tensor for row in table for name, tensor in row.to_hf(tensors).items()}
 

@@ -146,6 +146,24 @@ def query_gate_key_value(groups: int, queries: int, head_dim: int, hidden: int) 
     return copies
 
 
+def query_key_value(heads: int, head_dim: int, tail: Shape) -> Copies:
+    """HF ``[3 * heads * head_dim, *tail]``, all queries, all keys, all values, to Megatron's rows,
+    which are per head the query, the key, the value."""
+
+    def copies() -> Iterator[Copy]:
+        for part in range(3):
+            for head in range(heads):
+                hf_row, mcore_row = part * heads + head, head * 3 + part
+                yield Copy(
+                    0,
+                    _rows(hf_row * head_dim, head_dim, tail),
+                    0,
+                    _rows(mcore_row * head_dim, head_dim, tail),
+                )
+
+    return copies
+
+
 def packed_experts(experts: int, parts: int, rows: int, columns: int) -> Copies:
     """HF ``[experts, parts * rows, columns]``, the same in Megatron, one box per expert and part.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from qwen35_mcore.config.layer_pattern import LayerKind, mtp_pattern
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class ParameterCounts:
     """The two RMSNorms of every decoder layer and the final one."""
     mtp: Count
     """MTP in full: its projection, norms, attention and feed-forward layer."""
+    vision: Count = _NONE
+    """The vision tower and its merger, of a run that trains it; no token of text visits them."""
 
     @property
     def total(self) -> int:
@@ -74,15 +77,22 @@ class ParameterCounts:
         return self.total - self.mtp.total
 
     def by_component(self) -> dict[str, Count]:
-        """The components by name, in the order of the forward pass."""
-        return dict(vars(self))
+        """The components by name; the vision tower where it is counted."""
+        return {
+            name: count for name, count in vars(self).items() if name != "vision" or count.total
+        }
 
     def _sum(self) -> Count:
         return sum(self.by_component().values(), _NONE)
 
 
-def count_parameters(model_config: Qwen35Config) -> ParameterCounts:
-    """Count every parameter of the text model that `model_config` describes."""
+def count_parameters(model_config: Qwen35Config, *, vision: bool = False) -> ParameterCounts:
+    """Count every parameter of the text model that `model_config` describes; and of its vision
+    tower with ``vision``, for a run that trains it.
+
+    Raises:
+        ConfigError: the model has no vision tower, or one that contradicts it.
+    """
     table = model_config.vocab_size * model_config.hidden_size
     layers = model_config.num_hidden_layers
     return ParameterCounts(
@@ -97,6 +107,7 @@ def count_parameters(model_config: Qwen35Config) -> ParameterCounts:
         shared_expert=_everywhere(shared_expert_parameters(model_config)) * layers,
         norms=_everywhere((2 * layers + 1) * model_config.hidden_size),
         mtp=Count(mtp_parameters(model_config), 0),
+        vision=Count(vision_parameters(VisionConfig.of(model_config)), 0) if vision else _NONE,
     )
 
 
@@ -158,6 +169,16 @@ def mtp_parameters(model_config: Qwen35Config) -> int:
         own + layer_parameters(model_config, kind).total
         for kind in mtp_pattern(model_config.mtp_num_hidden_layers)
     )
+
+
+def vision_parameters(vision: VisionConfig) -> int:
+    """The tower: patch embedding, learned positions, blocks (two LayerNorms, attention, MLP, all
+    with biases), and the merger."""
+    h, ffn, merged = vision.hidden_size, vision.intermediate_size, vision.merged_width
+    embedding = h * (vision.patch_values + 1 + vision.num_position_embeddings)
+    block = 4 * h + (h + 1) * 3 * h + (h + 1) * h + (h + 1) * ffn + (ffn + 1) * h
+    merger = 2 * h + (merged + 1) * (merged + vision.out_hidden_size)
+    return embedding + vision.depth * block + merger
 
 
 def _everywhere(parameters: int) -> Count:

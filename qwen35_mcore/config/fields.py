@@ -90,7 +90,8 @@ class ModelFields:
     """Hugging Face keys beside the architecture (token ids, dtype...), given back by `to_hf`. For a
     vision-language config these are the ones inside ``text_config``."""
     carried_outer: dict[str, Any] = field(default_factory=dict, hash=False)
-    """The same for the top level of a vision-language config (``vision_config`` is one of them)."""
+    """The same for the top level of a vision-language config (``vision_config`` is one of them, and
+    `VisionConfig.of` reads it where a run trains the tower)."""
 
     @property
     def is_moe(self) -> bool:

@@ -8,11 +8,15 @@ square, the backward pass at twice the forward pass, recomputation not counted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 
 BACKWARD_AND_FORWARD = 3
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of an image's patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,17 @@ def forward_flops(
         output=output,
         mtp=mtp_layers * (joining + attention + feed_forward + output),
     )
+
+
+def vision_flops(vision: VisionConfig, grids: Iterable[Grid]) -> int:
+    """Operations of a forward pass of the tower over images (or videos) of these grids: patch
+    embedding, blocks with attention within each frame, merger."""
+    frames = [h * w for t, h, w in grids for _ in range(t)]
+    patches, squared = sum(frames), sum(patches**2 for patches in frames)
+    h, merged = vision.hidden_size, vision.merged_width
+    blocks = 2 * patches * (4 * h**2 + 2 * h * vision.intermediate_size) + 4 * squared * h
+    merger = merged * (merged + vision.out_hidden_size) // vision.spatial_merge_size**2
+    return 2 * patches * (vision.patch_values * h + merger) + vision.depth * blocks
 
 
 def training_flops(

@@ -40,6 +40,7 @@ BASE_CLASSES = {
     "MoEFlexTokenDispatcher": "",
     "MoELayer": "",
     "MultiTokenPredictionLayer": "_get_embeddings",
+    "SelfAttention": "get_query_key_value_tensors",
     "TopKRouter": "_apply_global_aux_loss attach_and_log_load_balancing_loss "
     "reset_global_aux_loss_tracker routing",
     "TransformerConfig": "",
@@ -67,6 +68,8 @@ _HOMES = {
     "LayerType": "megatron.core.transformer.enums",
     "LinearWithGradAccumulationAndAsyncCommunication": "megatron.core.tensor_parallel.layers",
     "LocalSpecProvider": "megatron.core.models.backends",
+    "MLP": "megatron.core.transformer.mlp",
+    "MLPSubmodules": "megatron.core.transformer.mlp",
     "McoreGatedDeltaNet": "megatron.core.ssm.gated_delta_net.gdn:GatedDeltaNet",
     "MegatronModule": "megatron.core.transformer.module",
     "MoEAlltoAllTokenDispatcher": "megatron.core.transformer.moe.token_dispatcher",
@@ -86,6 +89,7 @@ _HOMES = {
     "ShardedTensorFactory": "megatron.core.dist_checkpointing.mapping",
     "TESpecProvider": "megatron.core.extensions.transformer_engine_spec_provider",
     "TopKRouter": "megatron.core.transformer.moe.router",
+    "TransformerBlock": "megatron.core.transformer.transformer_block",
     "TransformerBlockSubmodules": "megatron.core.transformer.transformer_block",
     "TransformerConfig": "megatron.core.transformer.transformer_config",
     "TransformerLayer": "megatron.core.transformer.transformer_layer",
@@ -93,6 +97,7 @@ _HOMES = {
     "VocabParallelEmbedding": "megatron.core.tensor_parallel",
     "YarnRotaryEmbedding": "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
     "apply_prefix_mapping": "megatron.core.dist_checkpointing.utils",
+    "apply_rotary_pos_emb": "megatron.core.models.common.embeddings",
     "compiled": "megatron.core.jit:jit_fuser",
     "convert_split_vector_to_split_matrix": (
         "megatron.core.datasets.blended_megatron_dataset_config"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from qwen35_mcore.config.model_config import Qwen35Config
@@ -16,6 +17,7 @@ from qwen35_mcore.model.matrices import mark_matrices
 from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import decoder_block_spec, mtp_block_spec
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, apply_yarn
+from qwen35_mcore.model.vision.vision_language_model import Qwen35VisionLanguageModel
 
 DECODERS = ("gpt", "hybrid")
 """Which of megatron's models assembles the layers; the first is the default."""
@@ -33,6 +35,7 @@ def build_model(
     pg_collection: Any = None,
     parallel_output: bool = True,
     fp16_lm_cross_entropy: bool = False,
+    vision: bool = False,
 ) -> Qwen35Model | Qwen35HybridModel:
     """megatron's GPTModel or HybridModel with Qwen3.5's layers, for one (virtual) pipeline stage.
 
@@ -51,14 +54,18 @@ def build_model(
         pg_collection: process groups; None: megatron's global ones.
         parallel_output: leave the logits split over tensor-parallel ranks.
         fp16_lm_cross_entropy: as megatron's flag of this name.
+        vision: build the vision-language model, with its tower on the stage of the embedding: a
+            `Qwen35VisionLanguageModel`, whose ``forward`` takes images. False: the text model,
+            whatever ``model_config`` carries.
 
     Raises:
         ConfigError: megatron-core of another series, an unknown decoder or ``transformer_impl``, a
-            pattern for the gpt decoder, or experts that were named and cannot run here.
+            pattern for the gpt decoder, experts that were named and cannot run here, or a vision
+            part that contradicts the model or that the layout or decoder cannot run.
         KernelError: kernels or a spec provider that were named cannot run here.
     """
     imports.check_release()
-    _check_decoder(decoder, hybrid_layer_pattern)
+    _check_decoder(decoder, hybrid_layer_pattern, vision)
     if config.gradient_accumulation_fusion:
         accumulating_products.PATCH.apply()
     spec_provider = get_spec_provider(config)
@@ -77,6 +84,9 @@ def build_model(
         "pg_collection": pg_collection,
         "vp_stage": vp_stage,
     }
+    tower_before = partial(
+        Qwen35VisionLanguageModel, model_config=model_config, spec_provider=spec_provider
+    )
     with as_first_raised():
         if decoder == "hybrid":
             model: Any = Qwen35HybridModel(
@@ -86,7 +96,7 @@ def build_model(
                 **common,
             )
         else:
-            model = Qwen35Model(
+            model = (tower_before if vision else Qwen35Model)(
                 transformer_layer_spec=decoder_block_spec(
                     model_config, config, spec_provider, vp_stage
                 ),
@@ -97,7 +107,7 @@ def build_model(
     return model
 
 
-def _check_decoder(decoder: str, hybrid_layer_pattern: str | None) -> None:
+def _check_decoder(decoder: str, hybrid_layer_pattern: str | None, vision: bool) -> None:
     if decoder not in DECODERS:
         raise ConfigError("no such decoder", got=decoder, allowed=" or ".join(DECODERS))
     if hybrid_layer_pattern is not None and decoder != "hybrid":
@@ -105,6 +115,12 @@ def _check_decoder(decoder: str, hybrid_layer_pattern: str | None) -> None:
             "a hybrid layer pattern is for the hybrid decoder",
             got=f"decoder={decoder!r}, hybrid_layer_pattern={hybrid_layer_pattern!r}",
             fix="pass decoder='hybrid', or drop the pattern",
+        )
+    if vision and decoder != "gpt":
+        raise ConfigError(
+            "only the gpt decoder takes the vision tower's outputs",
+            got=f"decoder={decoder!r}, vision=True",
+            fix="pass decoder='gpt'",
         )
 
 

@@ -13,8 +13,11 @@ from qwen35_mcore.model.layers.vocabulary import OutputLayer, WordEmbedding
 class Qwen35Model(Corrections, GPTModel):
     """megatron's GPTModel, corrected as `Corrections` says."""
 
+    word_embedding: type = WordEmbedding
+    """What looks tokens up."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with vocabulary_layers(OutputLayer, WordEmbedding):
+        with vocabulary_layers(OutputLayer, self.word_embedding):
             super().__init__(*args, **kwargs)
         self._correct_modules(self.rotary_percent, self.rotary_base)
 

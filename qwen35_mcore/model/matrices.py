@@ -24,7 +24,7 @@ stands in several where these hold the same matrices, at other sizes."""
 
 
 def mark_matrices(model: torch.nn.Module, model_config: Qwen35Config, *, gates_apart: bool) -> None:
-    """Mark every parameter of this rank's part of the model that is made of matrices.
+    """Mark every parameter of this rank's part of the language model that is made of matrices.
 
     Args:
         gates_apart: the input projection of a GatedDeltaNet ends with z. Otherwise it holds rows
@@ -32,7 +32,7 @@ def mark_matrices(model: torch.nn.Module, model_config: Qwen35Config, *, gates_a
     """
     weights = {weight.place: weight for weight in matrix_weights(model_config)}
     for name, parameter in model.named_parameters():
-        projection = _projection(name)
+        projection = None if name.startswith("vision_model.") else _projection(name)
         if projection is None:
             continue
         weight = next(weights[place] for place in PLACES[projection] if place in weights)

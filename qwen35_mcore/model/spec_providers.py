@@ -14,7 +14,7 @@ from qwen35_mcore.mcore.imports import LocalSpecProvider
 from qwen35_mcore.model.layers.core_attention import CoreAttention
 from qwen35_mcore.model.layers.experts import GroupedExperts
 from qwen35_mcore.model.layers.linear import LayerNormColumnParallelLinear
-from qwen35_mcore.model.layers.norms import RMSNorm
+from qwen35_mcore.model.layers.norms import Norm
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class LocalProvider(LocalSpecProvider):
         return LayerNormColumnParallelLinear
 
     def layer_norm(self, *args: Any, **kwargs: Any) -> type:
-        return RMSNorm
+        return Norm
 
     def core_attention(self) -> type:
         return CoreAttention

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint_tools.table.names import Naming, Row, hf_to_mcore, mcore_to_hf, rows
+from checkpoint_tools.table.names import Naming, hf_to_mcore, mcore_to_hf, rows
+from checkpoint_tools.table.row import Row
 from checkpoint_tools.table.transforms import Box
 from qwen35_mcore.config.flavors import FLAVORS
 from qwen35_mcore.config.model_config import Qwen35Config

@@ -42,7 +42,11 @@ HYBRID_KINDS = ("TP2 x EP2, global_aux_loss, hybrid", "PP2, cut inside a layer")
     "case", kinds(CASES + HYBRID, KINDS + HYBRID_KINDS, lambda case: case.name)
 )
 def test_equals_serial(case: Case, pool: WorkerPool) -> None:
-    difference = compare(pool, replace(case, steps=STEPS))
+    assert_equals_serial(pool, replace(case, steps=STEPS))
+
+
+def assert_equals_serial(pool: WorkerPool, case: Case) -> None:
+    difference = compare(pool, case)
     assert difference.token_loss <= TOKEN_LOSS_TOLERANCE
     assert difference.gradient <= GRADIENT_TOLERANCE, difference.worst_gradient
     assert difference.logged <= TOKEN_LOSS_TOLERANCE

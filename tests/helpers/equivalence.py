@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from tests.helpers.distributed import WorkerPool
 from tests.helpers.shards import assemble
 from tests.helpers.toys import random_tokens, toy_config
 from tests.helpers.training import Batch, Layout, Result, train
+from tests.helpers.vision import Grid, VisionBatch, row, vision_toy_config
 
 BATCH, LENGTH, STEPS = 8, 64, 5
 
@@ -39,7 +40,7 @@ class Case:
 
     @property
     def config(self) -> Qwen35Config:
-        return toy_config(**self.model)
+        return (vision_toy_config if self.layout.vision else toy_config)(**self.model)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _key(case: Case) -> str:
     """
     layout = case.layout
     run = {name: value for name, value in layout.run.items() if name not in EXCHANGE}
-    serial_layout = Layout(dtype=layout.dtype, run=run, packed=layout.packed)
+    serial_layout = Layout(dtype=layout.dtype, run=run, packed=layout.packed, vision=layout.vision)
     balancing = layout.run.get("moe_router_load_balancing_type", "global_aux_loss")
     at_once = case.micro_batch_size * case.replicas if balancing == "global_aux_loss" else 1
     at_once = at_once if case.config.is_moe else 1
@@ -141,7 +142,8 @@ def _serial_run(pool: WorkerPool, key: str, train: Callable[..., Result]) -> Run
 def initial_weights(pool: WorkerPool, config: Qwen35Config) -> dict[str, torch.Tensor]:
     """Global weights of a serial initialisation, moved off the values that hide mistakes."""
     batch = Batch(random_tokens(config, 1, LENGTH, seed=0))
-    layout = Layout(run={"gdn_kernel": "torch"})  # the one that runs in float32 everywhere
+    run = {"gdn_kernel": "torch"}  # the one that runs in float32 everywhere
+    layout = Layout(run=run, vision=config.is_vision_language)
     [result] = pool.run(
         train, 1, model_config=config, layout=layout, weights=None, batches=[batch], lr=0.0
     )
@@ -166,8 +168,32 @@ DOCUMENTS = [
 """A row's documents: odd ones, ones shorter than the parts that they are cut into, whole ones."""
 
 
-def batches(case: Case) -> list[Batch]:
+IMAGES: list[tuple[list[Grid], list[Grid]]] = [
+    ([(1, 4, 6), (1, 2, 2)], []),
+    ([], []),
+    ([(1, 8, 8)], [(2, 2, 4)]),
+    ([], []),
+    ([], [(3, 4, 4)]),
+    ([], []),
+    ([(1, 2, 12)], []),
+    ([], []),
+]
+"""Images and videos of each row: one of two data-parallel ranks has them all."""
+
+
+def batches(case: Case) -> Sequence[Batch]:
     """One global batch per step; random real numbers, so no two router logits tie."""
+    if case.layout.vision:
+        return [
+            VisionBatch(
+                case.config,
+                [
+                    row(case.config, case.length, *images, seed=100 * step + number)
+                    for number, images in enumerate(IMAGES)
+                ],
+            )
+            for step in range(case.steps)
+        ]
     documents = DOCUMENTS if case.layout.packed else None
     mask = unequal_mask(case.length) if case.masked else None
     return [

@@ -58,7 +58,8 @@ def toy_hf_config(
         carried={"dtype": str(dtype).removeprefix("torch."), "eos_token_id": 3},
         **(NEXT if kind == "qwen3_next" else {}) | changes,
     )
-    outer = {"vision_config": VISION, "image_token_id": 5} if MODEL_TYPES[kind].nested else {}
+    outer = {"vision_config": VISION, "image_token_id": 5, "video_token_id": 6}
+    outer = outer if MODEL_TYPES[kind].nested else {}
     return replace(config, model_type=kind, carried_outer=outer)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,3 +29,33 @@ def one_rank() -> Iterator[None]:
 def relative(a: Tensor, b: Tensor) -> float:
     """Norm of the difference by the norm of ``b``, in float64."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def copy_weights(source: Any, target: Any) -> None:
+    """Give one model's weights to another, by checkpoint key."""
+    from tests.helpers.shards import load_global, local_shards, window
+
+    weights: dict[str, Tensor] = {}
+    for shard in local_shards([source]):
+        tensor = weights.setdefault(shard.key, torch.empty(shard.global_shape, device="cuda"))
+        tensor[window(shard)] = shard.data
+    load_global([target], weights)
+
+
+def forget_attention_backend() -> None:
+    """megatron tells Transformer Engine by the environment, and refuses to change its mind."""
+    for switch in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(switch, None)
+
+
+def object_keys(model: Any) -> set[str]:
+    """Checkpoint keys of everything, the empty extra states included."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    return {
+        getattr(v, "unique_key", v.key) if hasattr(v, "unique_key") else v.key
+        for v in nested_values(state)
+    }

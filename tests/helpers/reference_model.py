@@ -24,7 +24,26 @@ def reference_model(config: Qwen35Config, seed: int = 0) -> torch.nn.Module:
     hf_config._experts_implementation = "eager"
     torch.manual_seed(seed)
     model = text_class(hf_config).float().eval()
-    generator = torch.Generator().manual_seed(seed + 1)
+    _move_off_constants(model, seed + 1)
+    return model
+
+
+def vision_language_model(config: Qwen35Config, seed: int = 0) -> torch.nn.Module:
+    """The same with the vision tower, of a vision-language config."""
+    whole_class = model_class(config)
+    hf_config = whole_class.config_class.from_dict(config.to_hf())
+    for level in (hf_config, hf_config.get_text_config(), hf_config.vision_config):
+        level._attn_implementation = "eager"
+        level._experts_implementation = "eager"
+        level.dtype = torch.float32
+    torch.manual_seed(seed)
+    model = whole_class(hf_config).float().eval()
+    _move_off_constants(model, seed + 1)
+    return model
+
+
+def _move_off_constants(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 0.05 if parameter.dim() > 1 else 0.2
@@ -35,7 +54,6 @@ def reference_model(config: Qwen35Config, seed: int = 0) -> torch.nn.Module:
             else:
                 base = 0.0 if parameter.dim() > 1 else parameter
                 parameter.copy_(base + scale * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 class ReferenceMTP(torch.nn.Module):
@@ -48,7 +66,8 @@ class ReferenceMTP(torch.nn.Module):
     def __init__(self, model: Any, config: Qwen35Config, seed: int = 5) -> None:
         super().__init__()
         norm = part_class(config, "RMSNorm")
-        layer_config = type(model.config)(**model.config.to_dict())
+        text_config = model.config.get_text_config()
+        layer_config = type(text_config)(**text_config.to_dict())
         layer_config.layer_types = ["full_attention"]
         layer_config._attn_implementation = "eager"
         layer_config._experts_implementation = "eager"
@@ -64,26 +83,42 @@ class ReferenceMTP(torch.nn.Module):
                 scale = 0.05 if parameter.dim() > 1 else 0.2
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
-    def loss(self, model: Any, hidden_bsh: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Mean loss over the positions that have a token after next; tokens ``[b, s + 1]``."""
+    def loss(
+        self,
+        model: Any,
+        hidden_bsh: torch.Tensor,
+        tokens: torch.Tensor,
+        embedded_bsh: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mean loss over the positions that have a token after next; tokens ``[b, s + 1]``.
+
+        Args:
+            embedded_bsh, position_ids: of every position, images included; for a model with images.
+        """
+        text = getattr(model.model, "language_model", model.model)
         labels = tokens[:, 1:]  # the token that follows each position
-        embedded = model.model.embed_tokens(F.pad(labels[:, :-1], (0, 1)))
+        if embedded_bsh is None:
+            embedded = text.embed_tokens(F.pad(labels[:, :-1], (0, 1)))
+        else:
+            embedded = F.pad(embedded_bsh[:, 1:], (0, 0, 0, 1))  # none after the last
         joined = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden_bsh)]
         x = self.fc(torch.cat(joined, dim=-1))
         length = x.shape[1]
-        position_ids = torch.arange(length)[None].expand(x.shape[0], -1)
+        if position_ids is None:
+            position_ids = torch.arange(length)[None].expand(x.shape[0], -1)
         causal = torch.full((length, length), -torch.inf, dtype=x.dtype).triu(1)[None, None]
         x = self.layers[0](
             x,
-            position_embeddings=model.model.rotary_emb(x, position_ids),
+            position_embeddings=text.rotary_emb(x, position_ids),
             attention_mask=causal,
             position_ids=position_ids,
         )
         logits = model.lm_head(self.norm(x))
-        return _mean_loss(logits[:, :-1], labels[:, 1:])
+        return mean_loss(logits[:, :-1], labels[:, 1:])
 
 
-def _mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Summed up in float64: a float32 sum over some hundred tokens is off by 1e-6 of the mean."""
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.double().mean()
@@ -103,7 +138,7 @@ def reference_loss(
     """Mean next-token loss, mean MTP loss, and the training loss that adds them up."""
     hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
     logits = model.lm_head(hidden)
-    loss = _mean_loss(logits, tokens[:, 1:])
+    loss = mean_loss(logits, tokens[:, 1:])
     if mtp is None:
         return loss, None, loss
     mtp_loss = mtp.loss(model, hidden, tokens)

@@ -81,7 +81,7 @@ def trace_forward(
             module.register_forward_hook(_collect(shared))
     position_ids = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
     with torch.no_grad():
-        logits = model(tokens, position_ids, None, packed_seq_params=_packed(packed))
+        logits = model(tokens, position_ids, None, packed_seq_params=packed_sequence(packed))
     batch = tokens.shape[0]
     return Trace(
         logits,
@@ -90,7 +90,8 @@ def trace_forward(
     )
 
 
-def _packed(cu_seqlens: list[int] | None) -> Any:
+def packed_sequence(cu_seqlens: list[int] | None) -> Any:
+    """megatron's description of documents in one row, by their bounds; None without."""
     if cu_seqlens is None:
         return None
     from megatron.core.packed_seq_params import PackedSeqParams

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -80,6 +80,7 @@ class Layout:
     overlap: bool = False
     fsdp: str | None = None  # what megatron's FSDP shards
     packed: bool = False  # the batches have documents
+    vision: bool = False  # the vision-language model
     run: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields
 
 
@@ -95,6 +96,14 @@ class Batch:
     def to(self, device: Any) -> Batch:
         mask = None if self.loss_mask is None else self.loss_mask.to(device)
         return Batch(self.tokens.to(device), mask, self.documents)
+
+    def sample_on_this_rank(self, first: int, count: int) -> dict[str, Any]:
+        """This context-parallel rank's part of a sample."""
+        return on_this_rank(self.sample(first, count))
+
+    def images(self, first: int, count: int) -> dict[str, Any]:
+        """What the model takes beside the rows; none in a batch of text."""
+        return {}
 
     def sample(self, first: int, count: int) -> dict[str, Any]:
         """Rows as megatron's GPTDataset gives them."""
@@ -231,6 +240,7 @@ def build_chunks(
             pre_process=first,
             post_process=last,
             vp_stage=vp_stage,
+            vision=layout.vision,
         )
         chunks.append(chunk.cuda())
     return chunks
@@ -240,7 +250,7 @@ def train(
     model_config: Qwen35Config,
     layout: Layout,
     weights: dict[str, torch.Tensor] | None,
-    batches: list[Batch],
+    batches: Sequence[Batch],
     micro_batch_size: int = 1,
     lr: float = 1e-3,
 ) -> Result:
@@ -343,7 +353,7 @@ def forward_backward(
 
     def forward_step(data_iterator: Any, model: Any) -> Any:
         first = next(data_iterator)
-        sample = _on_this_rank(batch.sample(first, micro_batch_size))
+        sample = batch.sample_on_this_rank(first, micro_batch_size)
         output = model(
             sample["tokens"],
             sample["position_ids"],
@@ -352,6 +362,7 @@ def forward_backward(
             loss_mask=sample["loss_mask"],
             packed_seq_params=packed_sequences(sample),
             padding_mask=sample["padding_mask"],
+            **batch.images(first, micro_batch_size),
         )
         return output, partial(loss_function, first, sample["loss_mask"])
 
@@ -384,7 +395,7 @@ def forward_backward(
     return losses
 
 
-def _on_this_rank(sample: dict[str, Any]) -> dict[str, Any]:
+def on_this_rank(sample: dict[str, Any]) -> dict[str, Any]:
     return batch_on_this_cp_rank(
         flatten_batch_for_packed_sequences(sample),
         ps.get_context_parallel_group(),
@@ -396,7 +407,7 @@ def _places(sample: dict[str, Any]) -> torch.Tensor:
     """The position in the microbatch, row after row, of every token of this rank; -1 is padding."""
     numbers = torch.arange(1, sample["tokens"].numel() + 1, device=sample["tokens"].device)
     sample["tokens"] = numbers.view_as(sample["tokens"])
-    return _on_this_rank(sample)["tokens"] - 1
+    return on_this_rank(sample)["tokens"] - 1
 
 
 _BALANCING = {

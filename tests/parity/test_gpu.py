@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,7 +10,13 @@ import torch.nn.functional as F
 
 from qwen35_mcore.kernels import reference
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
-from tests.helpers.one_gpu import one_rank, relative
+from tests.helpers.one_gpu import (
+    copy_weights,
+    forget_attention_backend,
+    object_keys,
+    one_rank,
+    relative,
+)
 
 __all__ = ["one_rank"]  # a fixture
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
@@ -237,12 +242,12 @@ def test_model_in_bfloat16_is_near_float32() -> None:
     from qwen35_mcore.model.build import build_model
     from qwen35_mcore.model.transformer_config import transformer_config
     from tests.bench.common import gpu_config
-    from tests.helpers.shards import load_global, local_shards, window
+    from tests.helpers.shards import local_shards
     from tests.helpers.toys import narrow_config, random_tokens
     from tests.helpers.training import LOCAL
 
     model_config = narrow_config()
-    _forget_attention_backend()
+    forget_attention_backend()
     exact_config = transformer_config(
         model_config,
         **LOCAL,
@@ -251,13 +256,9 @@ def test_model_in_bfloat16_is_near_float32() -> None:
         moe_router_load_balancing_type="none",
     )
     exact = build_model(model_config, exact_config).cuda()
-    _forget_attention_backend()
+    forget_attention_backend()
     fast = build_model(model_config, gpu_config(model_config)).cuda()
-    weights = {}
-    for shard in local_shards([exact]):
-        tensor = weights.setdefault(shard.key, torch.empty(shard.global_shape, device="cuda"))
-        tensor[window(shard)] = shard.data
-    load_global([fast], weights)
+    copy_weights(exact, fast)
     tokens = random_tokens(model_config, 2, 256, seed=3).cuda()
     positions = torch.arange(256, device="cuda").expand(2, -1)
     losses = {}
@@ -269,23 +270,4 @@ def test_model_in_bfloat16_is_near_float32() -> None:
     assert losses["fast"] == pytest.approx(losses["exact"], rel=5e-3)
     exact_keys = {s.key for s in local_shards([exact])}
     assert exact_keys == {s.key for s in local_shards([fast])}
-    assert _object_keys(fast) <= _object_keys(exact)
-
-
-def _forget_attention_backend() -> None:
-    """megatron tells Transformer Engine by the environment, and refuses to change its mind."""
-    for switch in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        os.environ.pop(switch, None)
-
-
-def _object_keys(model: Any) -> set[str]:
-    """Checkpoint keys of everything, the empty extra states included."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import apply_factories
-
-    state = model.sharded_state_dict()
-    apply_factories(state)
-    return {
-        getattr(v, "unique_key", v.key) if hasattr(v, "unique_key") else v.key
-        for v in nested_values(state)
-    }
+    assert object_keys(fast) <= object_keys(exact)

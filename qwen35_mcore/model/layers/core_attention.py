@@ -1,4 +1,4 @@
-"""Core attention in plain torch: causal, packed, and context-parallel.
+"""Core attention in plain torch: causal or not, packed, and context-parallel.
 
 megatron-core's DotProductAttention refuses context parallelism and packed sequences; on a CPU both
 are needed to prove the parallel modes. Keys and values are gathered over the context-parallel group
@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qwen35_mcore.mcore.imports import (
+    AttnMaskType,
     PackedSeqParams,
     TransformerConfig,
     gather_from_sequence_parallel_region,
@@ -24,7 +25,9 @@ from qwen35_mcore.mcore.imports import (
 
 
 class CoreAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(d)) v, causal; built and called like TEDotProductAttention.
+    """softmax(q k^T / sqrt(d)) v; built and called like TEDotProductAttention.
+
+    It is causal unless it is built with the mask type ``no_mask``.
 
     No entry in checkpoints, as TEDotProductAttention has none: both providers load each other's.
     """
@@ -43,7 +46,9 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.cp_group = pg_collection.cp
+        # the vision tower's sequences are whole on every context-parallel rank
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.causal = attn_mask_type is not AttnMaskType.no_mask
 
     def forward(
         self,
@@ -60,7 +65,7 @@ class CoreAttention(torch.nn.Module):
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         mask = self._mask(query, packed_seq_params if packed else None)
-        if self.cp_group.size() > 1:
+        if self.cp_group is not None:
             key, value = (
                 gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value)
             )
@@ -69,7 +74,7 @@ class CoreAttention(torch.nn.Module):
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=self.causal and mask is None,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
             enable_gqa=query.shape[2] != key.shape[2],
@@ -80,9 +85,11 @@ class CoreAttention(torch.nn.Module):
     def _mask(self, query: torch.Tensor, packed: PackedSeqParams | None) -> torch.Tensor | None:
         """Boolean ``[local queries, global keys]``, true where attention is allowed.
 
-        None stands for the plain causal mask of one unpacked sequence on one rank.
+        None stands for one unpacked sequence on one rank.
         """
-        cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
+        cp_size, cp_rank = 1, 0
+        if self.cp_group is not None:
+            cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         if packed is None and cp_size == 1:
             return None
         if packed is None:
@@ -92,8 +99,9 @@ class CoreAttention(torch.nn.Module):
         else:
             cu_seqlens = packed.cu_seqlens_q.tolist()
         position, sequence = positions_and_sequences(cu_seqlens, cp_size)
-        earlier = position[cp_rank][:, None] >= position.flatten()
-        mask = earlier & (sequence[cp_rank][:, None] == sequence.flatten())
+        mask = sequence[cp_rank][:, None] == sequence.flatten()
+        if self.causal:
+            mask &= position[cp_rank][:, None] >= position.flatten()
         return mask.to(query.device)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm in the two forms of Qwen3.5.
+"""RMSNorm in the two forms of Qwen3.5, and the vision tower's LayerNorm.
 
 Layer, query and key norms are zero-centred: ``y = x_hat * (1 + w)``, ``w`` zero at init. The norm
 behind the delta rule is not: ``y = x_hat * w * silu(z)``, ``w`` one at init.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from qwen35_mcore.kernels.reference import rms_norm
 from qwen35_mcore.mcore.imports import TransformerConfig, copy_to_tensor_model_parallel_region
@@ -52,12 +53,45 @@ class RMSNorm(EmptyExtraState):
         return rms_norm(x, self.weight, self.eps, zero_centered=self.zero_centered)
 
 
+class LayerNorm(EmptyExtraState):
+    """torch's layer_norm with megatron-core's constructor, under the names of TENorm.
+
+    Input and output ``[..., hidden_size]`` in the dtype of the weight.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = new_norm_weight(hidden_size, config)
+        self.bias = new_norm_bias(hidden_size, config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Norm:
+    """Builds the norm that the config names, as TENorm does."""
+
+    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> Any:
+        norm = LayerNorm if config.normalization == "LayerNorm" else RMSNorm
+        return norm(config, *args, **kwargs)
+
+
 def new_norm_weight(size: int, config: TransformerConfig) -> torch.nn.Parameter:
     """A norm weight at its initial value, with the mark that sequence parallelism looks for."""
     init = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
     weight = torch.nn.Parameter(init(size, dtype=config.params_dtype))
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return weight
+
+
+def new_norm_bias(size: int, config: TransformerConfig) -> torch.nn.Parameter:
+    """A norm bias at its initial value, with the mark that sequence parallelism looks for."""
+    bias = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
+    bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return bias
 
 
 class GatedRMSNorm(KeepFloat32):

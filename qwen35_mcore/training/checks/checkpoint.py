@@ -88,6 +88,13 @@ def check_start(args: Namespace, model_config: Qwen35Config) -> Start | None:
     common = _common_state(folder)
     model = Qwen35Config.from_hf(json.loads(common["args"].qwen35_hf_config))
     check_same_model(model, folder, model_config)
+    if getattr(common["args"], "qwen35_vision", False):
+        raise CheckpointError(
+            "the checkpoint holds a vision tower, and this command trains the text model alone: "
+            "what it saved would be without",
+            got=str(folder),
+            fix="import the model without --vision, which carries the tower along",
+        )
     if not resumes or folder.name == "release" or args.finetune:
         return Start(folder, common, 0, loads_optimizer=False)
     iteration = args.override_ckpt_iteration

@@ -1,0 +1,112 @@
+"""The vision-language model in parallel modes against one process: same losses, same gradients.
+
+Of two data-parallel ranks one has all images and the other none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_tools.table.names import mcore_to_hf
+from qwen35_mcore.config.model_config import Qwen35Config
+from tests.distributed.cases import FULL_RECOMPUTE, STATES
+from tests.distributed.test_parallel import assert_equals_serial
+from tests.helpers.distributed import CaseError, WorkerPool
+from tests.helpers.equivalence import Case, batches, initial_weights
+from tests.helpers.kinds import kinds
+from tests.helpers.reference_model import mean_loss, vision_language_model
+from tests.helpers.shards import assemble
+from tests.helpers.training import Layout, train
+from tests.helpers.vision import VisionBatch, token_types, vision_toy_config
+
+MOE: dict[str, Any] = {"mtp_num_hidden_layers": 1}
+DENSE: dict[str, Any] = {"moe": False, "tie_word_embeddings": True}
+PLAIN: dict[str, Any] = {}  # MoE without MTP
+STEPS = 2
+
+
+def vision(**sizes: Any) -> Layout:
+    return Layout(vision=True, **sizes)
+
+
+CASES = [
+    Case("TP2 with SP, DP2, images on one rank", 4, vision(tp=2), MOE),
+    Case("DP2, images on one rank", 2, vision(), MOE),
+    Case("DP2 dense, overlapped", 2, vision(overlap=True), DENSE),
+    Case("DP2 dense, no distributed optimizer", 2, vision(distributed_optimizer=False), DENSE),
+    Case("TP2 without SP", 2, vision(tp=2, sp=False), DENSE),
+    Case("TP2 x ETP2", 2, vision(tp=2, etp=2), MOE),
+    Case("EP2, images on one rank", 2, vision(ep=2), MOE),
+    Case("PP2, overlapped, DP2", 4, vision(pp=2, overlap=True), PLAIN),
+    Case("PP2 x VPP2", 2, vision(pp=2, vpp=2), PLAIN),
+    Case("TP2 x PP2 x EP2", 4, vision(tp=2, pp=2, ep=2), PLAIN),
+    Case("TP2, full recompute", 2, vision(tp=2, run=FULL_RECOMPUTE), MOE),
+    Case("CP2 (all-to-all GDN)", 2, vision(cp=2), MOE),
+    Case("CP2 (states passed)", 2, vision(cp=2, run=STATES), MOE, micro_batch_size=2),
+    Case("CP2 x TP2", 4, vision(cp=2, tp=2), MOE),
+    Case("CP2 x PP2 dense", 4, vision(cp=2, pp=2), DENSE),
+    Case("microbatch of 4", 1, vision(), DENSE, micro_batch_size=4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", kinds(CASES, ("DP2 dense, overlapped",), lambda case: case.name))
+def test_equals_serial(case: Case, pool: WorkerPool) -> None:
+    assert_equals_serial(pool, replace(case, steps=STEPS))
+
+
+@pytest.mark.exhaustive
+def test_what_trained_in_parallel_is_transformers_model(pool: WorkerPool) -> None:
+    """After five steps at TP2 x PP2 x EP2, transformers has the loss that the sixth began with."""
+    case = Case("trained", 4, vision(tp=2, pp=2, ep=2), PLAIN, steps=6)
+    config, steps = case.config, batches(case)
+    arguments = {
+        "model_config": config,
+        "layout": case.layout,
+        "weights": initial_weights(pool, config),
+    }
+    trained = pool.run(train, case.world, batches=steps[:-1], **arguments)
+    ours = pool.run(train, case.world, batches=steps, **arguments)[0].loss_sums[-1]
+    weights = mcore_to_hf(config, assemble([result.parameters for result in trained]))
+    model = vision_language_model(config)
+    model.load_state_dict(weights)
+    last = steps[-1]
+    assert isinstance(last, VisionBatch)
+    tokens, images = last.tokens[:, :-1], last.images(0, len(last.rows))
+    with torch.no_grad():
+        logits = model(input_ids=tokens, mm_token_type_ids=token_types(tokens), **images).logits
+    expected = mean_loss(logits, last.tokens[:, 1:])
+    assert float(ours[0] / ours[1]) == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "run", "says"),
+    [
+        (vision(pp=2), MOE, {}, "mtp_num_hidden_layers"),
+        (vision(tp=2), {"vision": {"num_heads": 1}}, {}, "num_heads"),
+        (vision(ep=2), PLAIN, {"overlap_moe_expert_parallel_comm": True}, "leave the overlap off"),
+        (vision(), PLAIN, {"cuda_graph_impl": "local"}, "leave CUDA graphs off"),
+    ],
+    ids=["PP2 with MTP", "heads that TP2 does not divide", "overlapped experts", "graphs"],
+)
+@pytest.mark.exhaustive
+def test_what_the_tower_cannot_run_is_refused(
+    pool: WorkerPool, layout: Layout, model: dict[str, Any], run: dict[str, Any], says: str
+) -> None:
+    config = vision_toy_config(**model)
+    with pytest.raises(CaseError, match=says):
+        pool.run(build, 2, layout=layout, config=config, run=run)
+
+
+def build(layout: Layout, config: Qwen35Config, run: dict[str, Any]) -> None:
+    """Build the model, in a pool worker."""
+    from tests.helpers.training import build_chunks, config_for, initialize
+
+    initialize(layout)
+    transformer_config = config_for(config, layout)
+    for name, value in run.items():
+        setattr(transformer_config, name, value)
+    build_chunks(config, transformer_config, layout)

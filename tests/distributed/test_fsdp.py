@@ -71,6 +71,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 def test_resume_at_the_same_layout_is_exact(straight: Path, tmp_path: Path) -> None:
     start = ["--load", str(straight), "--ckpt-step", str(HALF), "--save", str(tmp_path)]
     log = ["--tensorboard-dir", str(tmp_path / "log")]
@@ -123,6 +124,7 @@ def resave(folder: Path, layout: tuple[str, ...], world_size: int, to: Path) -> 
     assert all(g["step"] == HALF for part in parts for g in part["optimizer"]["param_groups"])
 
 
+@pytest.mark.exhaustive
 def test_what_stays_float32(straight: Path) -> None:
     tensors = MegatronCheckpoint(iteration(straight, STEPS)).tensors
     attention = "decoder.layers.0.self_attention."

@@ -150,7 +150,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("case", kinds(EXACT, ["DP2 sharded"]))
+@pytest.mark.parametrize("case", kinds(EXACT, []))
 def test_resumes_to_the_last_digit(
     straight: Callable[..., Path], tmp_path: Path, case: str
 ) -> None:

@@ -77,6 +77,7 @@ AGAINST_ANY = [
         "passes states between its ranks",
     ),
     ({"overlap_moe_expert_parallel_comm": True}, "two microbatches at once"),
+    ({"use_megatron_fsdp": True}, "FSDP frees"),
 ]
 
 

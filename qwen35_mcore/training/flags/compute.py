@@ -27,7 +27,8 @@ PRECISION = (
     free(
         "tests/distributed/test_precision_aware.py",
         "use_precision_aware_optimizer",
-        needs="optimizer=adam use_distributed_optimizer bf16 package:transformer_engine|cpu",
+        needs="optimizer=adam use_megatron_fsdp=False use_distributed_optimizer bf16 "
+        "package:transformer_engine|cpu",
     ),
     free(
         "tests/distributed/test_precision_aware.py",

@@ -46,8 +46,7 @@ def _beside(args: Namespace) -> list[tuple[str, str, str]]:
     return [
         (
             f"--optimizer {args.optimizer}" if args.optimizer != "adam" else "",
-            "megatron's FSDP updates its parts by Adam; Muon and its kin need whole matrices, and "
-            "the distributed optimizer cannot save SGD's state",
+            "the distributed optimizer, which it brings along, cannot save SGD's state",
             "pass --optimizer adam, or drop --use-megatron-fsdp",
         ),
         (
@@ -70,11 +69,6 @@ def _beside(args: Namespace) -> list[tuple[str, str, str]]:
             "--decoder hybrid" if args.decoder == "hybrid" else "",
             "its units are whole layers, and those of the hybrid decoder were not tested",
             "pass --decoder gpt, or drop --use-megatron-fsdp",
-        ),
-        (
-            "--use-precision-aware-optimizer" if args.use_precision_aware_optimizer else "",
-            "what it keeps beside parts of a parameter was not tested",
-            "drop --use-precision-aware-optimizer",
         ),
         (
             f"--num-distributed-optimizer-instances {instances}" if instances > 1 else "",

@@ -23,7 +23,7 @@ from qwen35_mcore.training.checks.numbers import check_numbers
 from qwen35_mcore.training.checks.packing import check_packing
 from qwen35_mcore.training.checks.written_folders import check_written_folders
 from qwen35_mcore.training.choices import expert_ranks, uses_nccl_ep
-from qwen35_mcore.training.flags.flex import check_flex
+from qwen35_mcore.training.flags.flex_dispatcher import check_flex
 from qwen35_mcore.training.flags.fsdp import check_fsdp
 
 MUON = ("muon", "dist_muon")

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from qwen35_mcore.training.flags import compute, elsewhere, keeping, model, parallel, training
+from qwen35_mcore.training.flags import (
+    compute,
+    model,
+    other_models,
+    parallel,
+    saving_logging,
+    training,
+)
 from qwen35_mcore.training.flags.rows import Kind, Row
 
 GROUPS: dict[str, tuple[Row, ...]] = {
@@ -23,12 +30,12 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     "validation": training.VALIDATION,
     "data": training.DATA,
     "tokenizer": training.TOKENIZER,
-    "checkpoints": keeping.CHECKPOINTS,
-    "logs": keeping.LOGS,
-    "profiles": keeping.PROFILES,
-    "failures": keeping.FAILURES,
-    "other programs": elsewhere.OTHER_PROGRAMS,
-    "other models": elsewhere.OTHER_MODELS,
+    "checkpoints": saving_logging.CHECKPOINTS,
+    "logs": saving_logging.LOGS,
+    "profiles": saving_logging.PROFILES,
+    "failures": saving_logging.FAILURES,
+    "other programs": other_models.OTHER_PROGRAMS,
+    "other models": other_models.OTHER_MODELS,
 }
 
 ONLY_WITH_A_PACKAGE = frozenset({"kitchen_config_file", "kitchen_recipe_number"})

@@ -58,7 +58,7 @@ def test_the_import_is_the_model_that_transformers_runs(
         tokens=tokens,
         layout=layout,
     )
-    assert_same(answers, reference_logits(tmp_path / "hf", config.hf_architecture, tokens))
+    assert_same(answers, reference_logits(tmp_path / "hf", config, tokens))
     assert not any("vision_model" in str(key) for key in answers[0]["not_asked"] if is_used(key))
 
 

@@ -61,27 +61,28 @@ def fit_to_run(state: dict[Any, Any], optimizers: list[Any]) -> dict[Any, Any]:
     parts = [plain, *(state[number] for number in numbers)]  # they share one step count
     if len(optimizers) == 1:
         whole = state[numbers[0]] | plain if numbers else state
-        return _with_groups(whole, optimizers[0], parts)
+        return _with_groups(whole, optimizers[0], parts, parts)
     # what is no tensor may be saved for fewer optimizers than there are now
     fitted = {}
     for number, optimizer in enumerate(optimizers):
         alike = type(optimizer) is type(optimizers[0])
         shared = plain | state[numbers[0]] if alike else plain
         own = [plain, state[number]]
-        steps_of = own if any(_groups(part) for part in own) else parts
-        fitted[number] = _with_groups(shared | state[number], optimizer, steps_of)
+        fitted[number] = _with_groups(shared | state[number], optimizer, own, parts)
     return fitted
 
 
 def _with_groups(
-    part: dict[Any, Any], optimizer: Any, saved: list[dict[Any, Any]]
+    part: dict[Any, Any], optimizer: Any, own: list[dict[Any, Any]], saved: list[dict[Any, Any]]
 ) -> dict[Any, Any]:
-    """One optimizer's state with the parameter groups of this run, at the checkpoint's step."""
+    """One optimizer's state with the parameter groups of this run, at the checkpoint's step: that
+    of its own groups there, or of any where these count none."""
     if isinstance(optimizer, ChainedOptimizer):  # it fits its own parts
         return part
-    before = [group for other in saved for group in _groups(other)]
+    before = [[group for other in parts for group in _groups(other)] for parts in (own, saved)]
     groups = [
-        group | _step(group, before) for group in optimizer.optimizer.state_dict()["param_groups"]
+        group | (_step(group, before[0]) or _step(group, before[1]))
+        for group in optimizer.optimizer.state_dict()["param_groups"]
     ]
     if "optimizer" in part:
         return part | {"optimizer": part["optimizer"] | {"param_groups": groups}}

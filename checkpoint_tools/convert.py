@@ -77,7 +77,7 @@ def import_checkpoint(
         "layout": checkpoint_format,
         "carry": list(carry),
         "no_mtp": no_mtp,
-        "vision": vision,
+        **({"vision": True} if vision else {}),  # text imports that older releases began go on
         "max_shard_bytes": options.max_shard_bytes,
         "input": fingerprint(plan.hf.paths),
         "files": fingerprint(plan.carried.files.values()),

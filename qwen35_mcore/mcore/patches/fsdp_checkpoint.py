@@ -8,7 +8,6 @@ each other's. Here the model and the optimizer give the pieces that `ShardedMode
 
 from __future__ import annotations
 
-import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,12 +103,14 @@ def _probe_model() -> Verdict:
 
 
 def _probe_saving() -> Verdict:
-    with contextlib.suppress(NotImplementedError):
+    """Does megatron refuse FSDP in the one format of checkpoints?"""
+    try:
         DistributedOptimizer.sharded_state_dict(
             _OPTIMIZER, metadata={"distrib_optim_sharding_type": FORMAT}
         )
-        return Verdict.NO_FAULT
-    return Verdict.FAULT
+    except NotImplementedError:
+        return Verdict.FAULT
+    return Verdict.NO_FAULT
 
 
 def _probe_loading() -> Verdict:
@@ -123,10 +124,12 @@ def _probe_loading() -> Verdict:
 
 
 def _probe_weights() -> Verdict:
-    with contextlib.suppress(NotImplementedError):
+    """Does megatron refuse to fill FSDP's main parameters from the model?"""
+    try:
         DistributedOptimizer._copy_model_params_to_main_params(_OPTIMIZER)
-        return Verdict.NO_FAULT
-    return Verdict.FAULT
+    except NotImplementedError:
+        return Verdict.FAULT
+    return Verdict.NO_FAULT
 
 
 _HOME = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"

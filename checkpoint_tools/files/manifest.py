@@ -171,7 +171,8 @@ class Work:
             return
         if lines[0] != {"job": self.job}:
             others = lines[0].get("job", {})
-            what = [key for key in self.job if others.get(key) != self.job[key]]
+            keys = dict.fromkeys([*self.job, *others])
+            what = [key for key in keys if others.get(key) != self.job.get(key)]
             raise CheckpointError(
                 "there is unfinished work of another command or of other input",
                 got=f"{self.folder}: other {', '.join(what)}",

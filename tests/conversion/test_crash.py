@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -142,6 +143,20 @@ def test_work_of_another_command_is_not_continued(
         ckpt("import", toys["qwen3_5_moe"], tmp_path / "target", *SMALL_PARTS, "--layout", "mcore"),
         "another command",
     )
+    refused(
+        ckpt("import", toys["qwen3_5_moe"], tmp_path / "target", *SMALL_PARTS, "--vision"),
+        "other vision",
+    )
+
+
+def test_the_record_of_a_text_import_is_the_same_in_every_release(
+    toys: dict[str, Path], tmp_path: Path, forks: ForkServer
+) -> None:
+    """Unfinished work goes on where the whole record is equal."""
+    manifest = interrupted(tmp_path, toys["qwen3_5_moe"], forks) / "manifest.jsonl"
+    job = json.loads(manifest.read_text().splitlines()[0])["job"]
+    expected = "command layout carry no_mtp max_shard_bytes input files"
+    assert set(job) == set(expected.split())
 
 
 def test_an_existing_target_is_refused_and_stays(toys: dict[str, Path], tmp_path: Path) -> None:

@@ -18,8 +18,13 @@ from tests.helpers.kinds import PROFILES
 if TYPE_CHECKING:  # the process that only hands out the tests needs no torch
     from tests.helpers.distributed import WorkerPool
 
-for name, max_examples in PROFILES.items():  # no test depends on how fast a machine is
-    settings.register_profile(name, deadline=None, max_examples=max_examples)
+for name, max_examples in PROFILES.items():
+    settings.register_profile(
+        name,
+        deadline=None,  # no test depends on how fast a machine is
+        max_examples=max_examples,
+        derandomize="CI" in os.environ,  # a change fails by itself there, not by a new example
+    )
 settings.load_profile("quick")
 
 FIRST = ("distributed", "conversion", "cli", "parity", "unit")

@@ -37,6 +37,7 @@ from checkpoint_tools.table.names import HEAD, MTP_PREFIX, Naming
 from checkpoint_tools.table.transforms import LazyTensor
 from checkpoint_tools.table.vision import VISION_PREFIX
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import CheckpointError, ConfigError
 
 _CONFIG = "config.json"
@@ -139,6 +140,7 @@ def plan_export(
     naming = replace(naming, mtp=has_mtp(checkpoint) and not no_mtp)
     config = replace(config, mtp_num_hidden_layers=int(naming.mtp))
     if has_vision(checkpoint):
+        _check_same_tower(recorded_config(checkpoint), config)
         carried = _without_vision(carried)
     elif config.is_vision_language and not _carries_vision(carried):
         raise CheckpointError(
@@ -260,6 +262,29 @@ def _config(checkpoint: MegatronCheckpoint, carried: Carried | None) -> Qwen35Co
             fix="it was not written by this package: give --reference HF_DIR",
         )
     return known
+
+
+def _check_same_tower(trained: Qwen35Config | None, config: Qwen35Config) -> None:
+    """A tower that was trained is exported under the description that it was trained with: no
+    shape says how many heads it has, or which tokens stand for images."""
+    if not config.is_vision_language:
+        raise CheckpointError(
+            "the checkpoint holds a vision tower, and the original is a text model",
+            got=f"model_type {config.model_type}",
+            fix="name the vision-language folder with --reference; transformers' text class "
+            "(AutoModelForCausalLM) loads what is exported, too",
+        )
+    if trained is None or not trained.is_vision_language:
+        return
+    ours, theirs = vars(VisionConfig.of(trained)), vars(VisionConfig.of(config))
+    differ = [name for name in ours if ours[name] != theirs[name] and name != "initializer_range"]
+    if differ:
+        raise CheckpointError(
+            "the original has another vision tower than what was trained",
+            got=", ".join(f"{name} {theirs[name]}" for name in differ),
+            allowed=", ".join(f"{name} {ours[name]}" for name in differ),
+            fix="name the folder that the run began with: --reference HF_DIR",
+        )
 
 
 def _carries_vision(carried: Carried | None) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def _describe_hf(path: Path) -> dict[str, Any]:
     mtp = any(name.startswith(MTP_PREFIX) for name in hf.tensors)
     plan_import(path, no_mtp=not mtp)
     notes = list(hf.notes)
+    if config.is_vision_language:
+        notes += _cannot_train_tower(path, no_mtp=not mtp)
     if config.mtp_num_hidden_layers and not mtp:
         notes.append("config.json has an MTP layer that is not there: import with --no-mtp")
     return {
@@ -87,7 +90,7 @@ def _describe_hf(path: Path) -> dict[str, Any]:
         "bytes": sum(entry.nbytes for entry in hf.tensors.values()),
         "dtypes": _dtypes(hf.tensors.values()),
         "shards": len(hf.files),
-        "vision_tensors": sum(name.startswith(VISION_PREFIX) for name in hf.tensors),
+        **_tower(hf.tensors, VISION_PREFIX),
         "mtp": mtp,
         **({"notes": notes} if notes else {}),
     }
@@ -107,7 +110,7 @@ def _describe_megatron(path: Path) -> dict[str, Any]:
         "tensors": len(tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "dtypes": _dtypes(tensors),
-        "vision_tensors": sum(key.startswith(MCORE_VISION_PREFIX) for key in keys),
+        **_tower({key: checkpoint.tensors[key] for key in keys}, MCORE_VISION_PREFIX),
         "mtp": has_mtp(checkpoint),
         "gdn_layout": stored_format(checkpoint),
         "optimizer_tensors": len(checkpoint.tensors) - len(tensors),
@@ -119,6 +122,22 @@ def _describe_megatron(path: Path) -> dict[str, Any]:
         "origin": carried,
         "origin_present": (checkpoint.root / carried).is_dir() if carried else None,
     }
+
+
+def _cannot_train_tower(path: Path, *, no_mtp: bool) -> list[str]:
+    """Why `import --vision` would refuse a folder that can be imported without."""
+    try:
+        plan_import(path, no_mtp=no_mtp, vision=True)
+    except (CheckpointError, ConfigError) as error:
+        problem = str(error).replace("\n ", ";")
+        return [f"the vision tower can be carried, not converted: {problem}"]
+    return []
+
+
+def _tower(tensors: Mapping[str, HFTensor | MegatronTensor], prefix: str) -> dict[str, int]:
+    """Tensors and parameters of the vision tower that are there."""
+    shapes = [tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)]
+    return {"vision_tensors": len(shapes), "vision_parameters": sum(map(prod, shapes))}
 
 
 def _describe_config(config: Qwen35Config) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from checkpoint_tools.mcore.read import MegatronCheckpoint
 from checkpoint_tools.table.names import MTP_PREFIX, Naming
 from checkpoint_tools.table.transforms import LazyTensor, common_dtype, same_bits
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import CheckpointError, ConfigError
 
 _NOT_COMPUTED_WITH = {
@@ -216,6 +217,7 @@ def _compare_models(
             x, y = getattr(a, one.name), getattr(b, one.name)
             if one.name not in _NOT_COMPUTED_WITH and x != y:
                 differences.append(f"{one.name}: {_shown(x)} / {_shown(y)}")
+        differences += _towers(*(config for config in configs if config is not None))
     has_mtp = [any(name.startswith(MTP_PREFIX) for name in given) for _, _, given in sides]
     for (side, path, _), config, there in zip(sides, configs, has_mtp, strict=True):
         if is_hf_folder(path):
@@ -225,6 +227,27 @@ def _compare_models(
     if has_mtp[0] != has_mtp[1]:
         notes.append(f"{'B' if has_mtp[0] else 'A'} has no MTP layer")
     return differences, notes
+
+
+def _towers(a: Qwen35Config, b: Qwen35Config) -> Iterator[str]:
+    """Keys of two vision-language configs around the text model that change what is computed. A
+    text model has none of them, and its missing tensors say so."""
+    if not (a.is_vision_language and b.is_vision_language):
+        return
+    x, y = (_read_tower(config) for config in (a, b))
+    for name in sorted(x.keys() | y.keys()):
+        if x.get(name) != y.get(name):
+            yield f"vision {name}: {_shown(x.get(name))} / {_shown(y.get(name))}"
+
+
+def _read_tower(config: Qwen35Config) -> dict[str, Any]:
+    """What a tower is computed with; of one that this package cannot compute, all that is said."""
+    try:
+        read = dict(vars(VisionConfig.of(config)))
+    except ConfigError:
+        return {"config": config.carried_outer.get("vision_config")}
+    read.pop("initializer_range")
+    return read
 
 
 def _config(path: Path) -> Qwen35Config | None:

@@ -24,6 +24,7 @@ from checkpoint_tools.table.row import Row
 from checkpoint_tools.table.transforms import same_bits
 from checkpoint_tools.table.vision import VISION_PREFIX
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import CheckpointError
 
 _CONVERTIBLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,6 +75,12 @@ def plan_import(
     hf = HFCheckpoint(folder)
     refuse_foreign(hf.tensors)
     config = Qwen35Config.from_hf(folder)
+    if vision and not config.is_vision_language:
+        raise CheckpointError(
+            "the model has no vision tower that could be converted",
+            got=f"--vision, model_type {config.model_type}",
+            fix="drop --vision, or name a vision-language folder",
+        )
     carried = {
         name for name in hf.tensors if any(fnmatchcase(name, p) for p in (*carry, _COMPUTED))
     }
@@ -187,11 +194,16 @@ def _check_carry(given: Collection[str], carry: Sequence[str], table: list[Row])
 
 
 def _refuse_too_many(config: Qwen35Config, unknown: list[str]) -> None:
-    """Refuse layers and experts beyond the config's, and experts that are stored in both ways."""
-    for pattern, count, key in (
+    """Refuse layers, experts and blocks of the tower beyond the config's, and experts that are
+    stored in both ways."""
+    limits = [
         (r"(?:^|\.)layers\.(\d+)\.", config.num_hidden_layers, "num_hidden_layers"),
         (r"\.experts\.(\d+)\.", config.num_experts, "num_experts"),
-    ):
+    ]
+    if config.is_vision_language and any(name.startswith(VISION_PREFIX) for name in unknown):
+        depth = VisionConfig.of(config).depth  # the tower is converted, otherwise it is carried
+        limits.append((r"\.visual\.blocks\.(\d+)\.", depth, "vision_config.depth"))
+    for pattern, count, key in limits:
         beyond = [n for n in unknown if (m := re.search(pattern, n)) and int(m[1]) >= (count or 0)]
         if beyond:
             raise CheckpointError(

@@ -11,18 +11,28 @@ import torch
 
 from checkpoint_tools.mcore.read import MegatronCheckpoint
 from checkpoint_tools.table.names import hf_to_mcore
+from qwen35_mcore.config.counts import vision_parameters
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 from tests.conversion import cases
 from tests.conversion.test_roundtrip import assert_same_folder
 from tests.conversion.test_same_model import assert_same, reference_logits, tokens_for
 from tests.helpers.ckpt_cli import ckpt, ok, refused
 from tests.helpers.distributed import WorkerPool
-from tests.helpers.hf_toy import edit_config, read_all, rewrite, toy_hf_config, write_toy
+from tests.helpers.hf_reference import load_pretrained
+from tests.helpers.hf_toy import (
+    VISION,
+    edit_config,
+    read_all,
+    rewrite,
+    toy_hf_config,
+    write_toy,
+)
 from tests.helpers.kinds import kinds
 from tests.helpers.mcore_toy import write_training_checkpoint
 from tests.helpers.training import Layout
 
-CLASSES = ("qwen3_5", "qwen3_5_moe")
+CLASSES = ("qwen3_5", "qwen3_5_moe", "qwen3_5_moe-packed")
 
 
 @pytest.mark.parametrize("kind", kinds(CLASSES, ("qwen3_5_moe",)))
@@ -36,9 +46,12 @@ def test_import_with_the_tower_then_export_gives_the_folder_back(
     tower = [name for name in read_all(source) if name.startswith("model.visual.")]
     facts = json.loads(ok(ckpt("inspect", run, "--json")).out)
     assert facts["vision_tensors"] == len(tower) > 0
+    counted = vision_parameters(VisionConfig.of(toy_hf_config(kind.removesuffix("-packed"))))
+    assert facts["vision_parameters"] == counted
     ok(ckpt("export", run, tmp_path / "hf"))
     assert_same_folder(source, tmp_path / "hf")
     ok(ckpt("verify", source, run))
+    ok(ckpt("verify", tmp_path / "hf", source))
 
 
 @pytest.mark.parametrize("layout", [Layout(vision=True), Layout(vision=True, tp=2, ep=2)])
@@ -88,6 +101,68 @@ def test_a_tower_that_trained_is_exported(
         after = read_all(tmp_path / name)
         assert after.keys() == trained.keys()
         assert all(torch.equal(after[name], trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize("kind", kinds(CLASSES[:2], ("qwen3_5_moe",)))
+def test_a_run_that_never_saw_an_import_exports_its_tower(
+    toys: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Every tensor, under the names of the vision-language class; and back without a difference."""
+    config, tensors = toy_hf_config(kind), read_all(toys[kind])
+    run = write_training_checkpoint(
+        tmp_path / "run", hf_to_mcore(config, tensors, vision=True), config
+    )
+    ok(ckpt("export", run, tmp_path / "hf"))
+    exported = read_all(tmp_path / "hf")
+    tower = {name: tensor for name, tensor in tensors.items() if ".visual." in name}
+    assert all(torch.equal(exported[name], tower[name]) for name in tower)
+    assert Qwen35Config.from_hf(tmp_path / "hf").carried_outer["vision_config"] == VISION
+    ok(ckpt("import", tmp_path / "hf", tmp_path / "again", "--vision"))
+    ok(ckpt("verify", tmp_path / "hf", tmp_path / "again"))
+    ok(ckpt("verify", tmp_path / "hf", run))
+
+
+@pytest.fixture(scope="module")
+def trained(toys: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that trained a tower and carried nothing."""
+    config = toy_hf_config("qwen3_5")
+    tensors = hf_to_mcore(config, read_all(toys["qwen3_5"]), vision=True)
+    return write_training_checkpoint(tmp_path_factory.mktemp("trained") / "run", tensors, config)
+
+
+def test_a_tower_that_trained_is_not_exported_as_text(
+    toys: dict[str, Path], trained: Path, tmp_path: Path
+) -> None:
+    hf = tmp_path / "hf"
+    says = ("holds a vision tower", "vision-language folder with --reference")
+    refused(ckpt("export", trained, hf, "--reference", toys["qwen3_5_text"]), *says)
+    ok(ckpt("export", trained, hf, "--reference", toys["qwen3_5"]))  # what it says to do
+    load_pretrained(hf, text_only=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "mentions"),
+    [
+        ({"vision_config": VISION | {"num_heads": 4}}, ("num_heads 4", "num_heads 2")),
+        ({"image_token_id": 7}, ("image_token_id 7", "image_token_id 5")),
+    ],
+    ids=("heads", "token"),
+)
+def test_a_tower_is_of_what_it_trained_with(
+    copy_of: Any, trained: Path, tmp_path: Path, change: dict[str, Any], mentions: tuple[str, ...]
+) -> None:
+    """No shape says either, and heads decide which rows are queries: export refuses another
+    config, and verify calls it a difference."""
+    source = copy_of("qwen3_5")
+    edit_config(source, **change)
+    says = ("another vision tower", "--reference", *mentions)
+    refused(ckpt("export", trained, tmp_path / "out", "--reference", source), *says)
+    edit_config(source, vision_config=VISION | {"initializer_range": 0.1}, image_token_id=5)
+    ok(ckpt("export", trained, tmp_path / "out", "--reference", source))
+    edit_config(source, **change)
+    compared = json.loads(ckpt("verify", source, tmp_path / "out", "--json").out)
+    assert not compared["equal"]
+    assert [one.split(":")[0] for one in compared["config"]] == [f"vision {mentions[0].split()[0]}"]
 
 
 def test_a_run_of_text_alone_from_an_import_with_the_tower(
@@ -156,7 +231,8 @@ def test_where_a_tensor_of_the_tower_goes(toys: dict[str, Path], tmp_path: Path)
 
 def test_what_has_no_tower_to_convert_is_refused(toys: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "m"
-    refused(ckpt("import", toys["qwen3_5_text"], run, "--vision"), "has no vision tower")
+    says = ("has no vision tower", "drop --vision")
+    refused(ckpt("import", toys["qwen3_5_text"], run, "--vision"), *says)
     refused(ckpt("import", toys["qwen3_5"], run, "--vision", "--layout", "mcore"), "drop --vision")
     assert not run.exists()
 
@@ -166,13 +242,20 @@ def test_a_config_that_contradicts_the_tensors_is_refused(copy_of: Any, tmp_path
     vision = json.loads((source / "config.json").read_text())["vision_config"]
     for change, mentions in (
         ({"depth": 3}, ("blocks.2", "missing")),
-        ({"depth": 1}, ("blocks.1", "unknown")),
+        ({"depth": 1}, ("blocks.1", "beyond config.json's vision_config.depth")),
+        ({"hidden_size": 40}, ("patch_embed.proj", "another shape")),
         ({"intermediate_size": 52}, ("mlp.linear_fc1", "another shape")),
+        ({"patch_size": 8}, ("patch_embed.proj", "another shape")),
+        ({"num_position_embeddings": 25}, ("pos_embed", "another shape")),
+        ({"spatial_merge_size": 1}, ("merger.linear_fc1", "another shape")),
+        ({"deepstack_visual_indexes": [1]}, ("deepstack_visual_indexes", "does not have")),
         ({"out_hidden_size": 32}, ("out_hidden_size", "hidden_size")),
         ({"window_size": 7}, ("unknown key", "window_size")),
     ):
         edit_config(source, vision_config=vision | change)
         refused(ckpt("import", source, tmp_path / "m", "--vision"), *mentions)
+        facts = json.loads(ok(ckpt("inspect", source, "--json")).out)
+        assert all(mention in facts["notes"][0] for mention in mentions)
     ok(ckpt("import", source, tmp_path / "m"))  # carried unread
 
 
@@ -182,3 +265,8 @@ def test_a_tower_with_too_many_tensors_is_refused(copy_of: Any, tmp_path: Path) 
     extra = {"model.visual.deepstack_merger_list.0.norm.weight": torch.zeros(2)}
     rewrite(source, lambda tensors: tensors | extra)
     refused(ckpt("import", source, tmp_path / "m", "--vision"), "deepstack_merger_list")
+    rewrite(source, lambda tensors: {k: v for k, v in tensors.items() if k not in extra})
+    for token in (5, 6, 10**6):
+        edit_config(source, image_token_id=token, video_token_id=6)
+        outcome = ckpt("import", source, tmp_path / "m", "--vision")
+        refused(outcome, "token_id") if token != 5 else ok(outcome)

@@ -195,6 +195,24 @@ def plan(
         ),
     ] = None,
     seq_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="Train the vision tower too; with --image-patches.")
+    ] = False,
+    image_patches: Annotated[
+        int | None,
+        typer.Option(min=1, help="Patches of an image: 1,024 of 512 x 512 pixels."),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images of a sequence. Default: 1.")
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART",
+            help="Do not train this part: language, vision (the tower without its merger) or "
+            "merger. May be repeated.",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -265,6 +283,13 @@ def plan(
         as_json=as_json, emit=emit, overwrite=overwrite, dry_run=dry_run, picture=picture
     )
     output.check()
+    if vision and image_patches is None:
+        raise typer.BadParameter("--vision needs it", param_hint="--image-patches")
+    if not vision and (image_patches or images or freeze):
+        raise typer.BadParameter(
+            "images and frozen parts are of a run that trains the vision tower",
+            param_hint="--vision",
+        )
     job = command.make_job(
         flavor=flavor,
         hf_config=hf_config,
@@ -275,6 +300,9 @@ def plan(
         calibration=calibration,
         gpus_per_node=gpus_per_node,
         headroom_gib=command.DEFAULT_HEADROOM_GIB if headroom is None else headroom,
+        vision={"patches": image_patches, "per_sequence": images or 1, "frozen": freeze or ()}
+        if vision
+        else None,
     )
     sizes = {
         "tp": tp,

@@ -172,13 +172,20 @@ def mtp_parameters(model_config: Qwen35Config) -> int:
 
 
 def vision_parameters(vision: VisionConfig) -> int:
-    """The tower: patch embedding, learned positions, blocks (two LayerNorms, attention, MLP, all
-    with biases), and the merger."""
+    """The tower and its merger."""
+    return sum(vision_parts(vision).values())
+
+
+def vision_parts(vision: VisionConfig, tp: int = 1) -> dict[str, int]:
+    """The tower (patch embedding, learned positions, and blocks: two LayerNorms, attention, MLP,
+    all with biases) and its merger, on each of ``tp`` tensor-parallel ranks. These split the heads
+    and both inner widths, and hold embedding, norms and the biases of summed outputs whole."""
     h, ffn, merged = vision.hidden_size, vision.intermediate_size, vision.merged_width
     embedding = h * (vision.patch_values + 1 + vision.num_position_embeddings)
-    block = 4 * h + (h + 1) * 3 * h + (h + 1) * h + (h + 1) * ffn + (ffn + 1) * h
-    merger = 2 * h + (merged + 1) * (merged + vision.out_hidden_size)
-    return embedding + vision.depth * block + merger
+    block = 6 * h + ((h + 1) * 3 * h + h * h + (h + 1) * ffn + ffn * h) // tp
+    inner = (merged + 1) * merged + merged * vision.out_hidden_size
+    merger = 2 * h + vision.out_hidden_size + inner // tp
+    return {"vision": embedding + vision.depth * block, "merger": merger}
 
 
 def _everywhere(parameters: int) -> Count:

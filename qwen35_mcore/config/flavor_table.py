@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen35_mcore.config.counts import count_parameters
-from qwen35_mcore.config.flavors import FLAVORS, flavor_name
+from qwen35_mcore.config.counts import count_parameters, vision_parameters
+from qwen35_mcore.config.flavors import FLAVORS, VISION_FLAVORS, flavor_name, vision_flavor
+from qwen35_mcore.config.vision import VisionConfig
 
 
 def flavor_rows(name: str | None = None) -> list[dict[str, Any]]:
@@ -32,11 +33,19 @@ def _row(name: str) -> dict[str, Any]:
         "yarn_factor": model_config.yarn.factor if model_config.yarn else None,
         "total": counts.total,
         "active": counts.active,
+        "vision": _tower(name),
         "components": {
             part: {"total": count.total, "active": count.active}
             for part, count in counts.by_component().items()
         },
     }
+
+
+def _tower(name: str) -> int | None:
+    """Parameters of the vision tower that a size was published with."""
+    if name not in VISION_FLAVORS:
+        return None
+    return vision_parameters(VisionConfig.of(vision_flavor(name)))
 
 
 def print_flavors(rows: list[dict[str, Any]]) -> None:
@@ -50,6 +59,8 @@ def print_flavors(rows: list[dict[str, Any]]) -> None:
         for row in rows
         if row["yarn_factor"]
     ]
+    if towers := [f"{row['name']} {_short(row['vision'])}" for row in rows if row["vision"]]:
+        notes.append(f"vision tower with its merger, besides: {', '.join(towers)}")
     table = Table(caption="\n".join(notes), caption_justify="left")
     table.add_column("flavor", no_wrap=True, min_width=10)
     for header in ("layers", "hidden", "heads/kv", "experts/top-k", "total", "active"):

@@ -1,7 +1,8 @@
 """The published sizes as data, and two that train on a CPU in seconds.
 
-Flavors are text-only configs: what a published checkpoint adds (vision tower, token ids) comes from
-its own config.json through `Qwen35Config.from_hf`.
+Flavors are text-only configs. What a published checkpoint has around the text model (vision tower,
+token ids) is in its own config.json, which `Qwen35Config.from_hf` reads; `vision_flavor` has the
+part of it that the tower is computed with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from qwen35_mcore.config.hf_keys import QWEN3_5
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
+from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import ConfigError
 
 _ROPE = RopeParameters(rope_theta=10_000_000.0, mrope_section=(11, 11, 10))
@@ -82,6 +84,21 @@ _397B_LONG = replace(
     ),
 )
 
+_TOKENS = {
+    "image_token_id": 248056,
+    "video_token_id": 248057,
+    "vision_start_token_id": 248053,
+    "vision_end_token_id": 248054,
+}
+_NOT_NESTED = {*_TOKENS, "rope_theta"}  # keys beside vision_config, and one of its default
+_TOWER = VisionConfig(out_hidden_size=4096)
+_TOWERS = {
+    "0.8b": replace(_TOWER, depth=12, hidden_size=768, intermediate_size=3072, num_heads=12),
+    "2b": replace(_TOWER, depth=24, hidden_size=1024, intermediate_size=4096),
+    "4b": replace(_TOWER, depth=24, hidden_size=1024, intermediate_size=4096),
+}
+"""The towers that are smaller than that of every other published size."""
+
 # A vocabulary of 512 holds the 256 bytes and an end-of-document token, and TP up to 4 divides it.
 # Three GDN layers and one attention layer are one period of the published pattern.
 _TINY_DENSE = Qwen35Config(
@@ -130,13 +147,16 @@ FLAVORS: Mapping[str, Qwen35Config] = MappingProxyType(
 )
 """Every flavor by its canonical name, smallest first."""
 
+VISION_FLAVORS = tuple(
+    name
+    for name, config in FLAVORS.items()
+    if config.family is QWEN3_5 and not name.startswith("tiny")
+)
+"""Those that are published with a vision tower."""
+
 # the tiny flavors exist here only, never on the Hub
 _HUB_NAMES = {
-    r"(?:qwen/)?qwen3\.5-(.+?)(?:-base)?": tuple(
-        name
-        for name, config in FLAVORS.items()
-        if config.family is QWEN3_5 and not name.startswith("tiny")
-    ),
+    r"(?:qwen/)?qwen3\.5-(.+?)(?:-base)?": VISION_FLAVORS,
     r"(?:qwen/)?qwen3\.6-(.+?)(?:-base)?": ("35b-a3b",),
     r"(?:qwen/)?qwen3-next-(.+?)(?:-instruct|-thinking)?": ("80b-a3b",),
 }
@@ -176,3 +196,24 @@ def get_flavor(name: str, **changes: Any) -> Qwen35Config:
         ConfigError: no such flavor, or an impossible value.
     """
     return FLAVORS[flavor_name(name)].changed(**changes)
+
+
+def vision_flavor(name: str) -> Qwen35Config:
+    """The vision-language model that a flavor was published as; `name` as `get_flavor` takes it.
+
+    Raises:
+        ConfigError: no such flavor, or one without a vision tower.
+    """
+    name = flavor_name(name)
+    if name not in VISION_FLAVORS:
+        raise ConfigError(
+            "the flavor has no vision tower", got=name, allowed=", ".join(VISION_FLAVORS)
+        )
+    text = FLAVORS[name]
+    tower = vars(replace(_TOWERS.get(name, _TOWER), out_hidden_size=text.hidden_size))
+    vision_config = {key: value for key, value in tower.items() if key not in _NOT_NESTED}
+    return replace(
+        text,
+        model_type=text.model_type.removesuffix("_text"),
+        carried_outer={"vision_config": vision_config, **_TOKENS},
+    )

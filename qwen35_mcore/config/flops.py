@@ -106,7 +106,17 @@ def training_flops(
     squared_lengths: int | None = None,
     *,
     seq_length: int = 0,
+    grids: Iterable[Grid] = (),
 ) -> int:
-    """Operations of one training step (forward and backward); arguments as `forward_flops`."""
-    forward = forward_flops(model_config, tokens, squared_lengths, seq_length=seq_length)
-    return BACKWARD_AND_FORWARD * forward.total
+    """Operations of one training step (forward and backward); arguments as `forward_flops`.
+
+    Args:
+        grids: of the images and videos that the vision tower reads.
+
+    Raises:
+        ConfigError: there are images and the model has no vision tower.
+    """
+    forward = forward_flops(model_config, tokens, squared_lengths, seq_length=seq_length).total
+    if images := list(grids):
+        forward += vision_flops(VisionConfig.of(model_config), images)
+    return BACKWARD_AND_FORWARD * forward

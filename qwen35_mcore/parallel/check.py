@@ -4,6 +4,7 @@ time costs a cluster allocation each."""
 from __future__ import annotations
 
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.rules import RULES, Case, Violation
@@ -18,6 +19,7 @@ def check_layout(
     micro_batch_size: int | None = None,
     global_batch_size: int | None = None,
     fp8: bool = False,
+    vision: VisionConfig | None = None,
 ) -> list[Violation]:
     """Everything that keeps `model_config` from running under `layout`; empty when nothing does.
 
@@ -27,6 +29,7 @@ def check_layout(
         micro_batch_size: sequences per forward pass and data parallel rank.
         global_batch_size: sequences per optimizer step.
         fp8: whether matrix products run in FP8.
+        vision: the vision tower of a run that trains it.
     """
     case = Case(
         model_config=model_config,
@@ -36,6 +39,7 @@ def check_layout(
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         fp8=fp8,
+        vision=vision,
     )
     return [violation for rule in RULES for violation in rule(case)]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import parse_pipeline_layout, stage_problems
@@ -51,6 +52,7 @@ class Case:
     micro_batch_size: int | None
     global_batch_size: int | None
     fp8: bool
+    vision: VisionConfig | None = None
 
     @property
     def world(self) -> int | None:
@@ -310,6 +312,32 @@ def fp8_widths(case: Case) -> Iterator[Violation]:
             )
 
 
+def vision_tower(case: Case) -> Iterator[Violation]:
+    """TP splits the tower's blocks and merger, and its outputs stay on the first pipeline stage."""
+    if case.vision is None:
+        return
+    tp, pp, mtp = case.layout.tp, case.layout.pp, case.model_config.mtp_num_hidden_layers
+    for name in ("num_heads", "intermediate_size", "merged_width"):
+        size = getattr(case.vision, name)
+        if size % tp:
+            yield Violation(
+                rule=f"tp divides the vision tower's {name}",
+                reason="every TP rank holds the same part of it",
+                value=f"tp {tp}, {name} {size}",
+                allowed=f"tp {_list(_divisors(size))}",
+                fix="lower tp",
+            )
+    if pp > 1 and mtp:
+        yield Violation(
+            rule="images with MTP need pp 1",
+            reason="MTP embeds the images that follow, on the last stage, and the tower's outputs "
+            "stay on the first",
+            value=f"pp {pp}, mtp_num_hidden_layers {mtp}",
+            allowed="pp 1, or no MTP",
+            fix="set pp to 1, or mtp_num_hidden_layers to 0",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     tensor_parallel,
     kv_heads,
@@ -320,6 +348,7 @@ RULES: tuple[Rule, ...] = (
     pipeline,
     batch,
     fp8_widths,
+    vision_tower,
 )
 
 

@@ -126,6 +126,15 @@ def feed_forward(batch: Microbatch) -> Kept:
     return moe(batch) if batch.model_config.is_moe else mlp(batch)
 
 
+def tower(batch: Microbatch) -> Kept:
+    """The vision tower of a run that trains it."""
+    if batch.images is None:
+        return Kept(0.0)
+    recomputed = batch.candidate.recompute == "full"
+    saved, transient = batch.images.kept_bytes(batch.candidate.tp, recomputed=recomputed)
+    return Kept(batch.patches * saved, batch.patches * transient)
+
+
 def mtp(batch: Microbatch) -> Kept:
     """An MTP layer: an attention layer, two norms and their concatenation, the final norm."""
     joining = batch.model_config.hidden_size * (2 * (2 + 2) + 2 * _linear_input(batch) + 2)

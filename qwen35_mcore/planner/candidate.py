@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from qwen35_mcore.config.images import Images
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.planner.calibration.rows import Calibration
@@ -25,6 +26,8 @@ class Job:
     global_batch_size: int
     """Sequences per optimizer step."""
     calibration: Calibration
+    images: Images | None = None
+    """Of a run that trains the vision tower."""
     headroom_bytes: int = 0
     """Memory of each GPU that a plan leaves free."""
     model_name: str = ""
@@ -111,11 +114,18 @@ class Microbatch:
     model_config: Qwen35Config
     candidate: Candidate
     seq_length: int
+    images: Images | None = None
 
     @cached_property
     def tokens(self) -> int:
         """Tokens inside tensor parallel regions: the rank's part of the sequence, all of TP."""
         return self.candidate.micro_batch_size * self.seq_length // self.candidate.cp
+
+    @cached_property
+    def patches(self) -> int:
+        """Of images, of which every rank of TP and CP sees all."""
+        assert self.images is not None
+        return self.candidate.micro_batch_size * self.images.patches_of_a_sequence
 
     @cached_property
     def own_tokens(self) -> int:

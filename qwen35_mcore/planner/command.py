@@ -9,8 +9,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from qwen35_mcore.config.flavors import flavor_name, get_flavor
+from qwen35_mcore.config.flavors import flavor_name, get_flavor, vision_flavor
+from qwen35_mcore.config.images import Images
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner import report
@@ -68,21 +70,30 @@ def make_job(
     calibration: Path | None,
     gpus_per_node: int | None = None,
     headroom_gib: float = DEFAULT_HEADROOM_GIB,
+    vision: Mapping[str, Any] | None = None,
 ) -> Job:
-    """The job that the command line describes, its sizes positive. Raises PlanError for not exactly
-    one model, an unknown GPU, nodes that the GPUs do not fill, or more headroom than memory, and
-    ConfigError for an unknown flavor or a config that cannot be read."""
+    """The job that the command line describes, its sizes positive; ``vision``: further arguments of
+    `Images.of`. Raises PlanError for not exactly one model, an unknown GPU, nodes that the GPUs do
+    not fill, or more headroom than memory, and ConfigError for an unknown flavor, a config that
+    cannot be read, or images that the model cannot train on."""
     if (flavor is None) == (hf_config is None):
         got, fix = f"--flavor {flavor} --hf-config {hf_config}", "`qwen35 flavors` lists the names"
         allowed = "--flavor NAME, or --hf-config PATH of a config.json"
         raise PlanError("a plan needs exactly one model", got=got, allowed=allowed, fix=fix)
     if flavor:
         name = flavor_name(flavor)
-        model_config, model_flags = get_flavor(name), ("--flavor", name)
+        model_config = (get_flavor if vision is None else vision_flavor)(name)
+        model_flags: tuple[str, ...] = ("--flavor", name)
     else:
         name = str(hf_config)
         model_config = Qwen35Config.from_hf(name)
         model_flags = ("--hf-config", os.path.abspath(name))  # the plan is run from anywhere
+    images = Images.of(model_config, seq_length=seq_length, **vision) if vision else None
+    if images is not None:
+        model_flags += (
+            "--vision",
+            *(["--freeze", *sorted(images.frozen)] if images.frozen else []),
+        )
     kind = _in_nodes(get_gpu(gpu), gpus, gpus_per_node)
     memory = kind.memory_bytes / GIB
     if not 0 <= headroom_gib < memory:
@@ -90,15 +101,15 @@ def make_job(
         allowed = f"0 to {memory:.1f}, less what a plan needs"
         fix = f"leave it out for {DEFAULT_HEADROOM_GIB:g} GiB"
         raise PlanError("--headroom leaves no memory", got=got, allowed=allowed, fix=fix)
+    rows = read_calibration(calibration) if calibration else default_calibration(kind.name)
     return Job(
         model_config=model_config,
         gpu=kind,
         gpus=gpus,
         seq_length=seq_length,
         global_batch_size=global_batch_size,
-        calibration=read_calibration(calibration)
-        if calibration
-        else default_calibration(kind.name),
+        calibration=rows,
+        images=images,
         headroom_bytes=int(headroom_gib * GIB),
         model_name=name,
         model_flags=model_flags,

@@ -11,12 +11,12 @@ from functools import lru_cache
 from math import log
 
 from qwen35_mcore.config.flops import attention_layer_flops, gdn_layer_flops
+from qwen35_mcore.parallel.parameters import Parameters, feed_forward_parameters, mixer_parameters
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.activations import Kept
 from qwen35_mcore.planner.calibration.rows import Calibration, LayerRow, default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Microbatch
 from qwen35_mcore.planner.hardware import Gpu, get_gpu
-from qwen35_mcore.planner.memory import Parameters, feed_forward_parameters, mixer_parameters
 
 Pair = tuple[float, float]
 ASSUMED_EFFICIENCY = 0.7
@@ -60,8 +60,8 @@ class Work:
 
 
 def work(part: str, batch: Microbatch) -> Work:
-    """Work on one rank of one of `calibration.rows.PARTS`, of the embedding, or of the joining of
-    MTP to the model."""
+    """Work on one rank of one of `calibration.rows.PARTS`, of the embedding, of the vision tower,
+    or of the joining of MTP to the model."""
     config, candidate, tokens = batch.model_config, batch.candidate, batch.tokens
     hidden, tp = config.hidden_size, candidate.tp
     losses, table = 1 + config.mtp_num_hidden_layers, config.vocab_size * hidden / tp
@@ -83,6 +83,11 @@ def work(part: str, batch: Microbatch) -> Work:
         case "joining":  # a projection of two concatenated rows to one
             weights = Parameters(dense=2 * hidden**2 / tp)
             return _layer(2 * tokens * weights.dense, Kept(batch.own_tokens * 4 * hidden), weights)
+        case "vision":
+            assert batch.images is not None
+            weights = Parameters(dense=sum(batch.images.parameters(tp).values()))
+            flops = candidate.micro_batch_size * batch.images.flops / tp
+            return _layer(flops, activations.tower(batch), weights)
         case "embedding":  # backward a gradient of the whole table, mostly zeros
             rows = 2 * 2 * tokens * hidden
             return Work(0.0, rows, rows, table)
@@ -111,16 +116,19 @@ def _moe(batch: Microbatch) -> Work:
 
 
 def precision_of(part: str, batch: Microbatch) -> str:
-    """What a part's products run in: megatron keeps embedding and output layer out of FP8."""
-    return "bf16" if part in ("output", "embedding") else batch.candidate.precision
+    """What a part's products run in: embedding, vision tower and output layer stay out of FP8."""
+    return "bf16" if part in ("output", "embedding", "vision") else batch.candidate.precision
 
 
 def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) -> Pair:
     """Forward and backward seconds of one part on one rank."""
     precision, todo = precision_of(part, batch), work(part, batch)
     forward, backward = todo.ideal_s(gpu, precision)
-    if part in ("embedding", "joining"):
-        return forward / ASSUMED_EFFICIENCY, backward / ASSUMED_EFFICIENCY
+    if part in ("embedding", "joining", "vision"):
+        blocks = batch.images.vision.depth if part == "vision" and batch.images else 0
+        launches = blocks * (LAUNCH_S["attention"] + LAUNCH_S["mlp"])
+        forward, backward = forward / ASSUMED_EFFICIENCY, backward / ASSUMED_EFFICIENCY
+        return max(forward, launches / 3), max(backward, launches * 2 / 3)
     found = measured(part, batch, calibration)
     if found is None:
         in_bf16 = replace(batch, candidate=replace(batch.candidate, precision="bf16"))

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.parallel.parameters import Parameters, part_parameters
 from qwen35_mcore.planner import activations, cost, memory
 from qwen35_mcore.planner.activations import Kept
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import Group, all_to_all, gather, groups_of, send
 from qwen35_mcore.planner.hardware import Gpu
-from qwen35_mcore.planner.memory import Parameters
 from qwen35_mcore.planner.stages import Chain, Unit
 
 
@@ -52,7 +52,7 @@ def holds_parameters(job: Job, candidate: Candidate) -> bool:
     """Whether all ranks together have room for weights, gradients and optimizer state."""
     held = 0.0
     for kind, times in Counter(kinds_of(job.model_config)).items():
-        parameters = memory.part_parameters(job.model_config, candidate, kind)
+        parameters = part_parameters(job.model_config, candidate, kind, job.images)
         held += times * sum(memory.static_bytes(parameters, job, candidate))
     room = job.usable_bytes - memory.overhead_bytes(job.gpu, job.gpus)
     return held <= candidate.pp * room
@@ -96,12 +96,12 @@ class Model:
 @lru_cache(maxsize=16384)
 def _part(job: Job, candidate: Candidate, kind: str) -> Part:
     """A part, which depends on ``pp`` only in whether there is a pipeline: candidates share it."""
-    batch = Microbatch(job.model_config, candidate, job.seq_length)
+    batch = Microbatch(job.model_config, candidate, job.seq_length, job.images)
     terms = tuple(_terms(job, batch, kind))
     if candidate.recompute == "full" and kind not in "EL":
         terms += tuple(Term(name, 0.0, forward_s) for name, forward_s, _ in terms)
     return Part(
-        parameters=memory.part_parameters(job.model_config, candidate, kind),
+        parameters=part_parameters(job.model_config, candidate, kind, job.images),
         kept=memory.kept(batch, kind),
         terms=terms,
         forward_s=sum(term.forward_s for term in terms),
@@ -111,7 +111,7 @@ def _part(job: Job, candidate: Candidate, kind: str) -> Part:
 
 @lru_cache(maxsize=16384)
 def _compute(job: Job, candidate: Candidate, part: str) -> Term:
-    batch = Microbatch(job.model_config, candidate, job.seq_length)
+    batch = Microbatch(job.model_config, candidate, job.seq_length, job.images)
     return Term("compute", *cost.seconds(part, batch, job.gpu, job.calibration))
 
 
@@ -128,6 +128,14 @@ def _terms(job: Job, batch: Microbatch, kind: str) -> Iterator[Term]:
         yield compute("embedding" if kind == "E" else "output")
         times = 1 if kind == "E" else losses
         yield Term("tp", times * each, times * each)
+        if kind == "E" and job.images:
+            # two sums a block, each way, of what the ranks of TP computed
+            size = 2 * batch.patches * job.images.vision.hidden_size
+            sums = 4 * job.images.vision.depth * gather(size, groups["tp"], gpu)
+            for name, forward_s, backward_s in (compute("vision"), Term("tp", sums, sums)):
+                again = forward_s if candidate.recompute == "full" else 0.0
+                trained = again + backward_s if job.images.trains_blocks else 0.0
+                yield Term(name, forward_s, trained)
         return
     yield compute("gdn" if kind == "g" else "attention")
     yield compute("moe" if config.is_moe else "mlp")

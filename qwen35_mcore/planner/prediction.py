@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from qwen35_mcore.config.flops import training_flops
+from qwen35_mcore.config.flops import BACKWARD_AND_FORWARD, training_flops
+from qwen35_mcore.parallel.parameters import Parameters
 from qwen35_mcore.parallel.stages import write_pipeline_layout
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.communication import Group, gather
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
 from qwen35_mcore.planner.layers import Model, Part
-from qwen35_mcore.planner.memory import GRADIENT, WEIGHT, Parameters, own_share, static_bytes
+from qwen35_mcore.planner.memory import GRADIENT, WEIGHT, own_share, static_bytes
 from qwen35_mcore.planner.schedule import Shape, Simulation
 from qwen35_mcore.planner.stages import Cuts, Splits
 
@@ -109,6 +110,7 @@ class Prediction:
         """Megatron's convention (see `config.flops`), recomputation not counted."""
         length = self.job.seq_length
         flops = training_flops(self.job.model_config, length, seq_length=length)
+        flops += BACKWARD_AND_FORWARD * self.job.images.flops if self.job.images else 0
         return self.tokens_per_gpu_s * flops / length
 
     @property
@@ -192,7 +194,7 @@ class Prediction:
     def _optimizer_s(self, rank: int) -> float:
         parameters = self.rank_parameters(rank)
         moved = _OPTIMIZER_TRAFFIC * own_share(parameters, self.job, self.candidate)
-        zeroed = GRADIENT * parameters.count
+        zeroed = GRADIENT * parameters.trained
         return (moved + zeroed) / self.job.gpu.bytes_per_s / ASSUMED_EFFICIENCY
 
 

@@ -23,11 +23,13 @@ _PREDICTED = (
 def not_covered(job: Job, candidate: Candidate) -> tuple[list[str], dict[str, list[str]]]:
     """The parts of a layout's model that a calibration does not have, and those with more work than
     the largest measured case of the nearest width, by that case."""
-    config, batch = job.model_config, Microbatch(job.model_config, candidate, job.seq_length)
+    config = job.model_config
+    batch = Microbatch(config, candidate, job.seq_length, job.images)
     parts = ["gdn"] if config.num_gdn_layers else []
     parts += ["attention"] if config.num_attention_layers else []
     parts += ["moe" if config.is_moe else "mlp"]
     parts += ["mtp"] if config.mtp_num_hidden_layers else []
+    parts += ["vision"] if job.images else []
     missing, beyond = list[str](), dict[str, list[str]]()
     for part in [*parts, "output", "embedding"]:
         precision = precision_of(part, batch)
@@ -50,6 +52,7 @@ def job_data(job: Job, candidate: Candidate) -> dict[str, Any]:
     not_measured, extrapolated = not_covered(job, candidate)
     return {
         "model": job.model_name,
+        **({"images": job.images.as_json()} if job.images else {}),
         "gpus": job.gpus,
         "gpu": job.gpu.name,
         "nodes": job.nodes,
@@ -148,6 +151,7 @@ def print_sources(job: Job, candidate: Candidate) -> None:
         f"Not measured in {candidate.precision}, taken at {ASSUMED_EFFICIENCY:.0%} of what the "
         f"card could do or from this package's figures: {', '.join(not_measured)}.": not_measured,
         f"Extrapolated: {'; '.join(cases)}.": extrapolated,
+        f"With the vision tower: {job.images}.": job.images,
         f"Measured on {measured_on}, carried over to {gpu.name}: what is above the launches by "
         "peak and bandwidth.": measured_on != gpu.name,
         f"{job.nodes} nodes of {each} GPUs{'' if each == usual else why}.": job.nodes > 1,

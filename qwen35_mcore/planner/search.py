@@ -148,6 +148,7 @@ def broken_rules(
         micro_batch_size=candidate.micro_batch_size,
         global_batch_size=job.global_batch_size,
         fp8=candidate.fp8,
+        vision=job.images.vision if job.images else None,
     )
     violations = [violation for violation in violations if violation.rule != EVEN_SPLIT_RULE]
     most = job.model_config.num_hidden_layers + 2

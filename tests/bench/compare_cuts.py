@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.parallel.parameters import mixer_parameters
 from qwen35_mcore.planner import memory
 from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job
@@ -34,7 +35,7 @@ def halves(model: Model, kind: str) -> tuple[Unit, Unit]:
         computes += term.name == "compute"
         seconds[0] += share * term.forward_s
         seconds[1] += share * term.backward_s
-    weights = memory.mixer_parameters(model.job.model_config, model.candidate, kind)
+    weights = mixer_parameters(model.job.model_config, model.candidate, kind)
     static = sum(memory.static_bytes(weights, model.job, model.candidate))
     mixer = Unit(*seconds, static, layer.unit.saved_bytes / 2)
     rest = [whole - part for whole, part in zip(layer.unit, mixer, strict=True)]

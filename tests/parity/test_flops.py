@@ -5,20 +5,26 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from megatron.training import training as megatron_training
 
-from qwen35_mcore.config.flavors import FLAVORS, get_flavor
+from qwen35_mcore.config.flavors import FLAVORS, VISION_FLAVORS, get_flavor, vision_flavor
 from qwen35_mcore.config.flops import (
     BACKWARD_AND_FORWARD,
     attention_layer_flops,
     gdn_layer_flops,
     training_flops,
+    vision_flops,
 )
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.model.transformer_config import architecture_arguments
+from tests.helpers.hf_reference import part_class
+from tests.helpers.kinds import kinds
 
 LENGTH, BATCH = 4096, 3
 TOKENS = LENGTH * BATCH
@@ -77,3 +83,37 @@ def test_megatron_cannot_count_a_pattern_with_mtp() -> None:
     kinds = (LayerKind.ATTENTION, LayerKind.GDN, LayerKind.GDN, LayerKind.ATTENTION)
     with pytest.raises(AssertionError, match="Invalid length of linear_attention_pattern"):
         megatron_flops(replace(get_flavor("tiny-moe"), layer_types=kinds))
+
+
+GRIDS = [(1, 32, 32), (1, 4, 6), (3, 8, 2)]
+"""Two images and a video of three frames."""
+
+
+def transformers_tower(config: Qwen35Config) -> Any:
+    """transformers' tower of a vision-language config, without memory."""
+    one = part_class(config, "VisionModel")
+    with torch.device("meta"):
+        return one(one.config_class(**config.carried_outer["vision_config"]))
+
+
+@pytest.mark.parametrize("flavor", kinds(VISION_FLAVORS, ("0.8b", "35b-a3b")))
+def test_the_towers_count_is_that_of_its_products(flavor: str) -> None:
+    """What torch counts in transformers' tower: matrix products and attention alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = vision_flavor(flavor)
+    tower = transformers_tower(config)
+    patches = sum(t * h * w for t, h, w in GRIDS)
+    with FlopCounterMode(display=False) as counter:
+        tower(torch.empty(patches, 3 * 2 * 16 * 16, device="meta"), grid_thw=torch.tensor(GRIDS))
+    assert vision_flops(VisionConfig.of(config), GRIDS) == counter.get_total_flops()
+
+
+def test_a_step_with_images_counts_both() -> None:
+    config = vision_flavor("0.8b")
+    tower = vision_flops(VisionConfig.of(config), GRIDS)
+    text, both = (
+        training_flops(config, TOKENS, seq_length=LENGTH, grids=grids) for grids in ([], GRIDS)
+    )
+    assert both - text == BACKWARD_AND_FORWARD * tower
+    assert text == training_flops(get_flavor("0.8b"), TOKENS, seq_length=LENGTH)

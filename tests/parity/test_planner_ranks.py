@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.images import Images
+from qwen35_mcore.parallel.parameters import Parameters, part_parameters
 from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.hardware import get_gpu
-from qwen35_mcore.planner.memory import Parameters
 from qwen35_mcore.planner.prediction import predict_split
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.training import Layout, build_chunks, config_for, initialize
+from tests.helpers.vision import vision_toy_config
 
 CASES = {
     "tp2 pp2 ep2": ("tiny-moe", Candidate(tp=2, pp=2, ep=2), "Ett|ttmL"),
@@ -65,3 +67,23 @@ def test_a_rank_holds_what_the_planner_says(case: str, pool: WorkerPool) -> None
     if candidate.tp == 1:
         ranks = map(prediction.rank_parameters, range(candidate.pp))
         assert sum(ranks, Parameters()).dense * ranks_of_a_stage == sum(dense for dense, _ in built)
+
+
+def built_tower(layout: Layout) -> int:
+    """Elements of the vision tower on this rank."""
+    initialize(layout)
+    model_config = vision_toy_config(moe=False)
+    [chunk] = build_chunks(model_config, config_for(model_config, layout), layout)
+    return sum(p.numel() for name, p in chunk.named_parameters() if "vision_model." in name)
+
+
+@pytest.mark.parametrize("tp", [4, 2])
+def test_a_rank_of_the_first_stage_holds_its_part_of_the_tower(tp: int, pool: WorkerPool) -> None:
+    layout = Layout(tp=tp, pp=4 // tp, vision=True)
+    built = pool.run(built_tower, 4, layout=layout)
+    model_config = vision_toy_config(moe=False)
+    images = Images.of(model_config, seq_length=64, patches=4)
+    candidate = Candidate(tp=tp, pp=4 // tp)
+    both, text = (part_parameters(model_config, candidate, "E", one) for one in (images, None))
+    expected = int(both.dense - text.dense)
+    assert built == [expected] * tp + [0] * (4 - tp)

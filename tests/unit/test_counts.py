@@ -12,12 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen35_mcore.config.counts import Count, count_parameters, layer_parameters
-from qwen35_mcore.config.flavors import FLAVORS, get_flavor
+from qwen35_mcore.config.counts import Count, count_parameters, layer_parameters, vision_parts
+from qwen35_mcore.config.flavors import FLAVORS, VISION_FLAVORS, get_flavor, vision_flavor
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.config.vision import VisionConfig
 from tests.helpers.hf_reference import model_class
-from tests.helpers.kinds import examples
+from tests.helpers.kinds import examples, kinds
 
 # component of a transformers parameter, by the first of these that its name contains
 COMPONENTS = {
@@ -52,6 +53,19 @@ def test_every_component_equals_transformers_build(name: str) -> None:
     ours = {part: count.total for part, count in counts.by_component().items() if part != "mtp"}
     assert ours == transformers_sizes(config)
     assert counts.total_without_mtp == sum(ours.values())
+
+
+@pytest.mark.parametrize("name", kinds(VISION_FLAVORS, ("0.8b", "35b-a3b")))
+def test_the_vision_language_model_equals_transformers_build(name: str) -> None:
+    config = vision_flavor(name)
+    one = model_class(config)
+    with torch.device("meta"):
+        model = one(one.config_class(**config.to_hf()))
+    counts = count_parameters(config, vision=True)
+    assert counts.total_without_mtp == sum(one.numel() for one in model.parameters())
+    assert counts.vision.total == sum(one.numel() for one in model.model.visual.parameters())
+    merger = sum(one.numel() for one in model.model.visual.merger.parameters())
+    assert vision_parts(VisionConfig.of(config))["merger"] == merger
 
 
 @examples(15)
@@ -143,6 +157,22 @@ def test_qwen3_next_says_what_its_model_card_says() -> None:
     assert round(counts.total_without_mtp / 1e9) == 80
     assert round((counts.total_without_mtp - tables) / 1e9) == 79
     assert round((counts.active - tables) / 1e9) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("0.8b", 873_438_784),
+        ("2b", 2_274_069_824),
+        ("4b", 4_659_865_088),
+        ("9b", 9_653_104_368),
+        ("27b", 27_781_427_952),
+        ("35b-a3b", 35_951_822_704),
+    ],
+)
+def test_with_their_towers_they_are_what_the_hub_counts(name: str, published: int) -> None:
+    """Parameters in the files of Qwen/Qwen3.5-0.8B and so on, Qwen3.6-27B and -35B-A3B."""
+    assert count_parameters(vision_flavor(name), vision=True).total == published
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,14 @@ from qwen35_mcore.config.counts import count_parameters
 from qwen35_mcore.config.flavors import FLAVORS, get_flavor
 from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.parallel.parameters import Parameters, part_parameters
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.calibration.rows import default_calibration, model_of
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import Group, gather
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.layers import Model
-from qwen35_mcore.planner.memory import (
-    WEIGHT,
-    Parameters,
-    kept,
-    part_parameters,
-    static_bytes,
-)
+from qwen35_mcore.planner.memory import WEIGHT, kept, static_bytes
 from qwen35_mcore.planner.prediction import predict_split
 
 H100 = get_gpu("h100-80g")

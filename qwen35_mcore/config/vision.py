@@ -95,7 +95,8 @@ class VisionConfig:
                 "the model has no vision tower",
                 got=f"model_type {model_config.model_type} without vision_config",
                 allowed="the config.json of a vision-language model",
-                fix="drop the vision part of the run, or name a vision-language folder",
+                fix="drop --vision, or name the folder of a vision-language model (--hf-config): a "
+                "flavor is the text model alone",
             )
         names = {field.name for field in fields(cls)} - {"rope_theta", *_TOKENS}
         given = {name: content[name] for name in names if content.get(name) is not None}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen35_mcore.config.flavors import flavor_name, get_flavor, vision_flavor
+from qwen35_mcore.config.flavors import flavor_name, get_flavor
 from qwen35_mcore.config.images import Images
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
@@ -82,18 +82,17 @@ def make_job(
         raise PlanError("a plan needs exactly one model", got=got, allowed=allowed, fix=fix)
     if flavor:
         name = flavor_name(flavor)
-        model_config = (get_flavor if vision is None else vision_flavor)(name)
-        model_flags: tuple[str, ...] = ("--flavor", name)
+        model_config, model_flags = get_flavor(name), ["--flavor", name]
     else:
         name = str(hf_config)
         model_config = Qwen35Config.from_hf(name)
-        model_flags = ("--hf-config", os.path.abspath(name))  # the plan is run from anywhere
+        model_flags = ["--hf-config", os.path.abspath(name)]  # the plan is run from anywhere
     images = Images.of(model_config, seq_length=seq_length, **vision) if vision else None
     if images is not None:
-        model_flags += (
+        model_flags += [
             "--vision",
             *(["--freeze", *sorted(images.frozen)] if images.frozen else []),
-        )
+        ]
     kind = _in_nodes(get_gpu(gpu), gpus, gpus_per_node)
     memory = kind.memory_bytes / GIB
     if not 0 <= headroom_gib < memory:
@@ -112,7 +111,7 @@ def make_job(
         images=images,
         headroom_bytes=int(headroom_gib * GIB),
         model_name=name,
-        model_flags=model_flags,
+        model_flags=tuple(model_flags),
     )
 
 

@@ -90,6 +90,8 @@ class Model:
         """Seconds for a microbatch's activations to the next stage."""
         tokens = Microbatch(self.job.model_config, self.candidate, self.job.seq_length).own_tokens
         size = 2 * tokens * self.job.model_config.hidden_size
+        # behind them travels what MTP will embed of the images
+        size *= 1 + (self.job.model_config.mtp_num_hidden_layers if self.job.images else 0)
         return send(size, self.groups["pp"], self.job.gpu)
 
 

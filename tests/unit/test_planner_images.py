@@ -15,18 +15,18 @@ from qwen35_mcore.config.flavors import VISION_FLAVORS, vision_flavor
 from qwen35_mcore.config.flops import BACKWARD_AND_FORWARD
 from qwen35_mcore.config.images import PARTS, Images
 from qwen35_mcore.config.vision import VisionConfig
-from qwen35_mcore.errors import ConfigError, Qwen35Error
+from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.parameters import Parameters, part_parameters
 from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job
-from qwen35_mcore.planner.command import make_job
+from qwen35_mcore.planner.communication import send
 from qwen35_mcore.planner.emit import flags, plan_json
 from qwen35_mcore.planner.explain import explain
 from qwen35_mcore.planner.hardware import get_gpu
 from qwen35_mcore.planner.layers import kinds_of
 from qwen35_mcore.planner.prediction import Prediction, predict
 from qwen35_mcore.planner.search import Space, search
-from tests.helpers.ckpt_cli import ok, qwen35
+from tests.helpers.ckpt_cli import ok, qwen35, refused
 
 PUBLISHED = VisionConfig.of(vision_flavor("35b-a3b"))
 
@@ -182,17 +182,26 @@ def test_a_frozen_tower_has_no_backward_pass() -> None:
 
 
 def test_layouts_that_the_tower_does_not_run_in() -> None:
-    with_mtp = explain(job_of(gpus=16, patches=1024), Candidate(pp=2, ep=8))
-    assert [one.rule for one in with_mtp.violations] == ["images with MTP need pp 1"]
-    assert explain(job_of(gpus=16, mtp=False, patches=1024), Candidate(pp=2, ep=8)).runs
+    in_fp8 = explain(job_of(patches=1024), Candidate(ep=8, precision="fp8-blockwise"))
+    assert [one.rule for one in in_fp8.violations] == ["the vision tower trains without fp8"]
     narrow = replace(PUBLISHED, intermediate_size=4302)
     job = job_of(gpus=32, patches=1024)
     assert job.images is not None
     job = replace(job, images=replace(job.images, vision=narrow))
     rules = [one.rule for one in explain(job, Candidate(tp=4, ep=8)).violations]
     assert rules == ["tp divides the vision tower's intermediate_size"]
-    found = search(job_of(patches=1024), Space(micro_batch_size=(1,)), top=1)
-    assert found.best[0].candidate.pp == 1
+    either = Space(ep=(8,), micro_batch_size=(1,), precision=("bf16", "fp8-blockwise"))
+    found = search(job_of(patches=1024), either)
+    assert {one.candidate.precision for one in found.best} == {"bf16"}
+
+
+def test_images_travel_to_mtp() -> None:
+    """Through every stage, beside the hidden states."""
+    candidate = Candidate(pp=2, ep=4)
+    for mtp, times in ((True, 2), (False, 1)):
+        text, images = (predicted(candidate, mtp=mtp, **run) for run in ({}, {"patches": 64}))
+        latency = send(0, text.model.groups["pp"], text.job.gpu)
+        assert images.model.p2p_s - latency == pytest.approx(times * (text.model.p2p_s - latency))
 
 
 @pytest.mark.parametrize(
@@ -209,29 +218,37 @@ def test_images_that_cannot_be(run: dict[str, Any], says: str) -> None:
         job_of(**run)
 
 
-def test_a_text_model_has_no_images() -> None:
-    sizes = {"gpus": 8, "gpu": "h100", "seq_length": 4096, "global_batch_size": 8}
-    for name in ("tiny-moe", "80b-a3b"):
-        with pytest.raises(Qwen35Error, match="no vision tower"):
-            make_job(flavor=name, hf_config=None, calibration=None, vision={"patches": 4}, **sizes)
-
-
-SMALL = ("--flavor", "35b-a3b", "--gpus", "8", "--gpu", "h200", "--global-batch-size", "64")
+SMALL = ("--gpus", "8", "--gpu", "h200", "--global-batch-size", "64")
 IMAGES = ("--vision", "--image-patches", "1024", "--images", "2")
 
 
-def test_a_plan_says_what_it_counted_and_writes_the_flags(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of the published model, as far as the planner reads it."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(vision_flavor("35b-a3b").to_hf()))
+    return tmp_path / "hf"
+
+
+def test_a_flavor_is_a_text_model() -> None:
+    """Training says the same of it."""
+    done = qwen35("plan", "--flavor", "35b-a3b", *SMALL, *IMAGES)
+    refused(done, "no vision tower", "--hf-config")
+
+
+def test_a_plan_says_what_it_counted_and_writes_the_flags(folder: Path, tmp_path: Path) -> None:
     layout = ("--explain", "ep=8,recompute=full", "--freeze", "vision", "--freeze", "language")
-    done = ok(qwen35("plan", *SMALL, *IMAGES, *layout, "--emit", tmp_path / "plan"))
+    done = ok(
+        qwen35("plan", "--hf-config", folder, *SMALL, *IMAGES, *layout, "--emit", tmp_path / "p")
+    )
     assert (
         "With the vision tower: 2 x 1,024 image patches a sequence, frozen: language, vision"
         in (" ".join(done.out.split()))
     )
-    arguments = (tmp_path / "plan" / "layout.args").read_text()
-    assert "--flavor 35b-a3b --vision --freeze language vision" in arguments
-    plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    arguments = (tmp_path / "p" / "layout.args").read_text()
+    assert f"--hf-config {folder} --vision --freeze language vision" in arguments
+    plan = json.loads((tmp_path / "p" / "plan.json").read_text())
     assert plan["images"] == {"per_sequence": 2, "patches": 1024, "frozen": ["language", "vision"]}
-    assert plan["model"] == "35b-a3b"
     assert "vision" in plan["not_measured"]
 
 
@@ -251,7 +268,7 @@ def test_a_plan_of_text_alone_names_no_images() -> None:
         ((*IMAGES, "--freeze", "tower"), "no such part to freeze"),
     ],
 )
-def test_flags_that_do_not_belong_together(words: tuple[str, ...], says: str) -> None:
-    done = qwen35("plan", *SMALL, *words)
+def test_flags_that_do_not_belong_together(folder: Path, words: tuple[str, ...], says: str) -> None:
+    done = qwen35("plan", "--hf-config", folder, *SMALL, *words)
     assert done.code == 2
     assert says in done.err

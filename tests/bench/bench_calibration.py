@@ -202,7 +202,7 @@ def measure_run(
     torch.cuda.reset_peak_memory_stats()
     timing = median_ms(step, repeats=3, warmup=0)
     peak_bytes = torch.cuda.max_memory_allocated() - left_over
-    _release(wrapped[0], optimizer)
+    release(wrapped[0], optimizer)
     overrides = {"num_hidden_layers": layers}
     return {
         "flavor": flavor,
@@ -218,7 +218,7 @@ def measure_run(
     }
 
 
-def _release(model: Any, optimizer: Any) -> None:
+def release(model: Any, optimizer: Any) -> None:
     """Free what a run holds: hooks inside autograd keep DDP, and so all of it, out of the garbage
     collector's sight."""
     tensors = []

@@ -48,6 +48,44 @@ def forget_attention_backend() -> None:
         os.environ.pop(switch, None)
 
 
+def local_model(model_config: Any, dtype: torch.dtype = torch.float32, **built: Any) -> Any:
+    """A model of the local spec provider, in plain torch.
+
+    Args:
+        built: further arguments of `build_model`.
+    """
+    from qwen35_mcore.model.build import build_model
+    from qwen35_mcore.model.transformer_config import transformer_config
+    from tests.helpers.training import LOCAL
+
+    forget_attention_backend()
+    config = transformer_config(
+        model_config,
+        **LOCAL,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        gdn_kernel="torch",
+        moe_router_load_balancing_type="none",
+    )
+    return build_model(model_config, config, **built).cuda()
+
+
+def fast_model(model_config: Any, *, run: dict[str, Any] | None = None, **built: Any) -> Any:
+    """The same on Transformer Engine and FLA, in bfloat16.
+
+    Args:
+        run: TransformerConfig fields to change.
+        built: further arguments of `build_model`.
+    """
+    from qwen35_mcore.model.build import build_model
+    from tests.bench.common import gpu_config
+
+    forget_attention_backend()
+    # MTP's gradients depend on it, and `LOCAL` has it, too
+    config = gpu_config(model_config, **{"calculate_per_token_loss": True, **(run or {})})
+    return build_model(model_config, config, **built).cuda()
+
+
 def object_keys(model: Any) -> set[str]:
     """Checkpoint keys of everything, the empty extra states included."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -47,10 +47,10 @@ def toy_config(*, moe: bool = True, **changes: Any) -> Qwen35Config:
     return Qwen35Config(**fields | changes)
 
 
-def narrow_config() -> Qwen35Config:
-    """tiny-moe with the published head sizes, which the fused kernels of a GPU want."""
+def narrow_config(flavor: str = "tiny-moe") -> Qwen35Config:
+    """A tiny flavor with the published head sizes, which the fused kernels of a GPU want."""
     return replace(
-        get_flavor("tiny-moe"),
+        get_flavor(flavor),
         linear_num_key_heads=16,
         linear_num_value_heads=32,
         linear_key_head_dim=128,

@@ -12,7 +12,8 @@ from qwen35_mcore.kernels import reference
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
 from tests.helpers.one_gpu import (
     copy_weights,
-    forget_attention_backend,
+    fast_model,
+    local_model,
     object_keys,
     one_rank,
     relative,
@@ -239,25 +240,11 @@ def test_grouped_linear_equals_the_loop(counts: tuple[int, ...]) -> None:
 
 def test_model_in_bfloat16_is_near_float32() -> None:
     """Loss of a toy model on Transformer Engine and FLA against the local backend in float32."""
-    from qwen35_mcore.model.build import build_model
-    from qwen35_mcore.model.transformer_config import transformer_config
-    from tests.bench.common import gpu_config
     from tests.helpers.shards import local_shards
     from tests.helpers.toys import narrow_config, random_tokens
-    from tests.helpers.training import LOCAL
 
     model_config = narrow_config()
-    forget_attention_backend()
-    exact_config = transformer_config(
-        model_config,
-        **LOCAL,
-        params_dtype=torch.float32,
-        gdn_kernel="torch",
-        moe_router_load_balancing_type="none",
-    )
-    exact = build_model(model_config, exact_config).cuda()
-    forget_attention_backend()
-    fast = build_model(model_config, gpu_config(model_config)).cuda()
+    exact, fast = local_model(model_config), fast_model(model_config)
     copy_weights(exact, fast)
     tokens = random_tokens(model_config, 2, 256, seed=3).cuda()
     positions = torch.arange(256, device="cuda").expand(2, -1)

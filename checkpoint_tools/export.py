@@ -37,7 +37,7 @@ from checkpoint_tools.table.names import HEAD, MTP_PREFIX, Naming
 from checkpoint_tools.table.transforms import LazyTensor
 from checkpoint_tools.table.vision import VISION_PREFIX
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.config.vision import VisionConfig
+from qwen35_mcore.config.vision import VisionConfig, tower_differences
 from qwen35_mcore.errors import CheckpointError, ConfigError
 
 _CONFIG = "config.json"
@@ -276,13 +276,12 @@ def _check_same_tower(trained: Qwen35Config | None, config: Qwen35Config) -> Non
         )
     if trained is None or not trained.is_vision_language:
         return
-    ours, theirs = vars(VisionConfig.of(trained)), vars(VisionConfig.of(config))
-    differ = [name for name in ours if ours[name] != theirs[name] and name != "initializer_range"]
-    if differ:
+    ours, theirs = VisionConfig.of(trained), VisionConfig.of(config)
+    if differ := tower_differences(ours, theirs):
         raise CheckpointError(
             "the original has another vision tower than what was trained",
-            got=", ".join(f"{name} {theirs[name]}" for name in differ),
-            allowed=", ".join(f"{name} {ours[name]}" for name in differ),
+            got=", ".join(f"{name} {getattr(theirs, name)}" for name in differ),
+            allowed=", ".join(f"{name} {getattr(ours, name)}" for name in differ),
             fix="name the folder that the run began with: --reference HF_DIR",
         )
 

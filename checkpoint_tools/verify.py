@@ -20,7 +20,7 @@ from checkpoint_tools.mcore.read import MegatronCheckpoint
 from checkpoint_tools.table.names import MTP_PREFIX, Naming
 from checkpoint_tools.table.transforms import LazyTensor, common_dtype, same_bits
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.config.vision import VisionConfig
+from qwen35_mcore.config.vision import VisionConfig, tower_differences
 from qwen35_mcore.errors import CheckpointError, ConfigError
 
 _NOT_COMPUTED_WITH = {
@@ -234,20 +234,15 @@ def _towers(a: Qwen35Config, b: Qwen35Config) -> Iterator[str]:
     text model has none of them, and its missing tensors say so."""
     if not (a.is_vision_language and b.is_vision_language):
         return
-    x, y = (_read_tower(config) for config in (a, b))
-    for name in sorted(x.keys() | y.keys()):
-        if x.get(name) != y.get(name):
-            yield f"vision {name}: {_shown(x.get(name))} / {_shown(y.get(name))}"
-
-
-def _read_tower(config: Qwen35Config) -> dict[str, Any]:
-    """What a tower is computed with; of one that this package cannot compute, all that is said."""
     try:
-        read = dict(vars(VisionConfig.of(config)))
-    except ConfigError:
-        return {"config": config.carried_outer.get("vision_config")}
-    read.pop("initializer_range")
-    return read
+        x, y = VisionConfig.of(a), VisionConfig.of(b)
+    except ConfigError:  # carried, and nothing that this package computes with
+        first, second = (config.carried_outer.get("vision_config") for config in (a, b))
+        if first != second:
+            yield f"vision_config: {_shown(first)} / {_shown(second)}"
+        return
+    for name in tower_differences(x, y):
+        yield f"vision {name}: {_shown(getattr(x, name))} / {_shown(getattr(y, name))}"
 
 
 def _config(path: Path) -> Qwen35Config | None:

@@ -133,6 +133,12 @@ class VisionConfig:
         return self.hidden_size * self.spatial_merge_size**2
 
 
+def tower_differences(a: VisionConfig, b: VisionConfig) -> list[str]:
+    """Names of the fields that differ and change what a trained tower computes."""
+    names = [field.name for field in fields(VisionConfig) if field.name != "initializer_range"]
+    return [name for name in names if getattr(a, name) != getattr(b, name)]
+
+
 def _check_number(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and value < inf
     is_whole = is_number and isinstance(value, int)

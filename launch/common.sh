@@ -41,12 +41,18 @@ planned() {
 # check_gpus PRESET GPUS FIX: refuse a preset that was planned for another number of GPUs; FIX is
 # what makes this run the right size. A folder with layout.args alone does not say its number.
 check_gpus() {
-    local gpus batch length kind model
+    local gpus batch length kind model patches frozen
     gpus=$(planned "$1" gpus)
     [[ -n $gpus && $gpus != "$2" ]] || return 0
     batch=$(planned "$1" global_batch_size) length=$(planned "$1" seq_length)
     kind=$(grep -oE '"gpu": *"[^"]+"' "$1/plan.json" | cut -d '"' -f 4 || true)
     model="${layout[0]} $(printf %q "${layout[1]}")" # a plan begins with it
+    patches=$(planned "$1" patches)
+    if [[ -n $patches ]]; then
+        frozen=$(sed -nE 's/^.* --vision --freeze//p' "$1/layout.args")
+        model+=" --vision --image-patches $patches --images $(planned "$1" per_sequence)"
+        model+=${frozen// / --freeze }
+    fi
     die "the preset is planned for another number of GPUs" \
         "got: $1 for $gpus GPUs, and a run of $2" "allowed: $gpus GPUs" \
         "fix: $3; or plan for $2: qwen35 plan $model --gpus $2 --gpu $kind \\" \
@@ -79,7 +85,8 @@ sys.exit(not all(map(u.find_spec, ("torch", "megatron", "qwen35_mcore"))))'
 # run_flags: the flags of the paths at the top of a script into the array `paths`.
 run_flags() {
     [[ -n $DATA ]] || die "DATA is not set" \
-        "allowed: the prefix of a .bin/.idx pair, a blend ('0.3 first 0.7 second'), or mock" \
+        "allowed: the prefix of a .bin/.idx pair, a blend ('0.3 first 0.7 second'), mock, or a" \
+        "    folder of conversations" \
         "fix: tokenize text with \`qwen35 data tokenize\`, and set DATA to its --output-prefix"
     [[ -n $SAVE ]] || die "SAVE is not set" "fix: set it to the folder of this run's checkpoints"
     local from=$LOAD
@@ -90,6 +97,11 @@ run_flags() {
     [[ -z $PRETRAINED ]] || paths+=(--pretrained-checkpoint "$PRETRAINED")
     if [[ $DATA == mock ]]; then
         paths+=(--mock-data)
+        return
+    fi
+    # shards of conversations, or an Energon metadataset that blends several
+    if [[ -d $DATA/.nv-meta || $DATA == *.yaml ]]; then
+        paths+=(--image-data "$DATA")
         return
     fi
     local word words

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.config.flavors import get_flavor, vision_flavor
 from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.emit import emit
 from qwen35_mcore.planner.hardware import get_gpu
 from qwen35_mcore.planner.prediction import predict
+from tests.helpers.ckpt_cli import ok, qwen35
 from tests.helpers.slurm import LAYOUT, ROOT, Slurm, train_sh
 
 LAUNCH = ROOT / "launch"
@@ -201,6 +202,16 @@ def test_the_job_script_outside_slurm_is_one_error(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: this is no SLURM job\n  fix: submit it with sbatch")
 
 
+def test_conversations_are_image_data(tmp_path: Path, preset: Path) -> None:
+    """A folder of Energon's, or a file that blends several."""
+    (tmp_path / "shards" / ".nv-meta").mkdir(parents=True)
+    for data in (tmp_path / "shards", tmp_path / "blend.yaml"):
+        env = {"DATA": str(data), "SAVE": str(tmp_path), "PYTHON": "echo", "NPROC": "1"}
+        done = train_sh(preset, **env)
+        assert f" --image-data {data}" in done.stdout, done.stderr
+        assert "--data-path" not in done.stdout
+
+
 def test_a_script_of_ones_own_trains(tmp_path: Path, preset: Path) -> None:
     env = {"DATA": "mock", "SAVE": str(tmp_path), "PYTHON": "echo", "NPROC": "1"}
     script = ROOT / "examples" / "pretrain_qwen35.py"
@@ -325,6 +336,26 @@ def test_a_preset_for_another_number_of_gpus_is_refused(
     assert (job.status, job.starts) == (2, 1)
     assert job.output.startswith("error: the preset is planned for another number of GPUs")
     assert "sbatch --nodes=1 --gpus-per-node=2" in job.output
+
+
+def test_what_is_advised_of_a_plan_with_a_tower_has_it_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(vision_flavor("0.8b").to_hf()))
+    model = ("--hf-config", tmp_path, "--gpus", "2", "--global-batch-size", "4")
+    images = ("--vision", "--image-patches", "256", "--images", "2")
+    frozen = ("--freeze", "vision", "--freeze", "language")
+    ok(qwen35("plan", *model, *images, *frozen, "--tp", "1", "--emit", tmp_path / "plan"))
+    wrong = train_sh(tmp_path / "plan", DATA="mock", SAVE="run", NPROC="4", PYTHON="echo")
+    advised = wrong.stderr.partition("qwen35 plan ")[2].replace("\\\n", " ")
+    ok(qwen35("plan", *shlex.split(advised.replace("DIR", str(tmp_path / "new")))))
+    first, again = (
+        [
+            line
+            for line in (tmp_path / name / "layout.args").read_text().splitlines()
+            if "hf" in line
+        ]
+        for name in ("plan", "new")
+    )
+    assert first == again == [f"--hf-config {tmp_path} --vision --freeze language vision"]
 
 
 def test_a_plan_of_several_nodes_is_for_slurm(tmp_path: Path) -> None:

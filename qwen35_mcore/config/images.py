@@ -122,9 +122,9 @@ class Images:
         ends = 2 * self.vision.patch_values + 4 * h + 4 * h / tp
         if not self.trains_blocks:
             return ends - 2 * self.vision.patch_values, 4 * h / tp
-        # two inputs and normed inputs; query, key, value, output of attention; input and output of
-        # the activation
-        block = 8 * h + (8 * h + 4 * ffn) / tp
+        # two inputs and normed inputs; cosines and sines of the queries' and of the keys' angles;
+        # query, key, value, output of attention; input and output of the activation
+        block = 8 * h + 8 * self.vision.head_dim + (8 * h + 4 * ffn) / tp
         gradients = 4 * h + (8 * h + 4 * ffn) / tp
         if recomputed:
             return self.vision.depth * 2 * h + ends, block + gradients

@@ -78,15 +78,15 @@ def test_the_first_stage_alone_holds_the_tower() -> None:
 
 
 def test_what_a_patch_keeps() -> None:
-    """27 blocks of two inputs, two normed inputs, q, k, v, attention's output, and twice the inner
-    width; the patch, and what the merger keeps."""
+    """27 blocks of two inputs, two normed inputs, cosines and sines of 72 channels twice, q, k, v,
+    attention's output, and twice the inner width; the patch, and what the merger keeps."""
     h, ffn = 1152, 4304
     images = Images(vision=PUBLISHED, patches=1024)
-    blocks, ends = 27 * (16 * h + 4 * ffn), 2 * 1536 + 8 * h
+    blocks, ends = 27 * (16 * h + 8 * 72 + 4 * ffn), 2 * 1536 + 8 * h
     assert images.kept_bytes(1, recomputed=False)[0] == blocks + ends
     assert images.kept_bytes(1, recomputed=True)[0] == 27 * 2 * h + ends
     halved, _ = images.kept_bytes(2, recomputed=False)
-    assert halved == 27 * (8 * h + 8 * h / 2 + 4 * ffn / 2) + 2 * 1536 + 4 * h + 4 * h / 2
+    assert halved == 27 * (8 * h + 8 * 72 + 8 * h / 2 + 4 * ffn / 2) + 2 * 1536 + 4 * h + 4 * h / 2
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

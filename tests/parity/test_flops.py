@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -85,28 +84,26 @@ def test_megatron_cannot_count_a_pattern_with_mtp() -> None:
         megatron_flops(replace(get_flavor("tiny-moe"), layer_types=kinds))
 
 
-GRIDS = [(1, 32, 32), (1, 4, 6), (3, 8, 2)]
+GRIDS = [(1, 8, 8), (1, 4, 6), (3, 8, 2)]
 """Two images and a video of three frames."""
 
 
-def transformers_tower(config: Qwen35Config) -> Any:
-    """transformers' tower of a vision-language config, without memory."""
-    one = part_class(config, "VisionModel")
-    with torch.device("meta"):
-        return one(one.config_class(**config.carried_outer["vision_config"]))
-
-
-@pytest.mark.parametrize("flavor", kinds(VISION_FLAVORS, ("0.8b", "35b-a3b")))
+@pytest.mark.parametrize("flavor", kinds(VISION_FLAVORS, ("0.8b",)))
 def test_the_towers_count_is_that_of_its_products(flavor: str) -> None:
-    """What torch counts in transformers' tower: matrix products and attention alone."""
+    """What torch counts in transformers' tower, matrix products and attention alone; two blocks of
+    the published widths."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = vision_flavor(flavor)
-    tower = transformers_tower(config)
-    patches = sum(t * h * w for t, h, w in GRIDS)
-    with FlopCounterMode(display=False) as counter:
-        tower(torch.empty(patches, 3 * 2 * 16 * 16, device="meta"), grid_thw=torch.tensor(GRIDS))
-    assert vision_flops(VisionConfig.of(config), GRIDS) == counter.get_total_flops()
+    described = config.carried_outer["vision_config"] | {"depth": 2}
+    one = part_class(config, "VisionModel")
+    # torch counts no fused attention on a CPU
+    tower = one(one.config_class(**described, attn_implementation="eager"))
+    patches = torch.zeros(sum(t * h * w for t, h, w in GRIDS), 3 * 2 * 16 * 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower(patches, grid_thw=torch.tensor(GRIDS))
+    vision = replace(VisionConfig.of(config), depth=2)
+    assert vision_flops(vision, GRIDS) == counter.get_total_flops()
 
 
 def test_a_step_with_images_counts_both() -> None:

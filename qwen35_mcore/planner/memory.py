@@ -1,7 +1,9 @@
 """Bytes of GPU memory by part of the model: weights, gradients, optimizer, activations, overhead.
 
 Megatron-core's distributed optimizer shares the state of routed experts between the expert data
-parallel ranks, that of everything else between data and context parallel ones.
+parallel ranks, that of everything else between data and context parallel ones. It cuts Adam's state
+anywhere. Muon's ranks take whole parameters, of which the experts of a layer are two, and pad their
+buffers to the fullest rank's; tensor parallel ranks each gather and orthogonalise the whole matrix.
 
 The parts of a model are named by one character: E embedding, g GatedDeltaNet layer, a attention
 layer, m MTP layer, L output layer with final norm and losses.
@@ -9,23 +11,39 @@ layer, m MTP layer, L output layer with final norm and losses.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qwen35_mcore.config import counts
+from qwen35_mcore.config.matrices import matrix_weights
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.activations import Kept
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.hardware import GIB, Gpu
 
-WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
-"""Bytes a parameter: bfloat16, float32, and float32 weight with two moments."""
+WEIGHT, MOMENT = 2, 4
+"""Bytes of a bfloat16 weight, and of a moment of Adam or Muon."""
 FP8_COPIES = 2
 """Bytes of Transformer Engine's FP8 copies of a weight and of its transpose; experts have none."""
 CONTEXT_BYTES, COMMUNICATOR_BYTES = int(0.75 * GIB), int(1.0 * GIB)
 """CUDA context with the workspaces of cuBLAS and cuDNN; NCCL's buffers of a multi-GPU run."""
 FRAGMENTATION = 0.03
 """Share of a GPU's memory that PyTorch's allocator holds and cannot use (expandable segments)."""
+GRAPH_POOL = 0.4
+"""Of the activations that one graph of a step holds, what its pool has reserved on top: 3.8 GiB for
+four layers whose activations take 9.4 (tests/bench/NOTES.md: 15.4 GiB reserved, 11.6 without a
+graph). Graphs of parts had none (peaks of 63.5 and 63.6 GiB): what they hold is the activations."""
+
+
+class Matrix(NamedTuple):
+    """One of the parameters that Muon would update, as far as it is on one rank."""
+
+    expert: bool
+    elements: float
+    flops: float
+    """Of its orthogonalisation."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +53,11 @@ class Parameters:
     dense: float = 0.0
     expert: float = 0.0
     in_fp8: float = 0.0
+    matrices: tuple[Matrix, ...] = ()
+    """Those of whole layers."""
 
     def __add__(self, other: Parameters) -> Parameters:
-        dense, expert = self.dense + other.dense, self.expert + other.expert
-        return Parameters(dense, expert, self.in_fp8 + other.in_fp8)
+        return Parameters(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
 
     @property
     def count(self) -> float:
@@ -54,16 +73,55 @@ def overhead_bytes(gpu: Gpu, gpus: int) -> int:
 def static_bytes(
     parameters: Parameters, job: Job, candidate: Candidate
 ) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer state that the distributed optimizer holds on one rank."""
+    """Weights, gradients and optimizer state on one rank, the state in even shares."""
     copies = FP8_COPIES * parameters.in_fp8 if candidate.fp8 else 0.0
-    optimizer = OPTIMIZER * own_share(parameters, job, candidate)
-    return WEIGHT * parameters.count + copies, GRADIENT * parameters.count, optimizer
+    gradients = gradient_bytes(job) * parameters.count
+    optimizer = state_bytes(job, candidate) * own_share(parameters, job, candidate)
+    optimizer -= MOMENT * sum(even for _, even, _ in muon_shares(parameters, job, candidate))
+    return WEIGHT * parameters.count + copies, gradients, optimizer
+
+
+def gradient_bytes(job: Job) -> int:
+    """Bytes a parameter of what microbatches add up to: float32, or bfloat16."""
+    return 2 if job.optimizer == "precision-aware" else 4
+
+
+def state_bytes(job: Job, candidate: Candidate) -> int:
+    """Bytes a parameter of the rank that updates it: a float32 weight and two moments (Muon has one
+    of a matrix). Precision-aware: moments in bfloat16, and of the weight the 16 bits that the
+    bfloat16 one lacks, or all in an FP8 run; A_log, dt_bias and GDN's norm, the few, as in Adam."""
+    if job.optimizer == "precision-aware":
+        return (4 if candidate.fp8 else 2) + 2 * 2
+    return 4 + 2 * MOMENT
 
 
 def own_share(parameters: Parameters, job: Job, candidate: Candidate) -> float:
     """Parameters of these whose optimizer state a rank holds."""
-    shares = candidate.dp(job) * candidate.cp
-    return parameters.dense / shares + parameters.expert / candidate.expert_dp(job)
+    dense, expert = _ranks(job, candidate)
+    return parameters.dense / dense + parameters.expert / expert
+
+
+def _ranks(job: Job, candidate: Candidate) -> tuple[int, int]:
+    """Ranks that share the state of dense parameters, and of experts."""
+    return candidate.dp(job) * candidate.cp, candidate.expert_dp(job)
+
+
+def muon_shares(
+    parameters: Parameters, job: Job, candidate: Candidate, what: str = "elements"
+) -> Iterator[tuple[int, float, float]]:
+    """Where Muon updates matrices, of dense ones and of experts: the ranks that share them, an even
+    share of their elements or flops, and the largest parameter's, which one rank has whole."""
+    for expert, ranks in enumerate(_ranks(job, candidate) if job.optimizer == "muon" else ()):
+        held = [getattr(one, what) for one in parameters.matrices if one.expert == expert]
+        yield ranks, sum(held) / ranks, max(held, default=0.0)
+
+
+def padding_bytes(parameters: Parameters, job: Job, candidate: Candidate) -> float:
+    """What Muon's whole parameters cost beyond even shares on the average pipeline rank of a model:
+    state, and room in the buffers of weights and gradients for every rank's share."""
+    shares = muon_shares(parameters, job, candidate)
+    more = ((ranks, max(0.0, largest - even / candidate.pp)) for ranks, even, largest in shares)
+    return sum(one * (4 + MOMENT + ranks * (WEIGHT + 4)) for ranks, one in more)
 
 
 def mixer_parameters(model_config: Qwen35Config, candidate: Candidate, kind: str) -> Parameters:
@@ -95,11 +153,25 @@ def part_parameters(model_config: Qwen35Config, candidate: Candidate, kind: str)
         return norm if tied and not pipelined else norm + table
     mixer = mixer_parameters(model_config, candidate, kind)
     layer = mixer + feed_forward_parameters(model_config, candidate)
+    layer += Parameters(matrices=_matrices(model_config, candidate, kind))
     if kind != "m":
         return layer
     joining = 2 * hidden**2 / candidate.tp
     own = layer + Parameters(dense=joining + 3 * hidden, in_fp8=joining)
     return own + table if pipelined and not tied else own
+
+
+def _matrices(model_config: Qwen35Config, candidate: Candidate, kind: str) -> tuple[Matrix, ...]:
+    """Of one layer; the experts of a rank are one parameter."""
+    mixer = {"g": ("gdn",), "a": ("attention",), "m": ("attention", "mtp")}[kind]
+    found = []
+    for weight in matrix_weights(model_config):
+        layer, expert = weight.place.rpartition(" ")[0], weight.place.startswith("expert")
+        if layer in (*mixer, "mlp", "expert", "shared expert"):
+            held = (model_config.num_experts // candidate.ep if expert else 1) / weight.count
+            elements = held * weight.parameters / (candidate.etp if expert else candidate.tp)
+            found.append(Matrix(expert, elements, held * weight.newton_schulz_flops()))
+    return tuple(found)
 
 
 def kept(batch: Microbatch, kind: str) -> Kept:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from qwen35_mcore import __version__
 from qwen35_mcore.errors import Qwen35Error
@@ -242,13 +242,30 @@ def plan(
         typer.Option(min=1, help="Try only this number of sequences per microbatch."),
     ] = None,
     recompute: Annotated[
-        str | None, typer.Option(help="Try only none, selective or full. Default: all three.")
+        str | None, typer.Option(help="Try only none, selective or full. Default: all.")
     ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
             help="bf16, fp8-blockwise, fp8-tensorwise, or all: every one that the GPU has. "
             "Default: bf16."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="adam, precision-aware (bf16 gradients and moments), or muon.")
+    ] = "adam",
+    dispatcher: Annotated[
+        str | None,
+        typer.Option(
+            help="Who exchanges the experts' tokens: alltoall, ncclep (within a node), or all: try "
+            "both. Default: alltoall."
+        ),
+    ] = None,
+    graphs: Annotated[
+        str | None,
+        typer.Option(
+            help="CUDA graphs: none, parts (of layers), full (one of the step), or all: try each. "
+            "Default: none."
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of layouts to show.")] = 5,
@@ -303,6 +320,7 @@ def plan(
         vision={"patches": image_patches, "per_sequence": images or 1, "frozen": freeze or ()}
         if vision
         else None,
+        optimizer=optimizer,
     )
     sizes = {
         "tp": tp,
@@ -313,15 +331,14 @@ def plan(
         "etp": etp,
         "micro_batch_size": micro_batch_size,
     }
+    words = {"recompute": recompute, "precision": precision}
+    words |= {"dispatcher": dispatcher, "graphs": graphs}
     if explain is not None:
-        command.refuse_pins({**sizes, "recompute": recompute, "precision": precision})
+        command.refuse_pins({**sizes, **words})
         raise typer.Exit(command.run_explain(job, explain, output=output))
-    space = command.Space(
-        **{name: tuple(values or ()) for name, values in sizes.items()},
-        recompute=command.recomputations(recompute),
-        precision=command.precisions(precision, job.gpu),
-    )
-    command.run_search(job, space, top=top, output=output)
+    space: dict[str, Any] = {name: tuple(values or ()) for name, values in sizes.items()}
+    space |= command.switches(job.gpu, words)
+    command.run_search(job, command.Space(**space), top=top, output=output)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -44,6 +44,22 @@ def check_layout(
     return [violation for rule in RULES for violation in rule(case)]
 
 
+def too_many_stages(model_config: Qwen35Config, layout: ParallelLayout) -> list[Violation]:
+    """What is against stages without a layer, where they are not named in a layout string."""
+    most = model_config.num_hidden_layers + 2
+    if layout.pp * layout.vpp <= most:
+        return []
+    return [
+        Violation(
+            rule="every virtual stage has a layer",
+            reason="a stage without layers has empty gradient buffers",
+            value=f"pp {layout.pp} * vpp {layout.vpp}, {most - 2} layers",
+            allowed=f"up to {most} stages: embedding and loss can stand alone",
+            fix="lower pp or vpp",
+        )
+    ]
+
+
 def refuse_violations(violations: list[Violation]) -> None:
     """Turn what `check_layout` found into an error.
 

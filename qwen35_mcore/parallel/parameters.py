@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import add
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from qwen35_mcore.config import counts
 from qwen35_mcore.config.images import Images
+from qwen35_mcore.config.matrices import matrix_weights
 from qwen35_mcore.config.model_config import Qwen35Config
 
 
@@ -28,6 +29,15 @@ class Sizes(Protocol):
     def etp(self) -> int: ...
 
 
+class Matrix(NamedTuple):
+    """One of the parameters that Muon would update, as far as it is on one rank."""
+
+    expert: bool
+    elements: float
+    flops: float
+    """Of its orthogonalisation."""
+
+
 @dataclass(frozen=True)
 class Parameters:
     """Parameters on one rank, by how they are shared and whether FP8 products use them."""
@@ -35,6 +45,8 @@ class Parameters:
     dense: float = 0.0
     expert: float = 0.0
     in_fp8: float = 0.0
+    matrices: tuple[Matrix, ...] = ()
+    """Those of whole layers."""
     frozen: float = 0.0
     """Without gradients and optimizer state, among neither dense nor expert ones."""
 
@@ -95,8 +107,22 @@ def _language_parameters(model_config: Qwen35Config, sizes: Sizes, kind: str) ->
         return norm if tied and not pipelined else norm + table
     mixer = mixer_parameters(model_config, sizes, kind)
     layer = mixer + feed_forward_parameters(model_config, sizes)
+    layer += Parameters(matrices=_matrices(model_config, sizes, kind))
     if kind != "m":
         return layer
     joining = 2 * hidden**2 / sizes.tp
     own = layer + Parameters(dense=joining + 3 * hidden, in_fp8=joining)
     return own + table if pipelined and not tied else own
+
+
+def _matrices(model_config: Qwen35Config, sizes: Sizes, kind: str) -> tuple[Matrix, ...]:
+    """Of one layer; the experts of a rank are one parameter."""
+    mixer = {"g": ("gdn",), "a": ("attention",), "m": ("attention", "mtp")}[kind]
+    found = []
+    for weight in matrix_weights(model_config):
+        layer, expert = weight.place.rpartition(" ")[0], weight.place.startswith("expert")
+        if layer in (*mixer, "mlp", "expert", "shared expert"):
+            held = (model_config.num_experts // sizes.ep if expert else 1) / weight.count
+            elements = held * weight.parameters / (sizes.etp if expert else sizes.tp)
+            found.append(Matrix(expert, elements, held * weight.newton_schulz_flops()))
+    return tuple(found)

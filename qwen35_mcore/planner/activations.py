@@ -12,6 +12,11 @@ from dataclasses import dataclass
 
 from qwen35_mcore.planner.candidate import Microbatch
 
+_LOGITS = {"te": (2, 2), "native": (4, 2 + 4)}
+"""Bytes a logit by whose cross entropy it is: those that every loss keeps, and those alive besides
+while one is made. Transformer Engine 2.20.2 keeps a bfloat16 copy, over which its backward pass
+writes the gradient; the logits themselves die with the forward pass. megatron keeps the float32
+softmax, beside which bfloat16 logits and another float32 copy exist (measured)."""
 DELTA_RULE_CHUNK = 64
 """Rows of the matrix that flash-linear-attention keeps for every chunk and value head."""
 
@@ -99,7 +104,7 @@ def moe(batch: Microbatch) -> Kept:
     every expert. Of the shared one gate and up, their product, the output."""
     config, candidate = batch.model_config, batch.candidate
     hidden, width = config.hidden_size, config.moe_intermediate_size // candidate.etp
-    rows, experts = batch.expert_rows, config.num_experts // candidate.ep
+    rows, experts = batch.kept_rows, config.num_experts // candidate.ep
     # logits, scores and scores of the balancing loss; routing map; row map of the permutation
     routing = config.num_experts * (4 + 4 + 4 + 1 + 8)
     shared = (4 + _linear_input(batch)) * config.shared_expert_intermediate_size / candidate.tp
@@ -115,8 +120,10 @@ def moe(batch: Microbatch) -> Kept:
 
 
 def dispatcher_buffer(batch: Microbatch) -> float:
-    """Rows of the all-to-all beside the ones sorted by expert; nothing without communication."""
-    if batch.candidate.ep * batch.candidate.etp == 1:
+    """Rows of the all-to-all beside the ones sorted by expert; nothing without communication, or
+    where NCCL EP sorts."""
+    candidate = batch.candidate
+    if candidate.ep * candidate.etp == 1 or candidate.dispatcher == "ncclep":
         return 0.0
     return batch.expert_rows * 2 * batch.model_config.hidden_size
 
@@ -142,12 +149,12 @@ def mtp(batch: Microbatch) -> Kept:
 
 
 def output(batch: Microbatch) -> Kept:
-    """Final norm, and the float32 softmax of every loss. While one loss is made, or its gradient
-    rounded back, bfloat16 logits and a second float32 copy exist besides (measured)."""
+    """Final norm, and what the cross entropy keeps of the logits of every loss."""
     config, tp = batch.model_config, batch.candidate.tp
     logits = batch.tokens * config.vocab_size / tp
-    losses = 1 + config.mtp_num_hidden_layers
-    return Kept(batch.own_tokens * 4 * config.hidden_size + losses * 4 * logits, (2 + 4) * logits)
+    saved, besides = _LOGITS[batch.candidate.cross_entropy]
+    saved *= 1 + config.mtp_num_hidden_layers
+    return Kept(batch.own_tokens * 4 * config.hidden_size + saved * logits, besides * logits)
 
 
 def _linear_input(batch: Microbatch) -> int:

@@ -9,10 +9,22 @@ from qwen35_mcore.config.images import Images
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.planner.calibration.rows import Calibration
-from qwen35_mcore.planner.hardware import Gpu
+from qwen35_mcore.planner.hardware import PRECISIONS, Gpu
 
 RECOMPUTE = ("none", "selective", "full")
 """Nothing; `recompute_modules`; every layer from its input."""
+SWITCHES = {
+    "recompute": RECOMPUTE,
+    "precision": PRECISIONS,
+    "dispatcher": ("alltoall", "ncclep"),
+    "graphs": ("none", "parts", "full"),
+}
+"""Words of a candidate. Experts' rows are exchanged by megatron's all-to-all, or by NCCL EP, which
+sorts them into a buffer of fixed size. CUDA graphs are of attention, GDN, router or MLP (parts), or
+one of all passes of a step."""
+CAPACITY_FACTOR = 2
+"""Rows of NCCL EP's receive buffer over those of even routing, which is what training takes."""
+OPTIMIZERS = ("adam", "precision-aware", "muon")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +42,7 @@ class Job:
     """Of a run that trains the vision tower."""
     headroom_bytes: int = 0
     """Memory of each GPU that a plan leaves free."""
+    optimizer: str = "adam"
     model_name: str = ""
     """How the command line names the model, for reports."""
     model_flags: tuple[str, ...] = ()
@@ -63,6 +76,11 @@ class Candidate:
     micro_batch_size: int = 1
     recompute: str = "none"
     precision: str = "bf16"
+    dispatcher: str = "alltoall"
+    graphs: str = "none"
+    cross_entropy: str = "te"
+    """Whose kernels make the losses: Transformer Engine's, which is training's default on a GPU, or
+    megatron's (native), with which some measurements were made."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -97,7 +115,9 @@ class Candidate:
         names = ("tp", "pp", "vpp", "ep", "cp", *(["etp"] if self.etp != 1 else []))
         sizes = [f"{name}={getattr(self, name)}" for name in names]
         sizes.append(f"mbs={self.micro_batch_size}")
-        return ",".join([*sizes, f"recompute={self.recompute}", f"precision={self.precision}"])
+        words = [f"{name}={getattr(self, name)}" for name in SWITCHES]
+        usual = ("dispatcher=alltoall", "graphs=none")
+        return ",".join([*sizes, *(word for word in words if word not in usual)])
 
 
 def recompute_modules(model_config: Qwen35Config) -> tuple[str, ...]:
@@ -136,3 +156,8 @@ class Microbatch:
     def expert_rows(self) -> int:
         """Rows that a rank's experts see when routing is balanced."""
         return self.own_tokens * self.candidate.etp * self.model_config.num_experts_per_tok
+
+    @cached_property
+    def kept_rows(self) -> int:
+        """Rows of the tensors that hold them: the receive buffer's behind NCCL EP."""
+        return self.expert_rows * (CAPACITY_FACTOR if self.candidate.dispatcher == "ncclep" else 1)

@@ -17,10 +17,10 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.planner import report
 from qwen35_mcore.planner.calibration.rows import default_calibration, read_calibration
-from qwen35_mcore.planner.candidate import RECOMPUTE, Job
+from qwen35_mcore.planner.candidate import OPTIMIZERS, SWITCHES, Job
 from qwen35_mcore.planner.emit import check_folder, emit, files
 from qwen35_mcore.planner.explain import explain, parse_layout
-from qwen35_mcore.planner.hardware import GIB, PRECISIONS, Gpu, get_gpu
+from qwen35_mcore.planner.hardware import GIB, Gpu, get_gpu
 from qwen35_mcore.planner.picture import check_target, draw
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.search import Space, search
@@ -71,6 +71,7 @@ def make_job(
     gpus_per_node: int | None = None,
     headroom_gib: float = DEFAULT_HEADROOM_GIB,
     vision: Mapping[str, Any] | None = None,
+    optimizer: str = OPTIMIZERS[0],
 ) -> Job:
     """The job that the command line describes, its sizes positive; ``vision``: further arguments of
     `Images.of`. Raises PlanError for not exactly one model, an unknown GPU, nodes that the GPUs do
@@ -89,6 +90,9 @@ def make_job(
         model_flags = ["--hf-config", os.path.abspath(name)]  # the plan is run from anywhere
     images = Images.of(model_config, seq_length=seq_length, **vision) if vision else None
     if images is not None:
+        if optimizer == "muon":
+            fix = "pass --optimizer adam"
+            raise PlanError("Muon does not train a vision tower", got="--optimizer muon", fix=fix)
         model_flags += [
             "--vision",
             *(["--freeze", *sorted(images.frozen)] if images.frozen else []),
@@ -110,6 +114,7 @@ def make_job(
         calibration=rows,
         images=images,
         headroom_bytes=int(headroom_gib * GIB),
+        optimizer=_one_of(OPTIMIZERS, optimizer, "--optimizer"),
         model_name=name,
         model_flags=tuple(model_flags),
     )
@@ -131,16 +136,16 @@ def _in_nodes(gpu: Gpu, gpus: int, per_node: int | None) -> Gpu:
     return gpu.in_nodes_of(per_node)
 
 
-def precisions(text: str | None, gpu: Gpu) -> tuple[str, ...]:
-    """``all`` that the GPU has, or one precision, bfloat16 for None. Raises PlanError for a word
-    that is no precision of the GPU."""
-    word = _one_of((*gpu.precisions, "all"), text or PRECISIONS[0], f"--precision of {gpu.name}")
-    return gpu.precisions if word == "all" else (word,)
-
-
-def recomputations(text: str | None) -> tuple[str, ...]:
-    """One way to recompute, or all for None. Raises PlanError for another word."""
-    return () if text is None else (_one_of(RECOMPUTE, text, "--recompute"),)
+def switches(gpu: Gpu, given: Mapping[str, str | None]) -> dict[str, tuple[str, ...]]:
+    """Words of `Space` from those that were given for them: one, or ``all``; None: the default.
+    Raises PlanError for a word that is not one of its words, or no precision of the GPU."""
+    found, known = {}, SWITCHES | {"precision": gpu.precisions}
+    for name, text in given.items():
+        if text is not None:
+            what = f"--{name} of {gpu.name}" if name == "precision" else f"--{name}"
+            word = _one_of((*known[name], "all"), text, what)
+            found[name] = known[name] if word == "all" else (word,)
+    return found
 
 
 def _one_of(words: tuple[str, ...], text: str, what: str) -> str:

@@ -31,9 +31,10 @@ stack of tests/bench/NOTES.md (85.1 and 73.1 ms), whose casts cost more than its
 ADDED, WRITTEN = 2 + 2 + 8, 2
 """Bytes of a weight's gradient: written, read and added to the float32 one in a run; written alone
 where a layer is measured."""
-_LOGITS_FORWARD, _LOGITS_BACKWARD = 6 + 8 + 8, 8 + 2
-"""Bytes a logit of the fused cross entropy: to float32 with the maximum, exponential with the sum,
-division forward; gradient and rounding backward."""
+_LOGITS = {"te": (2 + 2, 2 + 2), "native": (6 + 8 + 8, 8 + 2)}
+"""Bytes a logit that a cross entropy moves forward and backward. Transformer Engine's: read and
+copied, read and overwritten with the gradient. megatron's: to float32 with the maximum, exponential
+with the sum, division forward; gradient and rounding backward."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def work(part: str, batch: Microbatch) -> Work:
         case "output":
             logits = losses * tokens * config.vocab_size / tp
             read = 2 * losses * table
-            forward, backward = _LOGITS_FORWARD * logits + read, _LOGITS_BACKWARD * logits + read
+            forward, backward = (each * logits + read for each in _LOGITS[candidate.cross_entropy])
             return Work(2 * logits * hidden, forward, backward, losses * table)
     raise ValueError(part)
 
@@ -110,7 +111,9 @@ def _moe(batch: Microbatch) -> Work:
     shared = 6 * batch.tokens * hidden * config.shared_expert_intermediate_size / candidate.tp
     router = 2 * batch.own_tokens * hidden * (config.num_experts + 1)
     # rows into the experts' order and back, and once more each way behind an all-to-all
-    moved = 4 * batch.expert_rows * hidden * (4 if activations.dispatcher_buffer(batch) else 2)
+    moved = 4.0 * batch.expert_rows * hidden * (4 if activations.dispatcher_buffer(batch) else 2)
+    if candidate.dispatcher == "ncclep":  # it sorts, and nothing reads unused rows of its buffer
+        moved, batch = 0.0, replace(batch, candidate=replace(candidate, dispatcher="alltoall"))
     one = _layer(shared, activations.moe(batch), feed_forward_parameters(config, candidate), moved)
     return replace(one, bf16_flops=6 * batch.expert_rows * hidden * width + router)
 
@@ -135,19 +138,31 @@ def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) ->
         forward, backward = seconds(part, in_bf16, gpu, calibration)
         return forward * FP8_OVER_BF16, backward * FP8_OVER_BF16
     there = todo.ideal_s(found.gpu, precision)
-    return found.forward.on(forward, there[0]), found.backward.on(backward, there[1])
+    eager = found.forward.on(forward, there[0]), found.backward.on(backward, there[1])
+    if not in_graph(part, batch.candidate.graphs):
+        return eager
+    graphed = forward / found.forward.best, backward / found.backward.best
+    return min(eager[0], graphed[0]), min(eager[1], graphed[1])
+
+
+def in_graph(part: str, graphs: str) -> bool:
+    """Whether a graph launches a part, so that nothing of it waits for the host: its time is then
+    its work at the best efficiency measured. Of a mixture of experts the graphs of parts have the
+    router alone, whose share nobody measured; it counts as launched by the host."""
+    return graphs == "full" or (graphs == "parts" and part in ("gdn", "attention", "mlp"))
 
 
 @dataclass(frozen=True)
 class Curve:
     """Measured over ideal seconds: straight lines between measurements; above the largest at its
-    efficiency or, where launches hid that, at `efficiency` as soon as this takes longer; below the
-    smallest at its efficiency, but never faster than the launches allow."""
+    efficiency or, where launches hid that, at the best or assumed one as soon as this takes longer;
+    below the smallest at its efficiency, but never faster than the launches allow."""
 
     points: tuple[Pair, ...]
     """(ideal, measured), ascending."""
     launch_s: float
-    efficiency: float = ASSUMED_EFFICIENCY
+    best: float = ASSUMED_EFFICIENCY
+    """Ideal over measured of the most efficient measurement of the part, at any width."""
 
     def on(self, ideal_s: float, measured_ideal_s: float) -> float:
         """Expected seconds on a card whose ideal is ``ideal_s`` where that of the measured card is
@@ -160,7 +175,8 @@ class Curve:
         """Expected seconds for an ideal time."""
         first, last = self.points[0], self.points[-1]
         if ideal_s >= last[0]:
-            return max(last[1], ideal_s * min(last[1] / last[0], 1 / self.efficiency))
+            efficiency = min(ASSUMED_EFFICIENCY, self.best)
+            return max(last[1], ideal_s * min(last[1] / last[0], 1 / efficiency))
         if ideal_s <= first[0]:
             return max(self._floor(), first[1] * ideal_s / first[0])
         above = next(i for i, point in enumerate(self.points) if point[0] >= ideal_s)
@@ -217,14 +233,19 @@ def _measured(
     def curve(which: int, launch_s: float) -> Curve:
         best = max(ideal / time for ideal, time in (pair[which] for pair in points.values()))
         own = tuple(sorted(points[row][which] for row in chosen))
-        return Curve(own, launch_s, min(ASSUMED_EFFICIENCY, best))
+        return Curve(own, launch_s, best)
 
     return Measured(curve(0, LAUNCH_S[part] / 3), curve(1, LAUNCH_S[part] * 2 / 3), chosen, gpu)
 
 
+def batch_of(row: LayerRow) -> Microbatch:
+    """What a measurement worked on."""
+    names = ("micro_batch_size", "precision", "cross_entropy")
+    alone = Candidate(**{name: getattr(row, name) for name in names})
+    return Microbatch(row.model_config, alone, row.seq_length)
+
+
 def _points(row: LayerRow, gpu: Gpu) -> tuple[Pair, Pair]:
     """(ideal, measured) of both passes."""
-    alone = Candidate(micro_batch_size=row.micro_batch_size, precision=row.precision)
-    batch = Microbatch(row.model_config, alone, row.seq_length)
-    forward, backward = work(row.part, batch).ideal_s(gpu, row.precision, WRITTEN)
+    forward, backward = work(row.part, batch_of(row)).ideal_s(gpu, row.precision, WRITTEN)
     return (forward, row.forward_s), (backward, row.backward_s)

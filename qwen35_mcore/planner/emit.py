@@ -11,13 +11,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.planner.candidate import recompute_modules
+from qwen35_mcore.planner.candidate import CAPACITY_FACTOR, recompute_modules
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction
 from qwen35_mcore.planner.report import job_data, prediction_data
 
 _CUDNN_TRAINS_HEAD_256 = ("h100-80g", "h200-141g", "b200-180g")
 """Elsewhere Transformer Engine chooses."""
+_OPTIMIZERS = {
+    "adam": ("bfloat16 weights, float32 optimizer", ""),
+    "precision-aware": (
+        "bfloat16 weights, gradients and moments",
+        "--use-precision-aware-optimizer\n--main-grads-dtype bf16\n"
+        "--exp-avg-dtype bf16\n--exp-avg-sq-dtype bf16",
+    ),
+    "muon": ("bfloat16 weights; Muon for matrices, Adam for the rest", "--optimizer muon"),
+}
+_ALLTOALL = "--moe-token-dispatcher-type alltoall"
+_NCCL_EP = f"""--moe-token-dispatcher-type flex
+--moe-flex-dispatcher-backend ncclep
+--moe-expert-rank-capacity-factor {CAPACITY_FACTOR}"""
 
 
 def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
@@ -43,17 +56,25 @@ def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
         yield why, ["--recompute-granularity full", *each]
     if candidate.fp8:
         fp8 = ["--fp8-format hybrid", f"--fp8-recipe {candidate.precision.removeprefix('fp8-')}"]
-        yield "matrix products in FP8, everything else in bfloat16", ["--bf16", *fp8]
-    else:
-        yield "bfloat16 weights, float32 optimizer", ["--bf16"]
+        yield "matrix products in FP8, everything else in bfloat16", fp8
+    why, more = _OPTIMIZERS[job.optimizer]
+    yield why, ["--bf16", *more.splitlines()]
     yield (
         "optimizer state is shared by data parallel ranks; gradients are reduced under the last "
         "backward pass and weights gathered under the first forward pass",
         ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
     )
     if job.model_config.is_moe:
-        dispatcher = ["--moe-token-dispatcher-type alltoall"]
-        yield "tokens travel to their experts with one all-to-all", dispatcher
+        nccl_ep = candidate.dispatcher == "ncclep"
+        how = "NCCL EP, into a buffer of fixed size" if nccl_ep else "one all-to-all"
+        dispatcher = _NCCL_EP if nccl_ep else _ALLTOALL
+        yield f"tokens travel to their experts with {how}", dispatcher.splitlines()
+    if candidate.graphs == "full":
+        yield "one CUDA graph of all passes of a step", ["--cuda-graph-impl full_iteration"]
+    elif candidate.graphs == "parts":
+        modules = "attn moe_router moe_preprocess" if job.model_config.is_moe else "attn mlp"
+        graphs = ["--cuda-graph-impl transformer_engine", f"--cuda-graph-modules {modules}"]
+        yield "CUDA graphs of what waits for no other rank", graphs
     if job.gpu.name in _CUDNN_TRAINS_HEAD_256:
         fused = ["--attention-backend fused"]
         yield "cuDNN's attention: the fast one at head size 256 on this GPU", fused

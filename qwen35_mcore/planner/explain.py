@@ -9,13 +9,12 @@ from difflib import get_close_matches
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.rules import Violation
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
-from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job
-from qwen35_mcore.planner.hardware import GIB, PRECISIONS
+from qwen35_mcore.planner.candidate import SWITCHES, Candidate, Job
+from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction, predict, predict_split
 from qwen35_mcore.planner.search import broken_rules
 
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "mbs")
-_WORDS = {"recompute": RECOMPUTE, "precision": PRECISIONS}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def parse_layout(text: str) -> tuple[Candidate, str | None]:
             raise PlanError(f"the layout names {name} more than once", got=text, fix="name it once")
         if name in _SIZES and re.fullmatch("[1-9][0-9]{0,5}", value):
             values["micro_batch_size" if name == "mbs" else name] = int(value)
-        elif name == "layout" or value in _WORDS.get(name, ()):
+        elif name == "layout" or value in SWITCHES.get(name, ()):
             values[name] = value
         else:
             raise _cannot_read(name + equals + value, name)
@@ -61,10 +60,10 @@ def parse_layout(text: str) -> tuple[Candidate, str | None]:
 
 
 def _cannot_read(item: str, name: str) -> PlanError:
-    names = [*_SIZES, *_WORDS, "layout"]
+    names = [*_SIZES, *SWITCHES, "layout"]
     near = get_close_matches(name, names, n=1)
     if name in names:
-        words = _WORDS.get(name, ("N with N from 1 to 999999",))
+        words = SWITCHES.get(name, ("N with N from 1 to 999999",))
         allowed, fix = ", ".join(f"{name}={word}" for word in words), "write one of these"
     else:
         allowed = "NAME=VALUE with NAME one of " + ", ".join(names)

@@ -19,6 +19,10 @@ from qwen35_mcore.planner.communication import Group, all_to_all, gather, groups
 from qwen35_mcore.planner.hardware import Gpu
 from qwen35_mcore.planner.stages import Chain, Unit
 
+_NCCL_EP_S = (0.12e-3, 0.04e-3)
+"""Of a dispatch with its permutation and a combine, and of their backward passes, beside what their
+rows take on the link: 0.51 and 0.43 ms less 0.39 on two H200 (tests/bench/NOTES.md)."""
+
 
 class Term(NamedTuple):
     """Seconds of a microbatch in one part, of one kind: compute, tp, ep or cp."""
@@ -68,9 +72,25 @@ class Model:
         self.part = {kind: _part(job, alike, kind) for kind in dict.fromkeys(self.kinds)}
         self.workspace_bytes = max(part.kept.transient for part in self.part.values())
         """Most that a backward pass needs on top of what is kept."""
-        self.overhead_bytes = memory.overhead_bytes(job.gpu, job.gpus)
+        self.overhead_bytes = memory.overhead_bytes(job.gpu, job.gpus) + self._apart_bytes()
         self.capacity_bytes = job.usable_bytes - self.overhead_bytes - self.workspace_bytes
         """What parameters and activations may take on a GPU."""
+
+    def _apart_bytes(self) -> float:
+        """Beside what the parts hold: as many rows as NCCL EP receives, for it to stage them, the
+        pool of a graph of the whole step, and Muon's padding."""
+        job, candidate, parts = self.job, self.candidate, [self.part[kind] for kind in self.kinds]
+        apart = 0.0
+        if candidate.dispatcher == "ncclep":
+            rows = Microbatch(job.model_config, candidate, job.seq_length).kept_rows
+            apart += 2 * rows * job.model_config.hidden_size
+        if candidate.graphs == "full":
+            held = sum(part.kept.saved for part in parts) + self.workspace_bytes
+            apart += memory.GRAPH_POOL * held
+        if job.optimizer == "muon":
+            whole = sum((part.parameters for part in parts), Parameters())
+            apart += memory.padding_bytes(whole, job, candidate)
+        return apart
 
     @cached_property
     def chain(self) -> Chain:
@@ -165,8 +185,12 @@ def _terms(job: Job, batch: Microbatch, kind: str) -> Iterator[Term]:
 
 def _dispatches(batch: Microbatch, groups: dict[str, Group], gpu: Gpu) -> Term:
     """Rows on their way to their experts and back."""
-    config = batch.model_config
+    config, candidate = batch.model_config, batch.candidate
     sent = batch.own_tokens * config.num_experts_per_tok * (2 * config.hidden_size + 4)
+    if candidate.dispatcher == "ncclep":
+        ranks = Group(candidate.ep * candidate.etp)
+        there = 2 * all_to_all(sent * candidate.etp, ranks, gpu)
+        return Term("ep", *(there + more for more in _NCCL_EP_S))
     over_ep = all_to_all(sent, groups["ep"], gpu)
     over_etp = gather(sent * batch.candidate.etp, groups["etp"], gpu)
     return Term("ep", *2 * [2 * (over_ep + over_etp)])

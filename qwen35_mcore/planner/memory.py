@@ -1,11 +1,15 @@
 """Bytes of GPU memory by part of the model: weights, gradients, optimizer, activations, overhead.
 
 Megatron-core's distributed optimizer shares the state of routed experts between the expert data
-parallel ranks, that of everything else between data and context parallel ones. Parts of a model
-have the names of `parallel.parameters`.
+parallel ranks, that of everything else between data and context parallel ones. It cuts Adam's state
+anywhere. Muon's ranks take whole parameters, of which the experts of a layer are two, and pad their
+buffers to the fullest rank's; tensor parallel ranks each gather and orthogonalise the whole matrix.
+Parts of a model have the names of `parallel.parameters`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from qwen35_mcore.parallel.parameters import Parameters
 from qwen35_mcore.planner import activations
@@ -13,14 +17,18 @@ from qwen35_mcore.planner.activations import Kept
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.hardware import GIB, Gpu
 
-WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
-"""Bytes a parameter: bfloat16, float32, and float32 weight with two moments."""
+WEIGHT, MOMENT = 2, 4
+"""Bytes of a bfloat16 weight, and of a moment of Adam or Muon."""
 FP8_COPIES = 2
 """Bytes of Transformer Engine's FP8 copies of a weight and of its transpose; experts have none."""
 CONTEXT_BYTES, COMMUNICATOR_BYTES = int(0.75 * GIB), int(1.0 * GIB)
 """CUDA context with the workspaces of cuBLAS and cuDNN; NCCL's buffers of a multi-GPU run."""
 FRAGMENTATION = 0.03
 """Share of a GPU's memory that PyTorch's allocator holds and cannot use (expandable segments)."""
+GRAPH_POOL = 0.4
+"""Of the activations that one graph of a step holds, what its pool has reserved on top: 3.8 GiB for
+four layers whose activations take 9.4 (tests/bench/NOTES.md: 15.4 GiB reserved, 11.6 without a
+graph). Graphs of parts had none (peaks of 63.5 and 63.6 GiB): what they hold is the activations."""
 
 
 def overhead_bytes(gpu: Gpu, gpus: int) -> int:
@@ -32,16 +40,55 @@ def overhead_bytes(gpu: Gpu, gpus: int) -> int:
 def static_bytes(
     parameters: Parameters, job: Job, candidate: Candidate
 ) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer state that the distributed optimizer holds on one rank."""
+    """Weights, gradients and optimizer state on one rank, the state in even shares."""
     copies = FP8_COPIES * parameters.in_fp8 if candidate.fp8 else 0.0
-    optimizer = OPTIMIZER * own_share(parameters, job, candidate)
-    return WEIGHT * parameters.count + copies, GRADIENT * parameters.trained, optimizer
+    gradients = gradient_bytes(job) * parameters.trained
+    optimizer = state_bytes(job, candidate) * own_share(parameters, job, candidate)
+    optimizer -= MOMENT * sum(even for _, even, _ in muon_shares(parameters, job, candidate))
+    return WEIGHT * parameters.count + copies, gradients, optimizer
+
+
+def gradient_bytes(job: Job) -> int:
+    """Bytes a parameter of what microbatches add up to: float32, or bfloat16."""
+    return 2 if job.optimizer == "precision-aware" else 4
+
+
+def state_bytes(job: Job, candidate: Candidate) -> int:
+    """Bytes a parameter of the rank that updates it: a float32 weight and two moments (Muon has one
+    of a matrix). Precision-aware: moments in bfloat16, and of the weight the 16 bits that the
+    bfloat16 one lacks, or all in an FP8 run; A_log, dt_bias and GDN's norm, the few, as in Adam."""
+    if job.optimizer == "precision-aware":
+        return (4 if candidate.fp8 else 2) + 2 * 2
+    return 4 + 2 * MOMENT
 
 
 def own_share(parameters: Parameters, job: Job, candidate: Candidate) -> float:
     """Parameters of these whose optimizer state a rank holds."""
-    shares = candidate.dp(job) * candidate.cp
-    return parameters.dense / shares + parameters.expert / candidate.expert_dp(job)
+    dense, expert = _ranks(job, candidate)
+    return parameters.dense / dense + parameters.expert / expert
+
+
+def _ranks(job: Job, candidate: Candidate) -> tuple[int, int]:
+    """Ranks that share the state of dense parameters, and of experts."""
+    return candidate.dp(job) * candidate.cp, candidate.expert_dp(job)
+
+
+def muon_shares(
+    parameters: Parameters, job: Job, candidate: Candidate, what: str = "elements"
+) -> Iterator[tuple[int, float, float]]:
+    """Where Muon updates matrices, of dense ones and of experts: the ranks that share them, an even
+    share of their elements or flops, and the largest parameter's, which one rank has whole."""
+    for expert, ranks in enumerate(_ranks(job, candidate) if job.optimizer == "muon" else ()):
+        held = [getattr(one, what) for one in parameters.matrices if one.expert == expert]
+        yield ranks, sum(held) / ranks, max(held, default=0.0)
+
+
+def padding_bytes(parameters: Parameters, job: Job, candidate: Candidate) -> float:
+    """What Muon's whole parameters cost beyond even shares on the average pipeline rank of a model:
+    state, and room in the buffers of weights and gradients for every rank's share."""
+    shares = muon_shares(parameters, job, candidate)
+    more = ((ranks, max(0.0, largest - even / candidate.pp)) for ranks, even, largest in shares)
+    return sum(one * (4 + MOMENT + ranks * (WEIGHT + 4)) for ranks, one in more)
 
 
 def kept(batch: Microbatch, kind: str) -> Kept:

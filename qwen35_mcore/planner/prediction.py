@@ -8,18 +8,19 @@ from itertools import accumulate, pairwise
 
 from qwen35_mcore.config.flops import BACKWARD_AND_FORWARD, training_flops
 from qwen35_mcore.parallel.parameters import Parameters
+from qwen35_mcore.parallel.schedule import Shape, Simulation
 from qwen35_mcore.parallel.stages import write_pipeline_layout
+from qwen35_mcore.planner import memory
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.communication import Group, gather
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
 from qwen35_mcore.planner.layers import Model, Part
-from qwen35_mcore.planner.memory import GRADIENT, WEIGHT, own_share, static_bytes
-from qwen35_mcore.planner.schedule import Shape, Simulation
+from qwen35_mcore.planner.memory import MOMENT, WEIGHT, gradient_bytes
 from qwen35_mcore.planner.stages import Cuts, Splits
 
-_OPTIMIZER_TRAFFIC = 4 * 7 + WEIGHT + GRADIENT
-"""Bytes a parameter of an Adam step: gradient, weight and two moments read, three written back, the
-bfloat16 weight, and the gradient's norm."""
+_NEWTON_SCHULZ_BYTES = 5 * 4 * 2 + 10 * 4
+"""Bytes an element of a matrix that Muon updates, beside its state: each of five steps reads the
+bfloat16 matrix three times and writes it; ten float32 passes normalize, round and scale it."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Prediction:
         """The fullest moment of every pipeline rank."""
         besides, gathered = (self.model.workspace_bytes, self.model.overhead_bytes), []
         for rank, held in enumerate(self.splits.rank_bytes(self.cuts)):
-            static = static_bytes(self.rank_parameters(rank), self.job, self.candidate)
+            static = memory.static_bytes(self.rank_parameters(rank), self.job, self.candidate)
             gathered.append(StageMemory(*static, held - sum(static), *besides))
         return gathered
 
@@ -177,7 +178,7 @@ class Prediction:
             expert = gather(size * parameters.expert, groups["expert_dp"], gpu)
             return max(0.0, dense + expert - hidden_s)
 
-        reduced = beyond(sum(part.backward_s for part in parts), GRADIENT)
+        reduced = beyond(sum(part.backward_s for part in parts), gradient_bytes(self.job))
         gathered = beyond(sum(part.forward_s for part in parts), WEIGHT)
         return reduced + gathered + (self._tied_s() if rank in (0, self.candidate.pp - 1) else 0.0)
 
@@ -187,15 +188,26 @@ class Prediction:
         config, pp = self.job.model_config, self.candidate.pp
         if pp == 1 or not (config.mtp_num_hidden_layers or config.tie_word_embeddings):
             return 0.0
-        table = GRADIENT * config.vocab_size * config.hidden_size / self.candidate.tp
+        elements = config.vocab_size * config.hidden_size / self.candidate.tp
+        table = gradient_bytes(self.job) * elements
         ends = Group(2, self.model.groups["pp"].stride * (pp - 1))
         return 2 * gather(table, ends, self.job.gpu)
 
     def _optimizer_s(self, rank: int) -> float:
-        parameters = self.rank_parameters(rank)
-        moved = _OPTIMIZER_TRAFFIC * own_share(parameters, self.job, self.candidate)
-        zeroed = GRADIENT * parameters.trained
-        return (moved + zeroed) / self.job.gpu.bytes_per_s / ASSUMED_EFFICIENCY
+        """Gradient and state read, state and weight written, the gradient's norm, gradients set to
+        zero; and the orthogonalisations of the rank that has most of them."""
+        job, held = self.job, (self.rank_parameters(rank), self.job, self.candidate)
+        gradient, state = gradient_bytes(job), memory.state_bytes(job, self.candidate)
+        moved = (2 * (gradient + state) + WEIGHT) * memory.own_share(*held)
+        moved += gradient * held[0].trained
+        elements, flops = (
+            sum(max(even, largest) for _, even, largest in memory.muon_shares(*held, what))
+            for what in ("elements", "flops")
+        )
+        moved += (_NEWTON_SCHULZ_BYTES - 2 * MOMENT) * elements
+        tflops = job.calibration.newton_schulz_tflops
+        rate = tflops * 1e12 if tflops else job.gpu.bf16_flops * ASSUMED_EFFICIENCY
+        return moved / job.gpu.bytes_per_s / ASSUMED_EFFICIENCY + flops / rate
 
 
 def predict(job: Job, candidate: Candidate) -> Prediction:

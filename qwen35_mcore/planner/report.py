@@ -60,6 +60,7 @@ def job_data(job: Job, candidate: Candidate) -> dict[str, Any]:
         "headroom_bytes": job.headroom_bytes,
         "seq_length": job.seq_length,
         "global_batch_size": job.global_batch_size,
+        "optimizer": job.optimizer,
         "calibration": job.calibration.source,
         "calibration_gpu": job.calibration.gpu,
         "measured": True,

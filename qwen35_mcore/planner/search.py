@@ -14,8 +14,9 @@ from itertools import groupby, islice, product
 from operator import attrgetter
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.parallel.check import check_layout
+from qwen35_mcore.parallel.check import check_layout, too_many_stages
 from qwen35_mcore.parallel.rules import Violation
+from qwen35_mcore.parallel.switches import broken_switches
 from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.layers import Model, holds_parameters
@@ -47,6 +48,8 @@ class Space:
     micro_batch_size: tuple[int, ...] = ()
     recompute: tuple[str, ...] = ()
     precision: tuple[str, ...] = ("bf16",)
+    dispatcher: tuple[str, ...] = ("alltoall",)
+    graphs: tuple[str, ...] = ("none",)
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,11 @@ def candidates(job: Job, space: Space) -> Iterator[Candidate]:
             continue
         first = replace(plain, vpp=vpps[0])
         words = [p for p in space.precision if not broken_rules(job, replace(first, precision=p))]
-        for recompute, precision, vpp in product(space.recompute or RECOMPUTE, words, vpps):
-            yield replace(plain, recompute=recompute, precision=precision, vpp=vpp)
+        ways = product(space.recompute or RECOMPUTE, space.dispatcher, space.graphs)
+        for recompute, dispatcher, graphs in ways:
+            way = replace(plain, recompute=recompute, dispatcher=dispatcher, graphs=graphs)
+            if not _broken_switches(job, way):
+                yield from (replace(way, precision=p, vpp=n) for p, n in product(words, vpps))
 
 
 def broken_rules(
@@ -151,17 +157,16 @@ def broken_rules(
         vision=job.images.vision if job.images else None,
     )
     violations = [violation for violation in violations if violation.rule != EVEN_SPLIT_RULE]
-    most = job.model_config.num_hidden_layers + 2
-    if candidate.pp * candidate.vpp > most:
-        too_many = Violation(
-            rule="every virtual stage has a layer",
-            reason="a stage without layers has empty gradient buffers",
-            value=f"pp {candidate.pp} * vpp {candidate.vpp}, {most - 2} layers",
-            allowed=f"up to {most} stages: embedding and loss can stand alone",
-            fix="lower pp or vpp",
-        )
-        violations.append(too_many)
-    return violations
+    violations += too_many_stages(job.model_config, candidate.layout())
+    return violations + _broken_switches(job, candidate)
+
+
+def _broken_switches(job: Job, candidate: Candidate) -> list[Violation]:
+    switches = candidate.dispatcher, candidate.graphs, candidate.recompute
+    if switches[:2] == ("alltoall", "none"):
+        return []
+    layout, vision = candidate.layout(), job.images is not None
+    return broken_switches(job.model_config, layout, *switches, job.gpus_of_a_node, vision=vision)
 
 
 def _sizes(job: Job, space: Space) -> Iterator[Candidate]:

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from operator import add
 from typing import NamedTuple
 
-from qwen35_mcore.planner.schedule import STEADY_GROUPS, Shape, Simulation, alive, peak_saved_bytes
+from qwen35_mcore.parallel.schedule import STEADY_GROUPS, Shape, Simulation, alive, peak_saved_bytes
 
 Cuts = tuple[int, ...]
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.parallel.parameters import mixer_parameters
+from qwen35_mcore.parallel.schedule import Shape
 from qwen35_mcore.planner import memory
 from qwen35_mcore.planner.calibration.rows import default_calibration
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.hardware import get_gpu
 from qwen35_mcore.planner.layers import Model
-from qwen35_mcore.planner.schedule import Shape
 from qwen35_mcore.planner.stages import Chain, Splits, Unit
 
 PRESETS = Path(__file__).parents[2] / "launch" / "presets"

@@ -2,8 +2,8 @@
 
     python -m tests.bench.compare_plan [CALIBRATION.json]
 
-Throughput that others published, beside the prediction for their layout; then every measurement in
-the file (the package's own without one), where it is one.
+Throughput that others published, beside the prediction for their layout; the runs and the layer
+stacks of NOTES.md; then every measurement in the file (the package's own without one).
 
 Runs: peak and model memory, and the time of a step, of training runs on one GPU. Layers: the bytes
 that autograd keeps, and times predicted from the file's other rows (a row alone would predict
@@ -34,8 +34,10 @@ from qwen35_mcore.planner.calibration.rows import (
     model_of,
     read_calibration,
 )
-from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
+from qwen35_mcore.planner.candidate import Candidate, Job
+from qwen35_mcore.planner.explain import parse_layout
 from qwen35_mcore.planner.hardware import GIB, Gpu, get_gpu
+from qwen35_mcore.planner.layers import Model
 from qwen35_mcore.planner.prediction import Prediction, predict_split
 from qwen35_mcore.planner.search import Space, search
 
@@ -53,6 +55,7 @@ class RunRow:
     global_batch_size: int
     recompute: str
     precision: str
+    cross_entropy: str
     peak_bytes: int
     model_bytes: int | None
     step_s: float | None
@@ -71,6 +74,7 @@ def run_row(row: Mapping[str, Any]) -> RunRow:
         name=", ".join([row["flavor"], *(f"{key} {value}" for key, value in overrides.items())]),
         model_config=model_of(row["flavor"], overrides),
         **{name: row[name] for name in same},
+        cross_entropy=row.get("cross_entropy", "native"),
         peak_bytes=row["peak_bytes"],
         model_bytes=row.get("model_bytes"),
         step_s=row["step_ms"] / 1e3 if row.get("step_ms") else None,
@@ -89,17 +93,15 @@ def predict_run(row: RunRow, gpu: Gpu, calibration: Calibration) -> Prediction:
         calibration=calibration,
         model_name=row.name,
     )
-    candidate = Candidate(
-        micro_batch_size=row.micro_batch_size, recompute=row.recompute, precision=row.precision
-    )
+    same = ("micro_batch_size", "recompute", "precision", "cross_entropy")
+    candidate = Candidate(**{name: getattr(row, name) for name in same})
     stage = "E" + "t" * model.num_hidden_layers + "m" * model.mtp_num_hidden_layers + "L"
     return predict_split(job, candidate, (stage,))
 
 
 def peak_bytes(prediction: Prediction) -> float:
-    """What ``torch.cuda.max_memory_allocated`` would say: no overhead."""
-    [memory] = prediction.memory()
-    return memory.total - memory.overhead
+    """What ``torch.cuda.max_memory_allocated`` would say on the fullest rank: no overhead."""
+    return max(memory.total - memory.overhead for memory in prediction.memory())
 
 
 def model_bytes(prediction: Prediction) -> float:
@@ -110,9 +112,7 @@ def model_bytes(prediction: Prediction) -> float:
 
 def kept(row: LayerRow) -> Kept:
     """What autograd keeps of a measured part."""
-    alone = Candidate(micro_batch_size=row.micro_batch_size, precision=row.precision)
-    batch = Microbatch(row.model_config, alone, row.seq_length)
-    return getattr(activations, row.part)(batch)
+    return getattr(activations, row.part)(cost.batch_of(row))
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,120 @@ def published_table(gpu: Gpu, calibration: Calibration) -> Iterator[tuple[str, .
         )
 
 
+@dataclass(frozen=True)
+class Noted:
+    """A run or a stack of NOTES.md: the first four layers of 35b-a3b at sequence 4096, bf16."""
+
+    name: str
+    layout: str
+    """As ``--explain`` reads it."""
+    ms: float
+    gib: float | None = None
+    gpu: str = "h100-80g"
+    gpus: int = 2
+    experts: int = 256
+    vocab: int = 248_320
+    cross_entropy: str = "native"
+    flavor: str = "35b-a3b"
+    layers: int = 4
+    length: int = 4096
+
+    @property
+    def model(self) -> Qwen35Config:
+        cut = {"num_hidden_layers": self.layers, "num_experts": self.experts}
+        return model_of(self.flavor, cut | {"vocab_size": self.vocab})
+
+    def job(self) -> tuple[Job, Candidate, str | None]:
+        """Four sequences a GPU and step on two of them, two on one."""
+        candidate, stages = parse_layout(self.layout)
+        job = Job(
+            model_config=self.model,
+            gpu=get_gpu(self.gpu),
+            gpus=self.gpus,
+            seq_length=self.length,
+            global_batch_size=8 if self.gpus == 2 else 2 * candidate.micro_batch_size,
+            calibration=default_calibration(self.gpu),
+        )
+        return job, replace(candidate, cross_entropy=self.cross_entropy), stages
+
+    def prediction(self) -> Prediction:
+        job, candidate, stages = self.job()
+        return predict_split(job, candidate, parse_pipeline_layout(stages or "EttttmL"))
+
+    def stack_ms(self) -> float:
+        """Forward and backward of the layers alone."""
+        job, candidate, _ = self.job()
+        model = Model(job, candidate)
+        parts = [model.part[kind] for kind in model.kinds if kind in "ga"]
+        return 1e3 * sum(part.forward_s + part.backward_s for part in parts)
+
+
+_ONE, _H200 = {"gpus": 1, "experts": 64}, {"gpu": "h200-141g", "cross_entropy": "te"}
+_SMALL: dict[str, Any] = {"gpus": 1, "experts": 16, "vocab": 512}
+_FP8 = "precision=fp8-tensorwise"
+NOTED = (
+    Noted("natural", "ep=2", 728, 63.6),
+    Noted("natural", "ep=2,graphs=parts", 613, 63.5),
+    Noted("balanced", "ep=2", 752, 63.5),
+    Noted("natural", "pp=2,layout=Ettt|tmL", 1073, 59.8),
+    Noted("natural", "pp=2,graphs=parts,layout=Ettt|tmL", 905, 59.8),
+    Noted("balanced", "pp=2,layout=Ettt|tmL", 1054, 59.8),
+    Noted("natural", f"ep=2,{_FP8}", 761, 63.8),
+    Noted("natural", f"ep=2,{_FP8},graphs=parts", 588),
+    Noted("balanced", f"ep=2,{_FP8}", 778, 63.7),
+    Noted("natural", "ep=2,graphs=parts", 469, 58.1, **_H200),
+    Noted("natural", "ep=2,dispatcher=ncclep,graphs=full", 390, 59.2, **_H200),
+    Noted("main job", "mbs=1", 322, 54.4e9 / GIB, **_ONE),
+    Noted("main job", "mbs=1,graphs=full", 250, **_ONE),
+    Noted("main job", _FP8, 328, 54.7e9 / GIB, **_ONE),
+    Noted("main job", f"{_FP8},graphs=full", 249, **_ONE),
+    Noted("vocabulary 512", "mbs=1", 228, **_SMALL),
+    Noted("vocabulary 512", "mbs=1,graphs=parts", 85, **_SMALL),
+)
+"""Runs with MTP: routing, layout, milliseconds of a step, peak of the fullest rank."""
+_ALONE: dict[str, Any] = {"gpus": 1, "experts": 32}
+STACKS = (
+    Noted("stack", "mbs=1", 67.8, **_ALONE),
+    Noted("stack", "mbs=1,graphs=parts", 24.3, **_ALONE),
+    Noted("stack", "mbs=1,graphs=full", 19.4, **_ALONE),
+    Noted("stack", "mbs=4", 77.7, **_ALONE),
+    Noted("stack", "mbs=4,graphs=parts", 74.4, **_ALONE),
+    Noted("stack", "mbs=4,graphs=full", 69.4, **_ALONE),
+    Noted("stack", "mbs=4", 82.9, gpus=1),
+    Noted("stack, sequence 32768", "mbs=1", 214.8, length=32768, **_ALONE),
+    Noted(
+        "397b-a17b, a GDN layer", "mbs=4", 55.9, gpus=1, experts=16, flavor="397b-a17b", layers=1
+    ),
+    Noted(
+        *("397b-a17b, a GDN layer", "mbs=4,graphs=full", 53.7),
+        gpus=1,
+        experts=16,
+        flavor="397b-a17b",
+        layers=1,
+    ),
+)
+"""Layers alone, forward and backward, without FlashQLA."""
+
+
+def noted_tables() -> tuple[Iterator[tuple[str, ...]], Iterator[tuple[str, ...]]]:
+    """Rows of predicted / measured (error): runs, and stacks."""
+    predicted = [(one, one.prediction()) for one in NOTED]
+    runs = (
+        (
+            f"{one.gpus} {one.gpu}, {one.name}, {one.experts} experts, `{_escaped(one.layout)}`, "
+            f"loss {one.cross_entropy}",
+            _compared(peak_bytes(prediction) / GIB, one.gib),
+            _compared(prediction.step_s * 1e3, one.ms),
+        )
+        for one, prediction in predicted
+    )
+    stacks = (
+        (f"{one.name}, {one.experts} experts, `{one.layout}`", _compared(one.stack_ms(), one.ms))
+        for one in STACKS
+    )
+    return runs, stacks
+
+
 def run_table(
     runs: Sequence[RunRow], calibration: Calibration, gpu: Gpu
 ) -> Iterator[tuple[str, ...]]:
@@ -207,9 +321,7 @@ def layer_table(calibration: Calibration, gpu: Gpu) -> Iterator[tuple[str, ...]]
     """Rows of predicted / measured (error) for every layer measurement."""
     for row in calibration.layers:
         others = replace(calibration, layers=tuple(r for r in calibration.layers if r is not row))
-        alone = Candidate(micro_batch_size=row.micro_batch_size, precision=row.precision)
-        batch = Microbatch(row.model_config, alone, row.seq_length)
-        forward, backward = cost.seconds(row.part, batch, gpu, others)
+        forward, backward = cost.seconds(row.part, cost.batch_of(row), gpu, others)
         experts = f", {row.model_config.num_experts} experts" if row.part == "moe" else ""
         yield (
             f"{row.part}, hidden {row.model_config.hidden_size}{experts}; {row.micro_batch_size} x "
@@ -263,6 +375,10 @@ def main() -> None:
     print(f"Predicted from {calibration.source}, beside what was published:\n")
     headers = ("recipe", "TFLOP/s per GPU", "tokens/s per GPU", "GiB")
     _print(headers, published_table(get_gpu("h100-80g"), calibration))
+    noted, stacks = noted_tables()
+    print("predicted / measured (error), measured runs of NOTES.md\n")
+    _print(("run", "peak GiB", "step ms"), noted)
+    _print(("layers", "ms"), stacks)
     runs = read_runs(file or MEASURED / "h100-80g.json")
     print("predicted / measured (error)\n")
     _print(("run", "peak GiB", "model GiB", "step ms"), run_table(runs, calibration, gpu))

@@ -195,6 +195,13 @@ def test_layouts_that_the_tower_does_not_run_in() -> None:
     assert {one.candidate.precision for one in found.best} == {"bf16"}
 
 
+def test_switches_that_the_tower_does_not_run_with(folder: Path) -> None:
+    in_graph = explain(job_of(patches=1024), Candidate(ep=8, graphs="parts"))
+    assert [one.rule for one in in_graph.violations] == ["the vision tower trains without graphs"]
+    done = qwen35("plan", "--hf-config", folder, *SMALL, *IMAGES, "--optimizer", "muon")
+    refused(done, "Muon does not train a vision tower", "--optimizer adam")
+
+
 def test_images_travel_to_mtp() -> None:
     """Through every stage, beside the hidden states."""
     candidate = Candidate(pp=2, ep=4)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35_mcore.planner.schedule import Shape, Simulation, alive, peak_saved_bytes, rank_order
+from qwen35_mcore.parallel.schedule import Shape, Simulation, alive, peak_saved_bytes, rank_order
 from tests.helpers.megatron_schedule import Note, Pass, play, record
 
 PLAIN = [(1, 1, 3), (2, 1, 1), (2, 1, 5), (3, 1, 2), (4, 1, 4), (4, 1, 9), (8, 1, 16)]

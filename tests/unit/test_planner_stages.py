@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from qwen35_mcore.parallel.schedule import Shape, rank_order
 from qwen35_mcore.parallel.stages import (
     parse_pipeline_layout,
     stage_problems,
@@ -17,7 +18,6 @@ from qwen35_mcore.parallel.stages import (
 )
 from qwen35_mcore.planner.candidate import Candidate
 from qwen35_mcore.planner.prediction import predict
-from qwen35_mcore.planner.schedule import Shape, rank_order
 from qwen35_mcore.planner.stages import Chain, Cuts, Splits, Unit
 from tests.unit.test_planner_search import job_of
 

@@ -43,15 +43,20 @@ class LayerRow:
     backward_s: float
     saved_bytes: int | None = None
     """Bytes kept between the two passes, where measured."""
+    cross_entropy: str = "native"
+    """Of part output."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Rows, and where they come from. Compared by identity, which caches rely on."""
 
     source: str
     gpu: str
     layers: tuple[LayerRow, ...]
+    newton_schulz_tflops: float | None = None
+    """Of Muon's update: "tflops" of "muon medium", which nobody measured, from
+    ``python -m tests.bench.bench_muon --case 35b-a3b,4,32``."""
 
     def rows(self, part: str, precision: str) -> tuple[LayerRow, ...]:
         """Rows of one part in one precision."""
@@ -94,7 +99,8 @@ def read_calibration(path: Path) -> Calibration:
         raise _unusable(path, f'needs "schema": {SCHEMA} and at least one row in "layers"', got)
     gpu = _read(content.get("gpu", _STANDARD), path, lambda name: get_gpu(str(name)))
     rows = (_read(row, path, lambda row: layer_row(row, gpu.precisions)) for row in layers)
-    return Calibration(source=str(path), gpu=gpu.name, layers=tuple(rows))
+    muon = _read(content.get("newton_schulz_tflops"), path, lambda rate: rate and float(rate))
+    return Calibration(str(path), gpu.name, tuple(rows), muon)
 
 
 def _unusable(path: Path, why: str, got: object) -> PlanError:
@@ -125,6 +131,7 @@ def layer_row(row: Mapping[str, Any], precisions: tuple[str, ...] = PRECISIONS) 
         forward_s=float(row["forward_ms"]) / 1e3,
         backward_s=float(row["backward_ms"]) / 1e3,
         saved_bytes=row.get("saved_bytes"),
+        cross_entropy=row.get("cross_entropy", "native"),
     )
     if one.part not in PARTS or one.precision not in precisions:
         raise ValueError(f"allowed: part {', '.join(PARTS)}; precision {', '.join(precisions)}")

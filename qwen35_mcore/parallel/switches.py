@@ -1,0 +1,77 @@
+"""Which exchange of the experts' rows and which CUDA graphs a layout can run with.
+
+The same as what training refuses or does not choose by itself (`training.checks.run`,
+`training.choices`, `training.cuda_graphs`), from sizes alone.
+"""
+
+from __future__ import annotations
+
+from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.parallel.layout import ParallelLayout
+from qwen35_mcore.parallel.rules import Violation
+
+
+def broken_switches(
+    model_config: Qwen35Config,
+    layout: ParallelLayout,
+    dispatcher: str,
+    graphs: str,
+    recompute: str,
+    gpus_of_a_node: int,
+    *,
+    vision: bool = False,
+) -> list[Violation]:
+    """Everything against them; empty when nothing is.
+
+    Args:
+        dispatcher: alltoall or ncclep.
+        graphs: none, parts (of layers) or full (the step).
+        recompute: none, selective or full.
+        gpus_of_a_node: that the job uses.
+        vision: whether the run trains a vision tower.
+    """
+    ranks = layout.ep * layout.expert_tp if model_config.is_moe else 1
+    rows = (
+        (
+            dispatcher == "ncclep" and not 1 < ranks <= gpus_of_a_node,
+            "dispatcher=ncclep spreads experts in a node",
+            "NCCL EP exchanges rows between ranks of one node",
+            f"{ranks} ranks share the experts of a layer",
+            f"ep * etp from 2 to {gpus_of_a_node}",
+            "change ep, or take dispatcher=alltoall",
+        ),
+        (
+            graphs == "full" and layout.model_size > 1,
+            "graphs=full needs tp, cp and pp of 1",
+            "stages wait for each other, and nobody captured a step with tp or cp",
+            f"tp {layout.tp}, cp {layout.cp}, pp {layout.pp}",
+            "tp 1, cp 1, pp 1",
+            "take graphs=parts",
+        ),
+        (
+            graphs == "full" and ranks > 1 and dispatcher != "ncclep",
+            "graphs=full has no all-to-all",
+            "each MoE layer waits for the host to learn how many tokens an expert has",
+            f"dispatcher={dispatcher}, {ranks} ranks share the experts of a layer",
+            "dispatcher=ncclep, or ep and etp of 1",
+            "take dispatcher=ncclep, or graphs=parts",
+        ),
+        (
+            graphs != "none" and vision,
+            "the vision tower trains without graphs",
+            "positions and patches differ from step to step, and a graph repeats the first",
+            f"graphs={graphs}",
+            "graphs=none",
+            "take graphs=none",
+        ),
+        (
+            graphs == "parts" and recompute == "full",
+            "graphs=parts goes without recompute=full",
+            "megatron captures no part of a layer that is computed again as a whole",
+            f"recompute={recompute}",
+            "recompute=none or selective",
+            "take one of these",
+        ),
+    )
+    names = ("rule", "reason", "value", "allowed", "fix")
+    return [Violation(**dict(zip(names, row, strict=True))) for broken, *row in rows if broken]

@@ -12,6 +12,7 @@ from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.hardware import get_gpu
 from qwen35_mcore.planner.prediction import predict_split
 from tests.helpers.distributed import WorkerPool
+from tests.helpers.kinds import kinds
 from tests.helpers.training import Layout, build_chunks, config_for, initialize
 from tests.helpers.vision import vision_toy_config
 
@@ -77,7 +78,7 @@ def built_tower(layout: Layout) -> int:
     return sum(p.numel() for name, p in chunk.named_parameters() if "vision_model." in name)
 
 
-@pytest.mark.parametrize("tp", [4, 2])
+@pytest.mark.parametrize("tp", kinds((4, 2), ("2",)))
 def test_a_rank_of_the_first_stage_holds_its_part_of_the_tower(tp: int, pool: WorkerPool) -> None:
     layout = Layout(tp=tp, pp=4 // tp, vision=True)
     built = pool.run(built_tower, 4, layout=layout)

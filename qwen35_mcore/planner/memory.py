@@ -1,9 +1,9 @@
 """Bytes of GPU memory by part of the model: weights, gradients, optimizer, activations, overhead.
 
 Megatron-core's distributed optimizer shares the state of routed experts between the expert data
-parallel ranks, that of everything else between data and context parallel ones. It cuts Adam's state
-anywhere. Muon's ranks take whole parameters, of which the experts of a layer are two, and pad their
-buffers to the fullest rank's; tensor parallel ranks each gather and orthogonalise the whole matrix.
+parallel ranks, that of everything else between data and context parallel ones: Adam's cut anywhere,
+Muon's in whole parameters, with buffers padded to the fullest rank's. Under tensor parallelism each
+rank gathers and orthogonalises whole matrices.
 
 The parts of a model are named by one character: E embedding, g GatedDeltaNet layer, a attention
 layer, m MTP layer, L output layer with final norm and losses.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwen35_mcore.config import counts
-from qwen35_mcore.config.matrices import matrix_weights
+from qwen35_mcore.config.matrices import layer_weights
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.activations import Kept
@@ -32,13 +32,12 @@ CONTEXT_BYTES, COMMUNICATOR_BYTES = int(0.75 * GIB), int(1.0 * GIB)
 FRAGMENTATION = 0.03
 """Share of a GPU's memory that PyTorch's allocator holds and cannot use (expandable segments)."""
 GRAPH_POOL = 0.4
-"""Of the activations that one graph of a step holds, what its pool has reserved on top: 3.8 GiB for
-four layers whose activations take 9.4 (tests/bench/NOTES.md: 15.4 GiB reserved, 11.6 without a
-graph). Graphs of parts had none (peaks of 63.5 and 63.6 GiB): what they hold is the activations."""
+"""Of the activations in one graph of a step, what its pool reserves on top: for four layers 15.4
+GiB were reserved, 11.6 without the graph (tests/bench/NOTES.md). Graphs of parts added nothing."""
 
 
 class Matrix(NamedTuple):
-    """One of the parameters that Muon would update, as far as it is on one rank."""
+    """A parameter that Muon would update, on one rank; the experts of a layer are two."""
 
     expert: bool
     elements: float
@@ -90,9 +89,8 @@ def state_bytes(job: Job, candidate: Candidate) -> int:
     """Bytes a parameter of the rank that updates it: a float32 weight and two moments (Muon has one
     of a matrix). Precision-aware: moments in bfloat16, and of the weight the 16 bits that the
     bfloat16 one lacks, or all in an FP8 run; A_log, dt_bias and GDN's norm, the few, as in Adam."""
-    if job.optimizer == "precision-aware":
-        return (4 if candidate.fp8 else 2) + 2 * 2
-    return 4 + 2 * MOMENT
+    aware = job.optimizer == "precision-aware"
+    return (4 if candidate.fp8 else 2) + 2 * 2 if aware else 4 + 2 * MOMENT
 
 
 def own_share(parameters: Parameters, job: Job, candidate: Candidate) -> float:
@@ -153,7 +151,7 @@ def part_parameters(model_config: Qwen35Config, candidate: Candidate, kind: str)
         return norm if tied and not pipelined else norm + table
     mixer = mixer_parameters(model_config, candidate, kind)
     layer = mixer + feed_forward_parameters(model_config, candidate)
-    layer += Parameters(matrices=_matrices(model_config, candidate, kind))
+    layer += Parameters(matrices=tuple(_matrices(model_config, candidate, kind)))
     if kind != "m":
         return layer
     joining = 2 * hidden**2 / candidate.tp
@@ -161,17 +159,13 @@ def part_parameters(model_config: Qwen35Config, candidate: Candidate, kind: str)
     return own + table if pipelined and not tied else own
 
 
-def _matrices(model_config: Qwen35Config, candidate: Candidate, kind: str) -> tuple[Matrix, ...]:
-    """Of one layer; the experts of a rank are one parameter."""
-    mixer = {"g": ("gdn",), "a": ("attention",), "m": ("attention", "mtp")}[kind]
-    found = []
-    for weight in matrix_weights(model_config):
-        layer, expert = weight.place.rpartition(" ")[0], weight.place.startswith("expert")
-        if layer in (*mixer, "mlp", "expert", "shared expert"):
-            held = (model_config.num_experts // candidate.ep if expert else 1) / weight.count
-            elements = held * weight.parameters / (candidate.etp if expert else candidate.tp)
-            found.append(Matrix(expert, elements, held * weight.newton_schulz_flops()))
-    return tuple(found)
+def _matrices(model_config: Qwen35Config, candidate: Candidate, kind: str) -> Iterator[Matrix]:
+    """Of one layer."""
+    for weight in layer_weights(model_config, kind):
+        expert = weight.place.startswith("expert")
+        held = (model_config.num_experts // candidate.ep if expert else 1) / weight.count
+        elements = held * weight.parameters / (candidate.etp if expert else candidate.tp)
+        yield Matrix(expert, elements, held * weight.newton_schulz_flops())
 
 
 def kept(batch: Microbatch, kind: str) -> Kept:

@@ -203,7 +203,7 @@ def test_an_unknown_gpu_names_the_nearest() -> None:
 def test_explaining_a_layout_names_the_rules(layout: str, reasons: list[str]) -> None:
     gpus = 64 if "etp=64" in layout else 16
     explanation = explain(job_of("35b-a3b", gpus, 512), *parse_layout(layout))
-    assert not explanation.runs
+    assert explanation.prediction is None
     text = "\n".join(map(str, explanation.violations))
     assert all(reason in text for reason in reasons), text
 
@@ -211,7 +211,7 @@ def test_explaining_a_layout_names_the_rules(layout: str, reasons: list[str]) ->
 def test_explaining_memory_names_the_stage_and_what_is_missing() -> None:
     job = job_of("35b-a3b", 16, 512)
     explanation = explain(job, *parse_layout("pp=2,ep=8,mbs=4,layout=Et*20|t*20mL"))
-    assert not explanation.runs
+    assert explanation.prediction is None
     assert "GiB on stage 0" in explanation.memory
     assert "activations" in explanation.memory
     balanced = explain(job, Candidate(pp=2, ep=8, micro_batch_size=4))

@@ -19,6 +19,7 @@ def broken_switches(
     precision: str,
     dispatcher: str,
     graphs: str,
+    gpu: str,
     precisions: tuple[str, ...],
     gpus_of_a_node: int,
 ) -> list[Violation]:
@@ -29,7 +30,8 @@ def broken_switches(
         precision: bf16, fp8-blockwise or fp8-tensorwise.
         dispatcher: alltoall or ncclep.
         graphs: none, parts (of layers) or full (the step).
-        precisions: of the GPU.
+        gpu: its name.
+        precisions: that it has.
         gpus_of_a_node: that the job uses.
     """
     ranks = layout.ep * layout.expert_tp if model_config.is_moe else 1
@@ -37,7 +39,7 @@ def broken_switches(
         (
             precision not in precisions,
             "precision is one of the GPU's",
-            "the GPU has no FP8 tensor cores",
+            f"{gpu} has no FP8 tensor cores",
             f"precision={precision}",
             f"precision={precisions[0]}",
             "leave precision out of the layout, or pass --gpu h100-80g",

@@ -166,8 +166,9 @@ def _broken_switches(job: Job, candidate: Candidate) -> list[Violation]:
     if (dispatcher, graphs) == ("alltoall", "none") and candidate.precision in gpu.precisions:
         return []
     switches = {name: getattr(candidate, name) for name in SWITCHES}
-    node = {"precisions": gpu.precisions, "gpus_of_a_node": job.gpus_of_a_node}
-    return broken_switches(job.model_config, candidate.layout(), **switches, **node)
+    switches |= {"gpu": gpu.name, "gpus_of_a_node": job.gpus_of_a_node}
+    switches["precisions"] = gpu.precisions
+    return broken_switches(job.model_config, candidate.layout(), **switches)
 
 
 def _sizes(job: Job, space: Space) -> Iterator[Candidate]:

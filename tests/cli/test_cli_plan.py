@@ -236,8 +236,7 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
         ((*SMALL, "--optimizer", "sgd"), ["no such --optimizer", "precision-aware, muon"]),
         ((*SMALL, "--graphs", "half"), ["no such --graphs", "none, parts, full, all"]),
         (
-            ("--flavor", "9b", "--gpus", "512", "--global-batch-size", "512")
-            + ("--dispatcher", "ncclep"),
+            (*LARGE, "--flavor", "9b", "--dispatcher", "ncclep"),
             ["spreads experts in a node", "take dispatcher=alltoall"],
         ),
         ((*SMALL, "--explain", "tp=2,layout="), ["layout is empty", "fix: "]),

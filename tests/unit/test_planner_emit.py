@@ -28,7 +28,7 @@ from qwen35_mcore.planner.emit import emit, files, flags, layout_args
 from qwen35_mcore.planner.explain import parse_layout
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.prediction import Prediction, predict
-from tests.helpers.flag_words import without_gpu_flags
+from tests.helpers.flag_words import checking_parser, without_gpu_flags
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "launch" / "presets").iterdir())
@@ -122,8 +122,6 @@ for gpus, words in json.load(sys.stdin):
             "etp": args.expert_tensor_parallel_size,
             "optimizer": args.optimizer,
             "aware": args.use_precision_aware_optimizer,
-            "dispatcher": args.moe_token_dispatcher_type,
-            "capacity": args.moe_expert_rank_capacity_factor,
             "stages": layout and [
                 ["".join(names[one.name] for one in layout.layout[rank][stage])
                  for stage in range(len(layout.layout[rank]))]
@@ -159,11 +157,9 @@ def test_megatron_accepts_every_flag_and_reads_the_same_layout() -> None:
         assert parsed["dp"] == candidate.dp(one.job)
         assert parsed["vpp"] == candidate.vpp
         assert (parsed["ep"], parsed["etp"]) == (candidate.ep, candidate.etp)
-        optimizer, nccl_ep = one.job.optimizer, candidate.dispatcher == "ncclep"
+        optimizer = one.job.optimizer
         assert parsed["optimizer"] == ("muon" if optimizer == "muon" else "adam")
         assert parsed["aware"] == (optimizer == "precision-aware")
-        assert parsed["dispatcher"] == ("flex" if nccl_ep else "alltoall")
-        assert parsed["capacity"] == (CAPACITY_FACTOR if nccl_ep else None)
         stages = parse_pipeline_layout(one.pipeline_layout)
         assert stages == one.stages
         if pp > 1:
@@ -205,6 +201,18 @@ def test_recomputation_flags(flavor: str, recompute: str) -> None:
         first = words.index("--recompute-modules") + 1
         modules = recompute_modules(job.model_config)
         assert tuple(words[first : first + len(modules)]) == modules
+
+
+@pytest.mark.parametrize("graphs", ["parts", "full"])
+def test_a_gpu_takes_nccl_ep_and_graphs(graphs: str) -> None:
+    """The table of a run's flags, as on a GPU."""
+    job = job_of("35b-a3b", 8, 64)
+    words = flags(predict(job, Candidate(ep=8, dispatcher="ncclep", graphs=graphs)))
+    parser = checking_parser(job.model_config, on_cpu=False)
+    args = parser.parse_args(words[2:])  # without --flavor, which is not megatron's
+    assert (args.moe_token_dispatcher_type, args.moe_flex_dispatcher_backend) == ("flex", "ncclep")
+    assert args.moe_expert_rank_capacity_factor == CAPACITY_FACTOR
+    assert args.cuda_graph_impl == {"parts": "transformer_engine"}.get(graphs, "full_iteration")
 
 
 @pytest.mark.parametrize(

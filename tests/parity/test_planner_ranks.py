@@ -24,6 +24,7 @@ from qwen35_mcore.planner.hardware import get_gpu
 from qwen35_mcore.planner.memory import MOMENT, Parameters, gradient_bytes, state_bytes
 from qwen35_mcore.planner.prediction import predict_split
 from tests.helpers.distributed import WorkerPool
+from tests.helpers.kinds import kinds
 from tests.helpers.training import Layout, build_chunks, config_for, initialize
 
 CASES = {
@@ -146,7 +147,7 @@ def single_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
         yield optimizer.optimizer
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", kinds(OPTIMIZERS, ("precision-aware", "muon")))
 def test_a_parameter_has_the_state_that_the_planner_says(optimizer: str, pool: WorkerPool) -> None:
     """Of every bfloat16 parameter on two ranks that share experts, and everything else's state."""
     config, candidate = get_flavor("tiny-moe"), Candidate(ep=2)

@@ -293,6 +293,7 @@ LAYER = {
         {"schema": 1, "layers": [LAYER], "gpu": "v100"},
         {"schema": 1, "layers": [LAYER | {"precision": "fp8-tensorwise"}], "gpu": "a100"},
         {"schema": 1, "layers": [{"part": "gdn"}]},
+        {"schema": 1, "layers": [LAYER], "newton_schulz_tflops": "fast"},
         *(
             {"schema": 1, "layers": [LAYER | wrong]}
             for wrong in (

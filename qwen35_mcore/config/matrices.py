@@ -81,6 +81,13 @@ def matrix_weights(model_config: Qwen35Config) -> tuple[Weight, ...]:
     )
 
 
+def layer_weights(model_config: Qwen35Config, kind: str) -> list[Weight]:
+    """Of one kind of layer: g GatedDeltaNet, a attention, m MTP."""
+    mixer = {"g": ("gdn",), "a": ("attention",), "m": ("attention", "mtp")}[kind]
+    layers = (*mixer, "mlp", "expert", "shared expert")
+    return [w for w in matrix_weights(model_config) if w.place.rpartition(" ")[0] in layers]
+
+
 def _feed_forward(model_config: Qwen35Config, layers: int) -> tuple[Weight, ...]:
     hidden = model_config.hidden_size
     if not model_config.is_moe:

@@ -6,13 +6,14 @@ g GatedDeltaNet layer, a attention layer, m MTP layer, L output layer with final
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import add
 from typing import NamedTuple, Protocol
 
 from qwen35_mcore.config import counts
 from qwen35_mcore.config.images import Images
-from qwen35_mcore.config.matrices import matrix_weights
+from qwen35_mcore.config.matrices import layer_weights
 from qwen35_mcore.config.model_config import Qwen35Config
 
 
@@ -30,7 +31,7 @@ class Sizes(Protocol):
 
 
 class Matrix(NamedTuple):
-    """One of the parameters that Muon would update, as far as it is on one rank."""
+    """A parameter that Muon would update, on one rank; the experts of a layer are two."""
 
     expert: bool
     elements: float
@@ -107,7 +108,7 @@ def _language_parameters(model_config: Qwen35Config, sizes: Sizes, kind: str) ->
         return norm if tied and not pipelined else norm + table
     mixer = mixer_parameters(model_config, sizes, kind)
     layer = mixer + feed_forward_parameters(model_config, sizes)
-    layer += Parameters(matrices=_matrices(model_config, sizes, kind))
+    layer += Parameters(matrices=tuple(_matrices(model_config, sizes, kind)))
     if kind != "m":
         return layer
     joining = 2 * hidden**2 / sizes.tp
@@ -115,14 +116,10 @@ def _language_parameters(model_config: Qwen35Config, sizes: Sizes, kind: str) ->
     return own + table if pipelined and not tied else own
 
 
-def _matrices(model_config: Qwen35Config, sizes: Sizes, kind: str) -> tuple[Matrix, ...]:
-    """Of one layer; the experts of a rank are one parameter."""
-    mixer = {"g": ("gdn",), "a": ("attention",), "m": ("attention", "mtp")}[kind]
-    found = []
-    for weight in matrix_weights(model_config):
-        layer, expert = weight.place.rpartition(" ")[0], weight.place.startswith("expert")
-        if layer in (*mixer, "mlp", "expert", "shared expert"):
-            held = (model_config.num_experts // sizes.ep if expert else 1) / weight.count
-            elements = held * weight.parameters / (sizes.etp if expert else sizes.tp)
-            found.append(Matrix(expert, elements, held * weight.newton_schulz_flops()))
-    return tuple(found)
+def _matrices(model_config: Qwen35Config, sizes: Sizes, kind: str) -> Iterator[Matrix]:
+    """Of one layer."""
+    for weight in layer_weights(model_config, kind):
+        expert = weight.place.startswith("expert")
+        held = (model_config.num_experts // sizes.ep if expert else 1) / weight.count
+        elements = held * weight.parameters / (sizes.etp if expert else sizes.tp)
+        yield Matrix(expert, elements, held * weight.newton_schulz_flops())

@@ -1,4 +1,4 @@
-"""Which exchange of the experts' rows and which CUDA graphs a layout can run with.
+"""Which precision, exchange of the experts' rows, and CUDA graphs a layout can run with.
 
 The same as what training refuses or does not choose by itself (`training.checks.run`,
 `training.choices`, `training.cuda_graphs`), from sizes alone.
@@ -14,24 +14,38 @@ from qwen35_mcore.parallel.rules import Violation
 def broken_switches(
     model_config: Qwen35Config,
     layout: ParallelLayout,
+    *,
+    recompute: str,
+    precision: str,
     dispatcher: str,
     graphs: str,
-    recompute: str,
+    gpu: str,
+    precisions: tuple[str, ...],
     gpus_of_a_node: int,
-    *,
     vision: bool = False,
 ) -> list[Violation]:
     """Everything against them; empty when nothing is.
 
     Args:
+        recompute: none, selective or full.
+        precision: bf16, fp8-blockwise or fp8-tensorwise.
         dispatcher: alltoall or ncclep.
         graphs: none, parts (of layers) or full (the step).
-        recompute: none, selective or full.
+        gpu: its name.
+        precisions: that it has.
         gpus_of_a_node: that the job uses.
         vision: whether the run trains a vision tower.
     """
     ranks = layout.ep * layout.expert_tp if model_config.is_moe else 1
     rows = (
+        (
+            precision not in precisions,
+            "precision is one of the GPU's",
+            f"{gpu} has no FP8 tensor cores",
+            f"precision={precision}",
+            f"precision={precisions[0]}",
+            "leave precision out of the layout, or pass --gpu h100-80g",
+        ),
         (
             dispatcher == "ncclep" and not 1 < ranks <= gpus_of_a_node,
             "dispatcher=ncclep spreads experts in a node",

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from qwen35_mcore.planner.candidate import Microbatch
 
 _LOGITS = {"te": (2, 2), "native": (4, 2 + 4)}
-"""Bytes a logit by whose cross entropy it is: those that every loss keeps, and those alive besides
-while one is made. Transformer Engine 2.20.2 keeps a bfloat16 copy, over which its backward pass
-writes the gradient; the logits themselves die with the forward pass. megatron keeps the float32
-softmax, beside which bfloat16 logits and another float32 copy exist (measured)."""
+"""Bytes a logit that every loss keeps, and those alive besides while one is made. Transformer
+Engine 2.20.2 keeps a bfloat16 copy of the logits, which its backward pass makes their gradient;
+megatron the float32 softmax, beside which logits and another float32 copy exist (measured)."""
 DELTA_RULE_CHUNK = 64
 """Rows of the matrix that flash-linear-attention keeps for every chunk and value head."""
 

@@ -139,17 +139,12 @@ def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) ->
         return forward * FP8_OVER_BF16, backward * FP8_OVER_BF16
     there = todo.ideal_s(found.gpu, precision)
     eager = found.forward.on(forward, there[0]), found.backward.on(backward, there[1])
-    if not in_graph(part, batch.candidate.graphs):
+    # of a mixture of experts the graphs of parts launch the router, whose share nobody measured
+    parts = part in ("gdn", "attention", "mlp")
+    if not {"none": False, "parts": parts, "full": True}[batch.candidate.graphs]:
         return eager
     graphed = forward / found.forward.best, backward / found.backward.best
     return min(eager[0], graphed[0]), min(eager[1], graphed[1])
-
-
-def in_graph(part: str, graphs: str) -> bool:
-    """Whether a graph launches a part, so that nothing of it waits for the host: its time is then
-    its work at the best efficiency measured. Of a mixture of experts the graphs of parts have the
-    router alone, whose share nobody measured; it counts as launched by the host."""
-    return graphs == "full" or (graphs == "parts" and part in ("gdn", "attention", "mlp"))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ _OPTIMIZERS = {
     ),
     "muon": ("bfloat16 weights; Muon for matrices, Adam for the rest", "--optimizer muon"),
 }
-_ALLTOALL = "--moe-token-dispatcher-type alltoall"
 _NCCL_EP = f"""--moe-token-dispatcher-type flex
 --moe-flex-dispatcher-backend ncclep
 --moe-expert-rank-capacity-factor {CAPACITY_FACTOR}"""
@@ -65,10 +64,10 @@ def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
         ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
     )
     if job.model_config.is_moe:
-        nccl_ep = candidate.dispatcher == "ncclep"
-        how = "NCCL EP, into a buffer of fixed size" if nccl_ep else "one all-to-all"
-        dispatcher = _NCCL_EP if nccl_ep else _ALLTOALL
-        yield f"tokens travel to their experts with {how}", dispatcher.splitlines()
+        how, more = "one all-to-all", "--moe-token-dispatcher-type alltoall"
+        if candidate.dispatcher == "ncclep":
+            how, more = "NCCL EP, into a buffer of fixed size", _NCCL_EP
+        yield f"tokens travel to their experts with {how}", more.splitlines()
     if candidate.graphs == "full":
         yield "one CUDA graph of all passes of a step", ["--cuda-graph-impl full_iteration"]
     elif candidate.graphs == "parts":

@@ -29,10 +29,6 @@ class Explanation:
     prediction: Prediction | None
     """Of a layout that runs."""
 
-    @property
-    def runs(self) -> bool:
-        return self.prediction is not None
-
 
 def parse_layout(text: str) -> tuple[Candidate, str | None]:
     """``tp=8,pp=4,recompute=full,layout=Et*3|...`` in any order as a candidate and its layout
@@ -75,15 +71,6 @@ def explain(job: Job, candidate: Candidate, pipeline_layout: str | None = None) 
     """Check a layout against every rule and against memory, and predict it where it runs. Without
     Megatron's layout string the stages are balanced."""
     violations = broken_rules(job, candidate, pipeline_layout)
-    if candidate.precision not in job.gpu.precisions:
-        no_fp8 = Violation(
-            rule="precision is one of the GPU's",
-            reason=f"{job.gpu.name} has no FP8 tensor cores",
-            value=f"precision={candidate.precision}",
-            allowed=f"precision={job.gpu.precisions[0]}",
-            fix="leave precision out of the layout, or pass --gpu h100-80g",
-        )
-        violations.insert(0, no_fp8)
     if violations:
         return Explanation(candidate, tuple(violations), "", None)
     stages = parse_pipeline_layout(pipeline_layout) if pipeline_layout else None

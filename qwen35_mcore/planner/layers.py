@@ -80,10 +80,8 @@ class Model:
         """Beside what the parts hold: as many rows as NCCL EP receives, for it to stage them, the
         pool of a graph of the whole step, and Muon's padding."""
         job, candidate, parts = self.job, self.candidate, [self.part[kind] for kind in self.kinds]
-        apart = 0.0
-        if candidate.dispatcher == "ncclep":
-            rows = Microbatch(job.model_config, candidate, job.seq_length).kept_rows
-            apart += 2 * rows * job.model_config.hidden_size
+        rows = Microbatch(job.model_config, candidate, job.seq_length).kept_rows
+        apart = 2.0 * rows * job.model_config.hidden_size * (candidate.dispatcher == "ncclep")
         if candidate.graphs == "full":
             held = sum(part.kept.saved for part in parts) + self.workspace_bytes
             apart += memory.GRAPH_POOL * held

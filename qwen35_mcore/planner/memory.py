@@ -1,9 +1,9 @@
 """Bytes of GPU memory by part of the model: weights, gradients, optimizer, activations, overhead.
 
 Megatron-core's distributed optimizer shares the state of routed experts between the expert data
-parallel ranks, that of everything else between data and context parallel ones. It cuts Adam's state
-anywhere. Muon's ranks take whole parameters, of which the experts of a layer are two, and pad their
-buffers to the fullest rank's; tensor parallel ranks each gather and orthogonalise the whole matrix.
+parallel ranks, that of everything else between data and context parallel ones: Adam's cut anywhere,
+Muon's in whole parameters, with buffers padded to the fullest rank's. Under tensor parallelism each
+rank gathers and orthogonalises whole matrices.
 Parts of a model have the names of `parallel.parameters`.
 """
 
@@ -26,9 +26,8 @@ CONTEXT_BYTES, COMMUNICATOR_BYTES = int(0.75 * GIB), int(1.0 * GIB)
 FRAGMENTATION = 0.03
 """Share of a GPU's memory that PyTorch's allocator holds and cannot use (expandable segments)."""
 GRAPH_POOL = 0.4
-"""Of the activations that one graph of a step holds, what its pool has reserved on top: 3.8 GiB for
-four layers whose activations take 9.4 (tests/bench/NOTES.md: 15.4 GiB reserved, 11.6 without a
-graph). Graphs of parts had none (peaks of 63.5 and 63.6 GiB): what they hold is the activations."""
+"""Of the activations in one graph of a step, what its pool reserves on top: for four layers 15.4
+GiB were reserved, 11.6 without the graph (tests/bench/NOTES.md). Graphs of parts added nothing."""
 
 
 def overhead_bytes(gpu: Gpu, gpus: int) -> int:
@@ -57,9 +56,8 @@ def state_bytes(job: Job, candidate: Candidate) -> int:
     """Bytes a parameter of the rank that updates it: a float32 weight and two moments (Muon has one
     of a matrix). Precision-aware: moments in bfloat16, and of the weight the 16 bits that the
     bfloat16 one lacks, or all in an FP8 run; A_log, dt_bias and GDN's norm, the few, as in Adam."""
-    if job.optimizer == "precision-aware":
-        return (4 if candidate.fp8 else 2) + 2 * 2
-    return 4 + 2 * MOMENT
+    aware = job.optimizer == "precision-aware"
+    return (4 if candidate.fp8 else 2) + 2 * 2 if aware else 4 + 2 * MOMENT
 
 
 def own_share(parameters: Parameters, job: Job, candidate: Candidate) -> float:

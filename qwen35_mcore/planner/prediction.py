@@ -185,11 +185,10 @@ class Prediction:
     def _tied_s(self) -> float:
         """The first and the last rank add up the gradients of their embeddings: tied ones, and the
         copy of MTP."""
-        config, pp = self.job.model_config, self.candidate.pp
+        config, pp, tp = self.job.model_config, self.candidate.pp, self.candidate.tp
         if pp == 1 or not (config.mtp_num_hidden_layers or config.tie_word_embeddings):
             return 0.0
-        elements = config.vocab_size * config.hidden_size / self.candidate.tp
-        table = gradient_bytes(self.job) * elements
+        table = gradient_bytes(self.job) * config.vocab_size * config.hidden_size / tp
         ends = Group(2, self.model.groups["pp"].stride * (pp - 1))
         return 2 * gather(table, ends, self.job.gpu)
 

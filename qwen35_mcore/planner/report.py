@@ -102,7 +102,7 @@ def explanation_data(job: Job, explanation: Explanation) -> dict[str, Any]:
     return {
         **job_data(job, explanation.candidate),
         "layout": str(explanation.candidate),
-        "runs": explanation.runs,
+        "runs": prediction is not None,
         "violations": [vars(violation) for violation in explanation.violations],
         "memory": explanation.memory or None,
         "plan": prediction_data(prediction) if prediction else None,

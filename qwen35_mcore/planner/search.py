@@ -17,7 +17,7 @@ from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.check import check_layout, too_many_stages
 from qwen35_mcore.parallel.rules import Violation
 from qwen35_mcore.parallel.switches import broken_switches
-from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job
+from qwen35_mcore.planner.candidate import RECOMPUTE, SWITCHES, Candidate, Job
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.layers import Model, holds_parameters
 from qwen35_mcore.planner.prediction import Prediction
@@ -146,9 +146,10 @@ def broken_rules(
 ) -> list[Violation]:
     """What `check_layout` says against a candidate; without a layout string its stages are to be
     balanced, not split evenly."""
+    layout = candidate.layout(pipeline_layout)
     violations = check_layout(
         job.model_config,
-        candidate.layout(pipeline_layout),
+        layout,
         seq_length=job.seq_length,
         world_size=job.gpus,
         micro_batch_size=candidate.micro_batch_size,
@@ -157,16 +158,18 @@ def broken_rules(
         vision=job.images.vision if job.images else None,
     )
     violations = [violation for violation in violations if violation.rule != EVEN_SPLIT_RULE]
-    violations += too_many_stages(job.model_config, candidate.layout())
+    violations += too_many_stages(job.model_config, layout)
     return violations + _broken_switches(job, candidate)
 
 
 def _broken_switches(job: Job, candidate: Candidate) -> list[Violation]:
-    switches = candidate.dispatcher, candidate.graphs, candidate.recompute
-    if switches[:2] == ("alltoall", "none"):
+    gpu, dispatcher, graphs = job.gpu, candidate.dispatcher, candidate.graphs
+    if (dispatcher, graphs) == ("alltoall", "none") and candidate.precision in gpu.precisions:
         return []
-    layout, vision = candidate.layout(), job.images is not None
-    return broken_switches(job.model_config, layout, *switches, job.gpus_of_a_node, vision=vision)
+    switches = {name: getattr(candidate, name) for name in SWITCHES}
+    switches |= {"gpu": gpu.name, "gpus_of_a_node": job.gpus_of_a_node}
+    switches |= {"precisions": gpu.precisions, "vision": job.images is not None}
+    return broken_switches(job.model_config, candidate.layout(), **switches)
 
 
 def _sizes(job: Job, space: Space) -> Iterator[Candidate]:
@@ -186,8 +189,8 @@ def _sizes(job: Job, space: Space) -> Iterator[Candidate]:
 
 
 def _nothing_allowed(job: Job, space: Space) -> PlanError:
-    near = _batches_near(job, space)
-    if near:
+    no_batch = space.dispatcher == ("ncclep",) and not job.model_config.is_moe
+    if near := [] if no_batch else _batches_near(job, space):
         problem = "no layout of these GPUs divides this global batch"
         got, fix = job.global_batch_size, "change --global-batch-size"
         return PlanError(problem, got=got, allowed=" or ".join(near), fix=fix)
@@ -223,7 +226,8 @@ def _nothing_fits(job: Job, space: Space, allowed: list[Candidate]) -> PlanError
 def _smallest_that_fits(job: Job, space: Space) -> int | None:
     """The smallest larger number of GPUs on which the leanest layouts fit: a power of two within a
     node, or whole nodes."""
-    micro, recompute = space.micro_batch_size or (1,), space.recompute or ("full",)
+    least = ("selective",) if space.graphs == ("parts",) else ("full",)
+    micro, recompute = space.micro_batch_size or (1,), space.recompute or least
     lean = replace(space, vpp=(1,), micro_batch_size=micro, recompute=recompute)
 
     def first(sizes: Iterable[int]) -> int | None:

@@ -233,6 +233,12 @@ def test_emit_and_its_dry_run(tmp_path: Path) -> None:
             (*SMALL, "--gpu", "a100", "--precision", "fp8-tensorwise"),
             ["no such --precision of a100-80g", "allowed: bf16, all", "fix: "],
         ),
+        ((*SMALL, "--optimizer", "sgd"), ["no such --optimizer", "precision-aware, muon"]),
+        ((*SMALL, "--graphs", "half"), ["no such --graphs", "none, parts, full, all"]),
+        (
+            (*LARGE, "--flavor", "9b", "--dispatcher", "ncclep"),
+            ["spreads experts in a node", "take dispatcher=alltoall"],
+        ),
         ((*SMALL, "--explain", "tp=2,layout="), ["layout is empty", "fix: "]),
         ((*SMALL, "--explain", "tp"), ["got: tp", "tp=N"]),
         ((*SMALL, "--explain", "tp=99999999999999999999999999"), ["got: tp=9999"]),
@@ -287,6 +293,7 @@ LAYER = {
         {"schema": 1, "layers": [LAYER], "gpu": "v100"},
         {"schema": 1, "layers": [LAYER | {"precision": "fp8-tensorwise"}], "gpu": "a100"},
         {"schema": 1, "layers": [{"part": "gdn"}]},
+        {"schema": 1, "layers": [LAYER], "newton_schulz_tflops": "fast"},
         *(
             {"schema": 1, "layers": [LAYER | wrong]}
             for wrong in (
@@ -320,6 +327,20 @@ def test_a_broken_calibration_is_one_clear_error(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_the_optimizer_and_graphs_of_a_plan_are_in_its_command() -> None:
+    ways = ("--optimizer", "precision-aware", "--graphs", "full", "--dispatcher", "ncclep")
+    asked = ("--flavor", "35b-a3b", "--gpus", "8", "--global-batch-size", "64", "--gpu", "h200")
+    done = run(*asked, *ways, "--emit", "plans/unwritten", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        *("--use-precision-aware-optimizer", "--exp-avg-sq-dtype bf16"),
+        *("--moe-flex-dispatcher-backend ncclep", "--cuda-graph-impl full_iteration"),
+    ):
+        assert f"\n{line}\n" in done.stdout
+    assert '"optimizer": "precision-aware"' in done.stdout
+    assert "dispatcher=ncclep,graphs=full" in done.stdout
 
 
 def test_a_calibration_changes_the_prediction(tmp_path: Path) -> None:

@@ -94,12 +94,17 @@ def following_the_advice(parser: ArgumentParser, given: list[str]) -> tuple[list
     raise AssertionError(f"the advice leads on and on: {given}")
 
 
-GPU_FLAGS = ("--attention-backend", "--cuda-graph-impl", "--cuda-graph-modules")
+GPU_FLAGS = (
+    *("--attention-backend", "--cuda-graph-impl", "--cuda-graph-modules"),
+    *("--moe-flex-dispatcher-backend", "--moe-expert-rank-capacity-factor"),
+)
 """Flags of plans and documents that are refused where there is no GPU."""
 
 
 def without_gpu_flags(words: list[str]) -> None:
-    """Take out of a plan's command line what is refused where there is no GPU."""
+    """Take out of a plan's command line what is refused where there is no GPU; tokens that NCCL EP
+    would exchange are exchanged by an all-to-all."""
+    words[:] = ["alltoall" if word == "flex" else word for word in words]
     for flag in GPU_FLAGS:
         if flag in words:
             at = words.index(flag)

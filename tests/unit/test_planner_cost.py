@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.flops import forward_flops
+from qwen35_mcore.config.matrices import matrix_weights
 from qwen35_mcore.planner.calibration import rows
 from qwen35_mcore.planner.calibration.rows import (
     MEASURED,
@@ -26,6 +27,7 @@ from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import Group, all_to_all, gather, send
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY, Curve, measured, seconds, work
 from qwen35_mcore.planner.hardware import GPUS, Gpu, get_gpu
+from qwen35_mcore.planner.prediction import predict_split
 from qwen35_mcore.planner.report import not_covered
 from tests.bench.compare_plan import (
     TOLERANCE,
@@ -266,6 +268,25 @@ def test_the_package_has_a_measurement_for_every_gpu(
     assert {name for name, one in found.items() if one.gpu == name} == {"h100-80g", "a100-80g"}
     assert {one.gpu for one in found.values()} == {"h100-80g", "a100-80g"}
     assert found["h200-141g"].source == "qwen35_mcore/planner/calibration/h100-80g.json"
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_muon_takes_its_operations_at_the_calibrations_rate(gpus: int) -> None:
+    """Shared by data parallel ranks, as long as one parameter is less than a share."""
+    config = get_flavor("2b")
+    stages = ("E" + "t" * config.num_hidden_layers + "mL",)
+    flops = sum(weight.newton_schulz_flops() for weight in matrix_weights(config)) / gpus
+
+    def optimizer_s(optimizer: str, tflops: float | None) -> float:
+        sizes = {"gpus": gpus, "seq_length": 4096, "global_batch_size": 8, "optimizer": optimizer}
+        calibration = replace(SHIPPED, newton_schulz_tflops=tflops)
+        job = Job(model_config=config, gpu=H100, calibration=calibration, **sizes)
+        return predict_split(job, Candidate(), stages).breakdown()["optimizer"]
+
+    slow, usual, fast = (optimizer_s("muon", rate) for rate in (100.0, None, 200.0))
+    assert slow - fast == pytest.approx(flops / 100e12 - flops / 200e12)
+    assert slow - usual == pytest.approx(flops / 100e12 - flops / (0.7 * H100.bf16_flops))
+    assert optimizer_s("adam", None) == optimizer_s("adam", 100.0) < usual
 
 
 def test_recomputation_runs_part_of_the_forward_pass_again() -> None:

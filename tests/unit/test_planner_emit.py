@@ -16,13 +16,19 @@ from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.planner.calibration.rows import default_calibration
-from qwen35_mcore.planner.candidate import RECOMPUTE, Candidate, Job, recompute_modules
+from qwen35_mcore.planner.candidate import (
+    CAPACITY_FACTOR,
+    RECOMPUTE,
+    Candidate,
+    Job,
+    recompute_modules,
+)
 from qwen35_mcore.planner.command import DEFAULT_HEADROOM_GIB
 from qwen35_mcore.planner.emit import emit, files, flags, layout_args
 from qwen35_mcore.planner.explain import parse_layout
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.prediction import Prediction, predict
-from tests.helpers.flag_words import without_gpu_flags
+from tests.helpers.flag_words import checking_parser, without_gpu_flags
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "launch" / "presets").iterdir())
@@ -79,6 +85,12 @@ PLANS = [
     (job_of("9b", 16, 64), Candidate(tp=4, etp=4, precision="fp8-tensorwise")),
     (job_of("2b", 8, 64), Candidate(pp=4, recompute="full")),
     (job_of("397b-a17b", 512, 1024), Candidate(tp=4, pp=16, ep=8, micro_batch_size=2)),
+    (replace(job_of("35b-a3b", 16, 512), optimizer="muon"), Candidate(pp=2, ep=8, graphs="parts")),
+    (
+        replace(job_of("35b-a3b", 8, 64), optimizer="precision-aware"),
+        Candidate(ep=8, dispatcher="ncclep", graphs="full"),
+    ),
+    (job_of("9b", 16, 64), Candidate(tp=4, etp=4, graphs="parts", recompute="selective")),
 ]
 
 CHECK = """
@@ -108,6 +120,8 @@ for gpus, words in json.load(sys.stdin):
             "vpp": args.virtual_pipeline_model_parallel_size or 1,
             "ep": args.expert_model_parallel_size,
             "etp": args.expert_tensor_parallel_size,
+            "optimizer": args.optimizer,
+            "aware": args.use_precision_aware_optimizer,
             "stages": layout and [
                 ["".join(names[one.name] for one in layout.layout[rank][stage])
                  for stage in range(len(layout.layout[rank]))]
@@ -143,6 +157,9 @@ def test_megatron_accepts_every_flag_and_reads_the_same_layout() -> None:
         assert parsed["dp"] == candidate.dp(one.job)
         assert parsed["vpp"] == candidate.vpp
         assert (parsed["ep"], parsed["etp"]) == (candidate.ep, candidate.etp)
+        optimizer = one.job.optimizer
+        assert parsed["optimizer"] == ("muon" if optimizer == "muon" else "adam")
+        assert parsed["aware"] == (optimizer == "precision-aware")
         stages = parse_pipeline_layout(one.pipeline_layout)
         assert stages == one.stages
         if pp > 1:
@@ -184,6 +201,40 @@ def test_recomputation_flags(flavor: str, recompute: str) -> None:
         first = words.index("--recompute-modules") + 1
         modules = recompute_modules(job.model_config)
         assert tuple(words[first : first + len(modules)]) == modules
+
+
+@pytest.mark.parametrize("graphs", ["parts", "full"])
+def test_a_gpu_takes_nccl_ep_and_graphs(graphs: str) -> None:
+    """The table of a run's flags, as on a GPU."""
+    job = job_of("35b-a3b", 8, 64)
+    words = flags(predict(job, Candidate(ep=8, dispatcher="ncclep", graphs=graphs)))
+    parser = checking_parser(job.model_config, on_cpu=False)
+    args = parser.parse_args(words[2:])  # without --flavor, which is not megatron's
+    assert (args.moe_token_dispatcher_type, args.moe_flex_dispatcher_backend) == ("flex", "ncclep")
+    assert args.moe_expert_rank_capacity_factor == CAPACITY_FACTOR
+    assert args.cuda_graph_impl == {"parts": "transformer_engine"}.get(graphs, "full_iteration")
+
+
+@pytest.mark.parametrize(
+    ("graphs", "flavor", "expected"),
+    [
+        ("none", "35b-a3b", []),
+        ("full", "2b", ["full_iteration"]),
+        ("parts", "2b", ["transformer_engine", "--cuda-graph-modules", "attn", "mlp"]),
+        (
+            *("parts", "35b-a3b"),
+            ["transformer_engine", "--cuda-graph-modules", "attn", "moe_router", "moe_preprocess"],
+        ),
+    ],
+)
+def test_graph_flags(graphs: str, flavor: str, expected: list[str]) -> None:
+    job = job_of(flavor, 8, 64)
+    ep = 8 if job.model_config.is_moe else 1
+    words = flags(predict(job, Candidate(ep=ep, graphs=graphs)))
+    assert ("--cuda-graph-impl" in words) == bool(expected)
+    if expected:
+        first = words.index("--cuda-graph-impl") + 1
+        assert words[first : first + len(expected)] == expected
 
 
 def test_an_existing_folder_is_refused_and_its_other_files_stay(tmp_path: Path) -> None:

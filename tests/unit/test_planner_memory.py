@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from qwen35_mcore.config.counts import count_parameters
 from qwen35_mcore.config.flavors import FLAVORS, get_flavor
 from qwen35_mcore.config.layer_pattern import LayerKind
+from qwen35_mcore.config.matrices import matrix_weights
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.parallel.parameters import Parameters, part_parameters
 from qwen35_mcore.planner import activations
@@ -20,7 +22,7 @@ from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
 from qwen35_mcore.planner.communication import Group, gather
 from qwen35_mcore.planner.hardware import GIB, get_gpu
 from qwen35_mcore.planner.layers import Model
-from qwen35_mcore.planner.memory import WEIGHT, kept, static_bytes
+from qwen35_mcore.planner.memory import GRAPH_POOL, WEIGHT, kept, padding_bytes, static_bytes
 from qwen35_mcore.planner.prediction import predict_split
 
 H100 = get_gpu("h100-80g")
@@ -182,19 +184,22 @@ def test_activations_grow_with_the_microbatch_and_shrink_with_tp(sizes: dict) ->
     assert saved(tp=2 * sizes["tp"]) < saved()
 
 
-def test_logits_are_counted_for_every_loss() -> None:
-    """248,320 columns in float32 for the main loss and MTP's, and while one of them is made another
-    such copy and one in bf16."""
-    config = get_flavor("35b-a3b")
-    batch = Microbatch(config, Candidate(), 4096)
+@pytest.mark.parametrize(
+    ("cross_entropy", "kept_by_each", "besides"), [("te", 2, 2), ("native", 4, 6)]
+)
+def test_logits_are_counted_for_every_loss(
+    cross_entropy: str, kept_by_each: int, besides: int
+) -> None:
+    """248,320 columns for the main loss and MTP's: Transformer Engine's bfloat16 copy, and the
+    logits while a loss is made; megatron's float32 softmax, another such copy and the logits."""
+    config, candidate = get_flavor("35b-a3b"), Candidate(cross_entropy=cross_entropy)
     logits = 4096 * config.vocab_size
     with_mtp, without = (
-        activations.output(Microbatch(one, Candidate(), 4096))
+        activations.output(Microbatch(one, candidate, 4096))
         for one in (config, replace(config, mtp_num_hidden_layers=0))
     )
-    assert with_mtp.saved - without.saved == 4 * logits
-    assert with_mtp.transient == 6 * logits
-    assert batch.tokens == 4096
+    assert with_mtp.saved - without.saved == kept_by_each * logits
+    assert with_mtp.transient == besides * logits
 
 
 def test_memory_of_a_rank_adds_up() -> None:
@@ -207,6 +212,64 @@ def test_memory_of_a_rank_adds_up() -> None:
     twenty = 15 * kept(batch, "g").saved + 5 * kept(batch, "a").saved
     assert first.activations == pytest.approx(2 * twenty)
     assert last.activations > twenty
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "gradient", "state"),
+    [
+        ("adam", "bf16", 4, 4 + 4 + 4),
+        ("precision-aware", "bf16", 2, 2 + 2 + 2),
+        ("precision-aware", "fp8-blockwise", 2, 4 + 2 + 2),
+    ],
+)
+def test_an_optimizer_takes_so_many_bytes_a_parameter(
+    optimizer: str, precision: str, gradient: int, state: int
+) -> None:
+    job = job_of(get_flavor("35b-a3b"), 16, optimizer=optimizer)
+    candidate = Candidate(ep=8, precision=precision)
+    held = Parameters(dense=1600.0, expert=80.0)
+    _, gradients, states = static_bytes(held, job, candidate)
+    assert gradients == gradient * 1680
+    assert states == state * (1600 / 16 + 80 / 2)
+
+
+def test_muon_has_one_moment_of_a_matrix_and_whole_matrices() -> None:
+    """Matrices are those of `config.matrices`; where ranks outnumber them, every rank's buffers
+    have room for the largest."""
+    config, candidate = get_flavor("35b-a3b"), Candidate(ep=8)
+    held = all_parameters(config, candidate)
+    dense, expert = (
+        [one.elements for one in held.matrices if one.expert == expert] for expert in (False, True)
+    )
+    assert 8 * sum(expert) + sum(dense) == sum(one.parameters for one in matrix_weights(config))
+    assert sum(expert) == held.expert
+    adam, muon = (job_of(config, 16, optimizer=name) for name in ("adam", "muon"))
+    less = static_bytes(held, adam, candidate)[2] - static_bytes(held, muon, candidate)[2]
+    assert less == pytest.approx(4 * (sum(dense) / 16 + sum(expert) / 2))
+    assert padding_bytes(held, adam, candidate) == 0 == padding_bytes(held, muon, candidate)
+    many = replace(muon, gpus=1024)
+    more_dense = max(0.0, max(dense) - sum(dense) / 1024)
+    more_expert = max(0.0, max(expert) - sum(expert) / 128)
+    assert more_expert > 0
+    expected = more_dense * (8 + 1024 * 6) + more_expert * (8 + 128 * 6)
+    assert padding_bytes(held, many, candidate) == pytest.approx(expected)
+
+
+def test_nccl_ep_keeps_its_buffers_rows_and_a_graph_its_pool() -> None:
+    config = get_flavor("35b-a3b")
+    plain, nccl_ep, graph = (
+        Candidate(ep=8, **more)
+        for more in ({}, {"dispatcher": "ncclep"}, {"dispatcher": "ncclep", "graphs": "full"})
+    )
+    rows = 4096 * 8
+    more = [activations.moe(Microbatch(config, one, 4096)).saved for one in (plain, nccl_ep)]
+    assert more[1] - more[0] == rows * (2 * 2048 + 6 * 512)
+    assert activations.dispatcher_buffer(Microbatch(config, nccl_ep, 4096)) == 0
+    models = [Model(job_of(config, 8), one) for one in (plain, nccl_ep, graph)]
+    staged, pool = (b.overhead_bytes - a.overhead_bytes for a, b in pairwise(models))
+    assert staged == 2 * rows * 2 * 2048
+    held = models[2].chain.saved_bytes[-1] + models[2].workspace_bytes
+    assert pool == pytest.approx(GRAPH_POOL * held, rel=0.1)
 
 
 def test_fewer_key_heads_than_ranks_gather_the_projection() -> None:

@@ -61,7 +61,7 @@ def test_a_short_schedule_is_drawn_whole(tmp_path: Path) -> None:
 
 
 def test_the_even_split_is_named_beside_the_choice(tmp_path: Path) -> None:
-    full = Candidate(pp=4, ep=4, micro_batch_size=4, recompute="full")
+    full = Candidate(pp=4, ep=4, micro_batch_size=8, recompute="full")
     free, tight = plan(4, 1, 16), predict(job_of("35b-a3b", 16, 512), full)
     assert free.even_split_step_s is not None
     assert tight.splits.even() is not None

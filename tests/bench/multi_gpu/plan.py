@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
@@ -35,6 +36,7 @@ def run(results: Results, earlier: list[dict[str, Any]]) -> None:
 def predict_row(row: dict[str, Any]) -> Prediction:
     """The planner's prediction for the very layout that ran."""
     candidate, _ = parse_layout(row["candidate"])
+    candidate = replace(candidate, graphs="parts" if row["graphs"] else "none")
     job = job_of(
         Model(row["flavor"], row["layers"], row["experts"]),
         get_gpu(row["gpu"]),

@@ -13,7 +13,7 @@ import torch
 
 from checkpoint_tools.table.names import mcore_to_hf
 from qwen35_mcore.config.model_config import Qwen35Config
-from tests.distributed.cases import FULL_RECOMPUTE, STATES
+from tests.distributed.cases import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, STATES
 from tests.distributed.test_parallel import assert_equals_serial
 from tests.helpers.distributed import CaseError, WorkerPool
 from tests.helpers.equivalence import Case, batches, initial_weights
@@ -25,6 +25,7 @@ from tests.helpers.vision import VisionBatch, token_types, vision_toy_config
 
 MOE: dict[str, Any] = {"mtp_num_hidden_layers": 1}
 DENSE: dict[str, Any] = {"moe": False, "tie_word_embeddings": True}
+DENSE_MTP: dict[str, Any] = DENSE | {"mtp_num_hidden_layers": 1}
 PLAIN: dict[str, Any] = {}  # MoE without MTP
 STEPS = 2
 
@@ -49,6 +50,23 @@ CASES = [
     Case("CP2 (states passed)", 2, vision(cp=2, run=STATES), MOE, micro_batch_size=2),
     Case("CP2 x TP2", 4, vision(cp=2, tp=2), MOE),
     Case("CP2 x PP2 dense", 4, vision(cp=2, pp=2), DENSE),
+    Case("CP2 x DP2, overlapped", 4, vision(cp=2, overlap=True), MOE),
+    Case("PP2, MTP", 2, vision(pp=2), MOE),
+    Case("PP2 x VPP2, MTP", 2, vision(pp=2, vpp=2), MOE),
+    Case("PP4, MTP, microbatch of 2", 4, vision(pp=4), MOE, micro_batch_size=2),
+    Case("PP2, MTP dense, overlapped, DP2", 4, vision(pp=2, overlap=True), DENSE_MTP),
+    Case("TP2 x PP2, MTP, images on one rank", 4, vision(tp=2, pp=2), MOE),
+    Case("TP2 without SP x PP2, MTP", 4, vision(tp=2, pp=2, sp=False), DENSE_MTP),
+    Case("TP2 x PP2 x EP2, MTP, full recompute", 4,
+         vision(tp=2, pp=2, ep=2, run=FULL_RECOMPUTE), MOE),
+    Case("CP2 x PP2, MTP", 4, vision(cp=2, pp=2), MOE),
+    Case("CP2 x PP2, MTP (states passed)", 4, vision(cp=2, pp=2, run=STATES), MOE),
+    Case("selective recompute", 1, vision(run=SELECTIVE_RECOMPUTE), MOE),
+    Case("CP2, documents", 2, vision(cp=2, packed=True), MOE),
+    Case("CP2 x TP2, documents", 4, vision(cp=2, tp=2, packed=True), MOE),
+    Case("CP2 x PP2, documents, MTP", 4, vision(cp=2, pp=2, packed=True), MOE),
+    Case("CP2, documents, microbatch of 2", 2, vision(cp=2, packed=True), MOE, 2),
+    Case("DP2 x EP2, documents", 2, vision(ep=2, packed=True), MOE),
     Case("microbatch of 4", 1, vision(), DENSE, micro_batch_size=4),
 ]  # fmt: skip
 
@@ -85,12 +103,17 @@ def test_what_trained_in_parallel_is_transformers_model(pool: WorkerPool) -> Non
 @pytest.mark.parametrize(
     ("layout", "model", "run", "says"),
     [
-        (vision(pp=2), MOE, {}, "mtp_num_hidden_layers"),
+        (vision(pp=2), MOE, {"mtp_standalone": True}, "on the same stage"),
         (vision(tp=2), {"vision": {"num_heads": 1}}, {}, "num_heads"),
         (vision(ep=2), PLAIN, {"overlap_moe_expert_parallel_comm": True}, "leave the overlap off"),
         (vision(), PLAIN, {"cuda_graph_impl": "local"}, "leave CUDA graphs off"),
     ],
-    ids=["PP2 with MTP", "heads that TP2 does not divide", "overlapped experts", "graphs"],
+    ids=[
+        "MTP in a stage of its own",
+        "heads that TP2 does not divide",
+        "overlapped experts",
+        "graphs",
+    ],
 )
 @pytest.mark.exhaustive
 def test_what_the_tower_cannot_run_is_refused(

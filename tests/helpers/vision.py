@@ -68,16 +68,33 @@ def row(
     for t, h, w in videos:
         for _ in range(t):
             tokens += [text.pop()] + [VIDEO] * (h * w // merge)
-    assert len(tokens) < length, f"the images alone are {len(tokens)} tokens"
+    assert len(tokens) <= length, f"the images alone are {len(tokens)} tokens"
     tokens += text[: length + 1 - len(tokens)]
     return Row(torch.tensor(tokens), images, videos)
+
+
+def row_of_documents(
+    config: Qwen35Config, documents: list[tuple[int, list[Grid], list[Grid]]], seed: int
+) -> Row:
+    """One row of documents, each a `row` of as many tokens; the last one has one more."""
+    rows = [
+        row(config, length - (number < len(documents)), images, videos, seed=10 * seed + number)
+        for number, (length, images, videos) in enumerate(documents, start=1)
+    ]
+    return Row(
+        torch.cat([one.tokens for one in rows]),
+        [grid for one in rows for grid in one.images],
+        [grid for one in rows for grid in one.videos],
+    )
 
 
 class VisionBatch(Batch):
     """Rows with images, each image's patches random numbers that depend on its row alone."""
 
-    def __init__(self, config: Qwen35Config, rows: list[Row]) -> None:
-        super().__init__(torch.stack([one.tokens for one in rows]))
+    def __init__(
+        self, config: Qwen35Config, rows: list[Row], documents: list[list[int]] | None = None
+    ) -> None:
+        super().__init__(torch.stack([one.tokens for one in rows]), documents=documents)
         self.config, self.rows = config, rows
 
     def to(self, device: Any) -> VisionBatch:
@@ -89,13 +106,17 @@ class VisionBatch(Batch):
     def sample_on_this_rank(self, first: int, count: int) -> dict[str, Any]:
         """Under context parallelism, positions and images are placed before the split."""
         from megatron.core import parallel_state
+        from megatron.core.utils import flatten_batch_for_packed_sequences
 
         if parallel_state.get_context_parallel_world_size() == 1:
             return super().sample_on_this_rank(first, count)
-        vision, whole = VisionConfig.of(self.config), self.sample(first, count)
-        images = self.images(first, count)
+        vision = VisionConfig.of(self.config)
+        whole = flatten_batch_for_packed_sequences(self.sample(first, count))
+        images, bounds = self.images(first, count), whole["cu_seqlens"]
         grids = {name: value for name, value in images.items() if "grid" in name}
-        positions = rope_index(whole["tokens"], vision, **grids)
+        positions = rope_index(
+            whole["tokens"], vision, **grids, cu_seqlens=None if bounds is None else bounds[0]
+        )
         whole["tokens"] = place_features(whole["tokens"], vision, **grids)
         parts = [on_this_rank(whole | {"position_ids": axis}) for axis in positions]
         return parts[0] | {"position_ids": torch.stack([part["position_ids"] for part in parts])}

@@ -66,12 +66,44 @@ CASES = [
     Case("CP2 x TP2, documents", 4, vision(cp=2, tp=2, packed=True), MOE),
     Case("CP2 x PP2, documents, MTP", 4, vision(cp=2, pp=2, packed=True), MOE),
     Case("CP2, documents, microbatch of 2", 2, vision(cp=2, packed=True), MOE, 2),
-    Case("DP2 x EP2, documents", 2, vision(ep=2, packed=True), MOE),
+    Case("EP2, documents", 2, vision(ep=2, packed=True), PLAIN),
     Case("microbatch of 4", 1, vision(), DENSE, micro_batch_size=4),
 ]  # fmt: skip
 
+TOWER, TEXT = ("vision", "merger"), ("language",)
+ALIGNED = ("vision", "language")  # the merger alone trains
+FROZEN = [
+    Case("TP2, language frozen", 2, vision(tp=2, frozen=TEXT), MOE),
+    Case("TP2 without SP, vision frozen", 2, vision(tp=2, sp=False, frozen=("vision",)), DENSE_MTP),
+    Case("PP2, language frozen", 2, vision(pp=2, frozen=TEXT), PLAIN),
+    Case("PP2, language frozen, MTP, no distributed optimizer", 2,
+         vision(pp=2, distributed_optimizer=False, frozen=TEXT), MOE),
+    Case("PP2 x VPP2, merger alone trains, MTP", 2, vision(pp=2, vpp=2, frozen=ALIGNED), MOE),
+    Case("PP2 x DP2, overlapped, language frozen", 4,
+         vision(pp=2, overlap=True, frozen=TEXT), DENSE_MTP),
+    Case("PP2 x DP2, overlapped, tower frozen, MTP", 4,
+         vision(pp=2, overlap=True, frozen=TOWER), MOE),
+    Case("DP2, overlapped, language frozen", 2, vision(overlap=True, frozen=TEXT), MOE),
+    Case("DP2, overlapped, tower frozen", 2, vision(overlap=True, frozen=TOWER), DENSE_MTP),
+    Case("EP2, merger frozen", 2, vision(ep=2, frozen=("merger",)), MOE),
+    Case("TP2 x ETP2, language frozen", 2, vision(tp=2, etp=2, frozen=TEXT), MOE),
+    Case("CP2, language frozen", 2, vision(cp=2, frozen=TEXT), MOE),
+    Case("CP2 (states passed), merger alone trains", 2,
+         vision(cp=2, frozen=ALIGNED, run=STATES), MOE),
+    *(
+        Case(f"TP2 x PP2, full recompute, {'+'.join(frozen)} frozen", 4,
+             vision(tp=2, pp=2, frozen=frozen, run=FULL_RECOMPUTE), MOE)
+        for frozen in (("vision",), TEXT, ALIGNED, TOWER)
+    ),
+    Case("PP2, selective recompute, language frozen", 2,
+         vision(pp=2, frozen=TEXT, run=SELECTIVE_RECOMPUTE), MOE),
+]  # fmt: skip
+"""Some with a stage, or a rank's part of the optimizer, where nothing trains."""
 
-@pytest.mark.parametrize("case", kinds(CASES, ("DP2 dense, overlapped",), lambda case: case.name))
+
+@pytest.mark.parametrize(
+    "case", kinds(CASES + FROZEN, ("DP2 dense, overlapped",), lambda case: case.name)
+)
 def test_equals_serial(case: Case, pool: WorkerPool) -> None:
     assert_equals_serial(pool, replace(case, steps=STEPS))
 

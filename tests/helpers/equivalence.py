@@ -123,7 +123,13 @@ def _key(case: Case) -> str:
     """
     layout = case.layout
     run = {name: value for name, value in layout.run.items() if name not in EXCHANGE}
-    serial_layout = Layout(dtype=layout.dtype, run=run, packed=layout.packed, vision=layout.vision)
+    serial_layout = Layout(
+        dtype=layout.dtype,
+        run=run,
+        packed=layout.packed,
+        vision=layout.vision,
+        frozen=layout.frozen,
+    )
     balancing = layout.run.get("moe_router_load_balancing_type", "global_aux_loss")
     at_once = case.micro_batch_size * case.replicas if balancing == "global_aux_loss" else 1
     at_once = at_once if case.config.is_moe else 1

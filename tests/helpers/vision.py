@@ -89,7 +89,7 @@ def row_of_documents(
 
 
 class VisionBatch(Batch):
-    """Rows with images, each image's patches random numbers that depend on its row alone."""
+    """Rows with images, each image's patches random numbers that depend on its number alone."""
 
     def __init__(
         self, config: Qwen35Config, rows: list[Row], documents: list[list[int]] | None = None
@@ -123,23 +123,27 @@ class VisionBatch(Batch):
 
     def images(self, first: int, count: int) -> dict[str, Any]:
         """Arguments as transformers' processor gives them; none where there is no image."""
-        numbers = range(first, first + count)
-        images = [(n, grid) for n in numbers for grid in self.rows[n].images]
-        videos = [(n, grid) for n in numbers for grid in self.rows[n].videos]
+        rows = self.rows
+        images = [(n, grid) for n, one in enumerate(rows) for grid in one.images]
+        videos = [(n, grid) for n, one in enumerate(rows) for grid in one.videos]
         arguments: dict[str, Any] = {}
-        for values, grids, given in (
+        for values, grids, everything in (
             ("pixel_values", "image_grid_thw", images),
             ("pixel_values_videos", "video_grid_thw", videos),
         ):
+            given = [
+                (number, grid)
+                for number, (n, grid) in enumerate(everything)
+                if first <= n < first + count
+            ]
             if given:
                 arguments[values] = torch.cat([self._patches(n, values, grid) for n, grid in given])
                 arguments[grids] = torch.tensor([grid for _, grid in given])
         return arguments
 
     def _patches(self, number: int, kind: str, grid: Grid) -> torch.Tensor:
-        seed = 1000 * number + 10 * sum(grid) + len(kind)
         count = grid[0] * grid[1] * grid[2]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(1000 * number + len(kind))
         return torch.randn(count, VisionConfig.of(self.config).patch_values, generator=generator)
 
 
@@ -149,15 +153,10 @@ def token_types(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def vision_logits(
-    config: Qwen35Config,
-    batch: VisionBatch,
-    weights: dict[str, torch.Tensor],
-    packed: bool = False,
+    config: Qwen35Config, batch: VisionBatch, weights: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Our logits ``[b, s, vocabulary]`` of a whole batch, in a pool worker; ``packed``: of its rows
-    as documents of one."""
+    """Our logits ``[b, s, vocabulary]`` of a whole batch, in a pool worker."""
     from tests.helpers.shards import load_global
-    from tests.helpers.traces import packed_sequence
     from tests.helpers.training import Layout, build_chunks, config_for, initialize
 
     layout = Layout(vision=True)
@@ -165,11 +164,6 @@ def vision_logits(
     [model] = build_chunks(config, config_for(config, layout), layout)
     load_global([model], weights)
     model.eval()
-    tokens, images = batch.tokens[:, :-1], batch.images(0, len(batch.rows))
-    documents = None
-    if packed:
-        bounds = range(0, tokens.numel() + 1, tokens.shape[1])
-        tokens, documents = tokens.reshape(1, -1), packed_sequence(list(bounds))
     with torch.no_grad():
-        logits: torch.Tensor = model(tokens, packed_seq_params=documents, **images)
+        logits: torch.Tensor = model(batch.tokens[:, :-1], **batch.images(0, len(batch.rows)))
     return logits

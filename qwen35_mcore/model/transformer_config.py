@@ -46,6 +46,10 @@ class Qwen35TransformerConfig(TransformerConfig):
     """Routed experts with Transformer Engine: grouped_mm (one kernel for all experts,
     bfloat16 also in an FP8 run), te (TEGroupedMLP, in FP8 where the run is), or auto."""
 
+    pipeline_tensors: int = 1
+    """Tensors of the hidden states' size that a pipeline stage hands to the next; the model with a
+    vision tower sets it."""
+
     hetereogenous_dist_checkpoint: bool = True
     """Layers differ, so each has its own checkpoint keys (megatron's spelling)."""
 

@@ -15,7 +15,7 @@ from tests.helpers.distributed import WorkerPool
 from tests.helpers.shards import assemble
 from tests.helpers.toys import random_tokens, toy_config
 from tests.helpers.training import Batch, Layout, Result, train
-from tests.helpers.vision import Grid, VisionBatch, row, vision_toy_config
+from tests.helpers.vision import Grid, VisionBatch, row, row_of_documents, vision_toy_config
 
 BATCH, LENGTH, STEPS = 8, 64, 5
 
@@ -123,7 +123,13 @@ def _key(case: Case) -> str:
     """
     layout = case.layout
     run = {name: value for name, value in layout.run.items() if name not in EXCHANGE}
-    serial_layout = Layout(dtype=layout.dtype, run=run, packed=layout.packed, vision=layout.vision)
+    serial_layout = Layout(
+        dtype=layout.dtype,
+        run=run,
+        packed=layout.packed,
+        vision=layout.vision,
+        frozen=layout.frozen,
+    )
     balancing = layout.run.get("moe_router_load_balancing_type", "global_aux_loss")
     at_once = case.micro_batch_size * case.replicas if balancing == "global_aux_loss" else 1
     at_once = at_once if case.config.is_moe else 1
@@ -180,26 +186,45 @@ IMAGES: list[tuple[list[Grid], list[Grid]]] = [
 ]
 """Images and videos of each row: one of two data-parallel ranks has them all."""
 
+VISION_DOCUMENTS: list[list[tuple[int, list[Grid], list[Grid]]]] = [
+    [(30, [(1, 4, 6), (1, 2, 2)], []), (3, [], []), (31, [(1, 2, 4)], [(2, 2, 4)])],
+    [(64, [], [])],
+    [(33, [(1, 8, 8)], []), (7, [], [(1, 2, 2)]), (24, [(1, 4, 4)], [])],
+    [(1, [], []), (63, [], [])],
+    [(9, [(1, 2, 2)], []), (55, [], [(3, 4, 4)])],
+    [(17, [], []), (30, [], []), (17, [], [])],
+    [(64, [(1, 2, 12)], [])],
+    [(50, [], []), (14, [], [])],
+]
+"""Lengths, images and videos of the documents of each row, where rows are packed."""
+
 
 def batches(case: Case) -> Sequence[Batch]:
     """One global batch per step; random real numbers, so no two router logits tie."""
     if case.layout.vision:
-        return [
-            VisionBatch(
-                case.config,
-                [
-                    row(case.config, case.length, *images, seed=100 * step + number)
-                    for number, images in enumerate(IMAGES)
-                ],
-            )
-            for step in range(case.steps)
-        ]
+        return [_vision_batch(case, step) for step in range(case.steps)]
     documents = DOCUMENTS if case.layout.packed else None
     mask = unequal_mask(case.length) if case.masked else None
     return [
         Batch(random_tokens(case.config, BATCH, case.length, seed=100 + step), mask, documents)
         for step in range(case.steps)
     ]
+
+
+def _vision_batch(case: Case, step: int) -> VisionBatch:
+    seeds = range(100 * step, 100 * step + BATCH)
+    if case.layout.packed:
+        rows = [
+            row_of_documents(case.config, documents, seed)
+            for documents, seed in zip(VISION_DOCUMENTS, seeds, strict=True)
+        ]
+        lengths = [[length for length, _, _ in documents] for documents in VISION_DOCUMENTS]
+        return VisionBatch(case.config, rows, lengths)
+    rows = [
+        row(case.config, case.length, *images, seed=seed)
+        for images, seed in zip(IMAGES, seeds, strict=True)
+    ]
+    return VisionBatch(case.config, rows)
 
 
 def unequal_mask(length: int) -> torch.Tensor:

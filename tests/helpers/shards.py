@@ -61,13 +61,20 @@ def load_global(chunks: list[torch.nn.Module], tensors: dict[str, torch.Tensor])
 
 
 def gradient_shards(ddp_chunks: list[Any]) -> list[Shard]:
-    """The reduced gradients of DDP-wrapped chunks, whole on every rank."""
+    """The reduced gradients of DDP-wrapped chunks, whole on every rank; zero for what is frozen."""
     for ddp in ddp_chunks:
         for buffer in ddp.buffers + ddp.expert_parallel_buffers:
             if buffer.ddp_config.use_distributed_optimizer:
                 _gather_buffer(buffer)
     chunks = [_unwrapped(ddp) for ddp in ddp_chunks]
-    return _shards_with(chunks, {p: p.main_grad for ddp in ddp_chunks for p in ddp.parameters()})
+    return _shards_with(
+        chunks,
+        {
+            p: p.main_grad if p.requires_grad else torch.zeros_like(p)
+            for ddp in ddp_chunks
+            for p in ddp.parameters()
+        },
+    )
 
 
 def fsdp_gradient_shards(wrapped: list[Any]) -> list[Shard]:

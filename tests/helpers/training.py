@@ -36,6 +36,7 @@ from qwen35_mcore.model.transformer_config import (
     Qwen35TransformerConfig,
     apply_yarn,
 )
+from qwen35_mcore.model.vision.freeze import Part, freeze
 from qwen35_mcore.training.arguments import read_flags, validated_config
 from qwen35_mcore.training.checks.run import check_flags
 from qwen35_mcore.training.packed_documents import batch_on_this_cp_rank, packed_sequences
@@ -81,6 +82,7 @@ class Layout:
     fsdp: str | None = None  # what megatron's FSDP shards
     packed: bool = False  # the batches have documents
     vision: bool = False  # the vision-language model
+    frozen: tuple[Part, ...] = ()  # parts of it that do not train
     run: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields
 
 
@@ -263,6 +265,8 @@ def train(
     chunks = build_chunks(model_config, config, layout)
     if weights is not None:
         load_global(chunks, weights)
+    for chunk in chunks:
+        freeze(chunk, layout.frozen)
     wrapped, optimizer = wrap(chunks, config, layout, lr)
     result = Result()
     for step, batch in enumerate(batches):

@@ -68,16 +68,33 @@ def row(
     for t, h, w in videos:
         for _ in range(t):
             tokens += [text.pop()] + [VIDEO] * (h * w // merge)
-    assert len(tokens) < length, f"the images alone are {len(tokens)} tokens"
+    assert len(tokens) <= length, f"the images alone are {len(tokens)} tokens"
     tokens += text[: length + 1 - len(tokens)]
     return Row(torch.tensor(tokens), images, videos)
 
 
-class VisionBatch(Batch):
-    """Rows with images, each image's patches random numbers that depend on its row alone."""
+def row_of_documents(
+    config: Qwen35Config, documents: list[tuple[int, list[Grid], list[Grid]]], seed: int
+) -> Row:
+    """One row of documents, each a `row` of as many tokens; the last one has one more."""
+    rows = [
+        row(config, length - (number < len(documents)), images, videos, seed=10 * seed + number)
+        for number, (length, images, videos) in enumerate(documents, start=1)
+    ]
+    return Row(
+        torch.cat([one.tokens for one in rows]),
+        [grid for one in rows for grid in one.images],
+        [grid for one in rows for grid in one.videos],
+    )
 
-    def __init__(self, config: Qwen35Config, rows: list[Row]) -> None:
-        super().__init__(torch.stack([one.tokens for one in rows]))
+
+class VisionBatch(Batch):
+    """Rows with images, each image's patches random numbers that depend on its number alone."""
+
+    def __init__(
+        self, config: Qwen35Config, rows: list[Row], documents: list[list[int]] | None = None
+    ) -> None:
+        super().__init__(torch.stack([one.tokens for one in rows]), documents=documents)
         self.config, self.rows = config, rows
 
     def to(self, device: Any) -> VisionBatch:
@@ -89,36 +106,44 @@ class VisionBatch(Batch):
     def sample_on_this_rank(self, first: int, count: int) -> dict[str, Any]:
         """Under context parallelism, positions and images are placed before the split."""
         from megatron.core import parallel_state
+        from megatron.core.utils import flatten_batch_for_packed_sequences
 
         if parallel_state.get_context_parallel_world_size() == 1:
             return super().sample_on_this_rank(first, count)
-        vision, whole = VisionConfig.of(self.config), self.sample(first, count)
-        images = self.images(first, count)
+        vision = VisionConfig.of(self.config)
+        whole = flatten_batch_for_packed_sequences(self.sample(first, count))
+        images, bounds = self.images(first, count), whole["cu_seqlens"]
         grids = {name: value for name, value in images.items() if "grid" in name}
-        positions = rope_index(whole["tokens"], vision, **grids)
+        positions = rope_index(
+            whole["tokens"], vision, **grids, cu_seqlens=None if bounds is None else bounds[0]
+        )
         whole["tokens"] = place_features(whole["tokens"], vision, **grids)
         parts = [on_this_rank(whole | {"position_ids": axis}) for axis in positions]
         return parts[0] | {"position_ids": torch.stack([part["position_ids"] for part in parts])}
 
     def images(self, first: int, count: int) -> dict[str, Any]:
         """Arguments as transformers' processor gives them; none where there is no image."""
-        numbers = range(first, first + count)
-        images = [(n, grid) for n in numbers for grid in self.rows[n].images]
-        videos = [(n, grid) for n in numbers for grid in self.rows[n].videos]
+        rows = self.rows
+        images = [(n, grid) for n, one in enumerate(rows) for grid in one.images]
+        videos = [(n, grid) for n, one in enumerate(rows) for grid in one.videos]
         arguments: dict[str, Any] = {}
-        for values, grids, given in (
+        for values, grids, everything in (
             ("pixel_values", "image_grid_thw", images),
             ("pixel_values_videos", "video_grid_thw", videos),
         ):
+            given = [
+                (number, grid)
+                for number, (n, grid) in enumerate(everything)
+                if first <= n < first + count
+            ]
             if given:
                 arguments[values] = torch.cat([self._patches(n, values, grid) for n, grid in given])
                 arguments[grids] = torch.tensor([grid for _, grid in given])
         return arguments
 
     def _patches(self, number: int, kind: str, grid: Grid) -> torch.Tensor:
-        seed = 1000 * number + 10 * sum(grid) + len(kind)
         count = grid[0] * grid[1] * grid[2]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(1000 * number + len(kind))
         return torch.randn(count, VisionConfig.of(self.config).patch_values, generator=generator)
 
 
@@ -128,15 +153,10 @@ def token_types(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def vision_logits(
-    config: Qwen35Config,
-    batch: VisionBatch,
-    weights: dict[str, torch.Tensor],
-    packed: bool = False,
+    config: Qwen35Config, batch: VisionBatch, weights: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Our logits ``[b, s, vocabulary]`` of a whole batch, in a pool worker; ``packed``: of its rows
-    as documents of one."""
+    """Our logits ``[b, s, vocabulary]`` of a whole batch, in a pool worker."""
     from tests.helpers.shards import load_global
-    from tests.helpers.traces import packed_sequence
     from tests.helpers.training import Layout, build_chunks, config_for, initialize
 
     layout = Layout(vision=True)
@@ -144,11 +164,6 @@ def vision_logits(
     [model] = build_chunks(config, config_for(config, layout), layout)
     load_global([model], weights)
     model.eval()
-    tokens, images = batch.tokens[:, :-1], batch.images(0, len(batch.rows))
-    documents = None
-    if packed:
-        bounds = range(0, tokens.numel() + 1, tokens.shape[1])
-        tokens, documents = tokens.reshape(1, -1), packed_sequence(list(bounds))
     with torch.no_grad():
-        logits: torch.Tensor = model(tokens, packed_seq_params=documents, **images)
+        logits: torch.Tensor = model(batch.tokens[:, :-1], **batch.images(0, len(batch.rows)))
     return logits

@@ -27,8 +27,10 @@ from tests.helpers.shards import assemble
 from tests.helpers.training import Layout, train
 from tests.helpers.vision import (
     Grid,
+    Row,
     VisionBatch,
     row,
+    row_of_documents,
     token_types,
     vision_logits,
     vision_toy_config,
@@ -189,12 +191,43 @@ def test_gradient_of_every_parameter(comparison: Comparison) -> None:
 
 
 @pytest.mark.exhaustive
-def test_documents_of_one_row_see_their_own_images_alone(pool: WorkerPool) -> None:
-    case = CASES[0]
-    batch, model = batch_of(case), vision_language_model(case.config)
-    weights = our_weights(case.config, model, ReferenceMTP(model, case.config))
-    given = {"config": case.config, "batch": batch, "weights": weights}
-    [apart] = pool.run(vision_logits, 1, **given)
-    [packed] = pool.run(vision_logits, 1, packed=True, **given)
-    difference = packed.view_as(apart) - apart
-    assert difference.abs().max() <= LOGIT_TOLERANCE * apart.abs().max()
+def test_documents_of_one_row_train_as_rows_of_their_own(pool: WorkerPool) -> None:
+    """Same losses of every token, MTP's among them, and same gradients."""
+    config, length = CASES[0].config, 16
+    documents: list[tuple[int, list[Grid], list[Grid]]] = [
+        (length, [(1, 4, 4), (1, 2, 2)], []),
+        (length, [], []),
+        (length, [(1, 2, 6)], [(2, 2, 2)]),
+        (length, [], [(1, 4, 8)]),
+    ]
+    whole = row_of_documents(config, documents, seed=3)
+    rows = [
+        Row(tokens, images, videos)
+        for tokens, (_, images, videos) in zip(
+            whole.tokens.unfold(0, length + 1, length), documents, strict=True
+        )
+    ]
+    weights = our_weights(
+        config, model := vision_language_model(config), ReferenceMTP(model, config)
+    )
+    packed, apart = (
+        pool.run(
+            train,
+            1,
+            model_config=config,
+            layout=Layout(vision=True, packed=batch.documents is not None),
+            weights=weights,
+            batches=[batch],
+            micro_batch_size=len(batch.rows),
+        )[0]
+        for batch in (
+            VisionBatch(config, [whole], [[length] * len(documents)]),
+            VisionBatch(config, rows),
+        )
+    )
+    losses, expected = (one.token_loss[0, 0][1].flatten() for one in (packed, apart))
+    assert (losses - expected).abs().max() <= LOSS_TOLERANCE
+    assert packed.logged == pytest.approx(apart.logged, abs=LOSS_TOLERANCE)
+    gradients, expected_gradients = (assemble([one.gradients]) for one in (packed, apart))
+    for key, value in expected_gradients.items():
+        assert (gradients[key] - value).norm() <= 2e-5 * value.norm(), key

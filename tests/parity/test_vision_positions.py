@@ -55,6 +55,11 @@ def test_positions_are_get_rope_index(
     ours = rope_index(tokens, VisionConfig.of(config), attention_mask=mask, **grids)
     assert ours.dtype == expected.dtype
     assert torch.equal(ours, expected)
+    if not padded:
+        bounds = torch.arange(len(rows) + 1) * tokens.shape[1]
+        one_row = tokens.reshape(1, -1)
+        packed = rope_index(one_row, VisionConfig.of(config), **grids, cu_seqlens=bounds)
+        assert torch.equal(packed.view_as(ours), expected)
 
 
 @pytest.fixture(scope="module")

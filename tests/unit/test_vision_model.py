@@ -23,7 +23,6 @@ def test_the_model_refuses_what_does_not_fit_together(pool: WorkerPool) -> None:
         "training a vision-language model with MTP needs labels",
         "a part of a sequence does not say where its images are",
         "a part of a sequence does not say where its images are",
-        "packed documents with images are not split over context-parallel ranks",
     ]]  # fmt: skip
 
 
@@ -55,7 +54,6 @@ def refusals() -> list[str]:
         (1, {"labels": None}),
         (2, {}),
         (2, {"input_ids": tokens.clamp(max=9), "position_ids": None}),
-        (2, {"packed_seq_params": "documents"}),
     ):
         model.config.context_parallel_size = ranks  # all that is looked at before the refusal
         with pytest.raises(Qwen35Error) as caught:

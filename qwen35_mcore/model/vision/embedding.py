@@ -6,6 +6,8 @@ by one, packing) moves the images with them, and MTP's layers embed images as th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,24 +23,48 @@ from qwen35_mcore.model.vision.grids import Grids, merged_tokens, read_grids
 
 
 class WordAndImageEmbedding(WordEmbedding):
-    """Rows of the vocabulary, and rows of ``features`` for ids below zero."""
+    """Rows of the vocabulary, and the tower's outputs for ids below zero."""
 
     features: Tensor | None = None
     """The tower's outputs, ``[features, hidden]``, during a forward pass that has any."""
 
+    received: Iterator[Tensor] | None = None
+    """On a stage without the tower: what `images` of the first stage is for the next calls."""
+
     def forward(self, ids: Tensor) -> Tensor:
         """Ids ``[b, s]`` to ``[b, s, hidden]``, or this rank's part of ``[s, b, hidden]``."""
-        features = self.features
-        if features is None:
+        if self.features is None and self.received is None:
             return super().forward(ids)
         words = super().forward(ids.clamp(min=0))
+        images = self.images(ids) if self.received is None else next(self.received)
+        is_image = self._part(ids) < 0
+        if not self.reduce_scatter_embeddings:
+            is_image, images = is_image.transpose(0, 1), images.transpose(0, 1)  # s b -> b s
+        return torch.where(is_image.unsqueeze(-1), images.to(words.dtype), words)
+
+    def images(self, ids: Tensor) -> Tensor:
+        """This rank's part of ``[s, b, hidden]``: the tower's outputs where ids ``[b, s]`` are
+        below zero, elsewhere anything."""
+        here, features = self._part(ids), self.features
+        if features is None:
+            return self.weight.new_zeros(*here.shape, self.embedding_dim)
         if self.reduce_scatter_embeddings:
-            by_sequence = ids.transpose(0, 1).contiguous()  # b s -> s b
-            ids = scatter_to_sequence_parallel_region(by_sequence, group=self.tp_group)
             # each rank sees some of the images: its gradients of them are a part of a sum
             features = copy_to_tensor_model_parallel_region(features, group=self.tp_group)
-        images = F.embedding((-1 - ids).clamp(min=0), features)
-        return torch.where((ids < 0).unsqueeze(-1), images.to(words.dtype), words)
+        return F.embedding((-1 - here).clamp(min=0), features)
+
+    def _part(self, ids: Tensor) -> Tensor:
+        """This rank's part of ``[s, b]``."""
+        by_sequence = ids.transpose(0, 1).contiguous()  # b s -> s b
+        if not self.reduce_scatter_embeddings:
+            return by_sequence
+        return scatter_to_sequence_parallel_region(by_sequence, group=self.tp_group)
+
+
+def mark_images(tokens: Tensor, vision: VisionConfig) -> Tensor:
+    """Tokens with an id below zero for image and video tokens, whichever of the outputs it is."""
+    is_image = (tokens == vision.image_token_id) | (tokens == vision.video_token_id)
+    return tokens.masked_fill(is_image, -1)
 
 
 def place_features(

@@ -23,6 +23,7 @@ def rope_index(
     image_grid_thw: Grids = None,
     video_grid_thw: Grids = None,
     attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """transformers' ``get_rope_index``: positions ``[3, b, s]`` int64 of tokens ``[b, s]``.
 
@@ -33,6 +34,8 @@ def rope_index(
     Args:
         image_grid_thw, video_grid_thw: grids of all images and of all videos, row after row.
         attention_mask: ``[b, s]``; positions that are 0 in it are left out, and are 0.
+        cu_seqlens: boundaries ``[n + 1]`` of the documents that a row without a mask holds; each of
+            them begins at position 0.
 
     Raises:
         DataError: the image and video tokens are not as many as the grids say.
@@ -42,16 +45,19 @@ def rope_index(
         vision.image_token_id: iter(read_grids(image_grid_thw, vision)),
         vision.video_token_id: ((1, h, w) for t, h, w in videos for _ in range(t)),
     }
+    inner = [] if cu_seqlens is None else cu_seqlens[1:-1].tolist()
     positions = torch.zeros(3, *tokens.shape, dtype=torch.int64)
     for row, row_tokens in enumerate(tokens.cpu()):
         kept = torch.ones_like(row_tokens, dtype=torch.bool)
         if attention_mask is not None:
             kept = attention_mask[row].cpu().bool()
-        ids = row_tokens[kept].tolist()
-        if ids:
-            positions[:, row, kept] = torch.cat(
-                list(_runs(ids, grids, vision.spatial_merge_size)), dim=1
-            )
+        runs = [
+            run
+            for document in row_tokens[kept].tensor_split(inner)
+            for run in _runs(document.tolist(), grids, vision.spatial_merge_size)
+        ]
+        if runs:
+            positions[:, row, kept] = torch.cat(runs, dim=1)
     if left := sum(1 for iterator in grids.values() for _ in iterator):
         raise _miscounted(f"{left} images or frames of videos without tokens")
     return positions.to(tokens.device)

@@ -105,15 +105,23 @@ class VisionPatchEmbed(nn.Module):
     def __init__(self, vision: VisionConfig, config: TransformerConfig) -> None:
         super().__init__()
         kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        self.proj = nn.Conv3d(
+        self.proj = _PatchProduct(
             vision.in_channels, vision.hidden_size, kernel, stride=kernel, **_placed(config)
         )
         _initialize(self.proj, config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``[n, patch_values]`` to ``[n, h]``."""
-        weight = self.proj.weight.flatten(1)
-        return F.linear(pixel_values.to(weight.dtype), weight, self.proj.bias)
+        return self.proj(pixel_values)
+
+
+class _PatchProduct(nn.Conv3d):
+    """Called as a module: where megatron overlaps the gathering of parameters, that waits for
+    them."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        weight = self.weight.flatten(1)
+        return F.linear(pixel_values.to(weight.dtype), weight, self.bias)
 
 
 class VisionPatchMerger(MegatronModule):

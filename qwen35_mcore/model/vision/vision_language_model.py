@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import ConfigError, DataError
-from qwen35_mcore.mcore.imports import TransformerConfig
+from qwen35_mcore.mcore.gdn_heads import zigzag_of_documents
+from qwen35_mcore.mcore.imports import PackedSeqParams, TransformerConfig, roll_tensor
+from qwen35_mcore.mcore.pipeline_tensors import receive_several
 from qwen35_mcore.model.gpt_model import Qwen35Model
-from qwen35_mcore.model.vision.embedding import WordAndImageEmbedding, place_features
+from qwen35_mcore.model.vision.embedding import WordAndImageEmbedding, mark_images, place_features
 from qwen35_mcore.model.vision.grids import Grid, Grids, read_grids
 from qwen35_mcore.model.vision.rope import mrope_angles, rope_index
 from qwen35_mcore.model.vision.tower import VisionModel
@@ -24,6 +27,10 @@ class Qwen35VisionLanguageModel(Qwen35Model):
     The first pipeline stage holds the tower as ``vision_model``. A batch without images runs one
     block of empty patches through a tower that is trained, and uses nothing of it: its gradients
     are zero then, and no rank waits for another's.
+
+    MTP, on the last stage, embeds the images that follow. The first stage sends them behind the
+    hidden states, where they will be embedded, and the stages between hand them on. So stages send
+    as many tensors of the hidden states' size as there are MTP layers and one, images or none.
 
     Args:
         model_config: has the tower's description.
@@ -49,7 +56,11 @@ class Qwen35VisionLanguageModel(Qwen35Model):
         _check_run(config)
         # the fused kernels take one angle a position, equal in every row and packed document
         config.apply_rope_fusion = False
+        if config.pipeline_model_parallel_size > 1 and config.mtp_num_layers:
+            config.pipeline_tensors = 1 + config.mtp_num_layers
+            receive_several()
         super().__init__(config=config, **arguments)
+        self._images_to_come: Sequence[Tensor] = ()
         self.vision = vision
         self.rope_parameters = model_config.rope_parameters
         self.vision_model = (
@@ -88,16 +99,19 @@ class Qwen35VisionLanguageModel(Qwen35Model):
 
         Raises:
             DataError: tokens, patches and grids do not fit together.
-            ConfigError: packed documents under context parallelism.
         """
+        packed = arguments.get("packed_seq_params")
         if self.config.context_parallel_size > 1:
-            self._check_part(input_ids, position_ids, arguments.get("packed_seq_params"))
+            self._check_part(input_ids, position_ids)
         if position_ids is None:
-            position_ids = rope_index(input_ids, self.vision, image_grid_thw, video_grid_thw)
+            bounds = None if packed is None else packed.cu_seqlens_q
+            position_ids = rope_index(
+                input_ids, self.vision, image_grid_thw, video_grid_thw, cu_seqlens=bounds
+            )
         if position_ids.dim() == 2:
             position_ids = position_ids.expand(3, -1, -1)
         if self.vision_model is None:
-            return super().forward(input_ids, position_ids, attention_mask, **arguments)
+            return self._later_stage(input_ids, position_ids, attention_mask, **arguments)
         if self.config.context_parallel_size == 1:
             input_ids = place_features(input_ids, self.vision, image_grid_thw, video_grid_thw)
         grids = [
@@ -110,17 +124,41 @@ class Qwen35VisionLanguageModel(Qwen35Model):
             self.vision_model, [pixel_values, pixel_values_videos], grids
         )
         try:
-            return super().forward(input_ids, position_ids, attention_mask, **arguments)
+            output = super().forward(input_ids, position_ids, attention_mask, **arguments)
+            return self._with_images_to_come(output, list(self._upcoming(input_ids, packed)))
         finally:
             words.features = None
 
-    def _check_part(self, ids: Tensor, positions: Tensor | None, packed: Any) -> None:
-        if packed is not None:
-            raise ConfigError(
-                "packed documents with images are not split over context-parallel ranks",
-                got=f"context_parallel_size={self.config.context_parallel_size}",
-                fix="pad every document to a row of its own, or use no context parallelism",
-            )
+    def _upcoming(self, ids: Tensor, packed: PackedSeqParams | None) -> Iterator[Tensor]:
+        """What each of MTP's layers on the last stage will embed of the images."""
+        for _ in range(1, self.config.pipeline_tensors):
+            ids, _ = roll_tensor(ids, cp_group=self.pg_collection.cp, packed_seq_params=packed)
+            yield self.embedding.word_embeddings.images(ids)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
+        """What the stage before sent, as megatron's schedules hand it over."""
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if received is not None and self.config.pipeline_tensors > 1:
+            received, *self._images_to_come = received.chunk(self.config.pipeline_tensors)
+        super().set_input_tensor(received)
+
+    def _later_stage(self, ids: Tensor, *args: Any, **arguments: Any) -> Tensor:
+        images, self._images_to_come = self._images_to_come, ()
+        if not (images and self.mtp_process):
+            return self._with_images_to_come(super().forward(ids, *args, **arguments), images)
+        words = self.embedding.word_embeddings
+        words.received = iter(images)
+        try:
+            return super().forward(mark_images(ids, self.vision), *args, **arguments)
+        finally:
+            words.received = None
+
+    def _with_images_to_come(self, output: Tensor, images: Sequence[Tensor]) -> Tensor:
+        if not images:
+            return output
+        return torch.cat([output, *(each.to(output.dtype) for each in images)])
+
+    def _check_part(self, ids: Tensor, positions: Tensor | None) -> None:
         kinds = (self.vision.image_token_id, self.vision.video_token_id)
         if positions is None or any(bool((ids == kind).any()) for kind in kinds):
             raise DataError(
@@ -153,11 +191,24 @@ class Qwen35VisionLanguageModel(Qwen35Model):
         at_one = self.rotary_pos_emb(2, packed_seq=True)  # whole, not a context-parallel part
         at_one = at_one[0] if isinstance(at_one, tuple) else at_one  # YaRN's come with a factor
         half = at_one.shape[-1] // 2
-        angles = mrope_angles(kwargs["position_ids"], at_one[1, 0, 0, :half], section)
+        positions = self._positions(kwargs["position_ids"], kwargs["packed_seq_params"])
+        angles = mrope_angles(positions, at_one[1, 0, 0, :half], section)
         return (prepared[0], angles, *prepared[2:])
 
+    def _positions(self, here: Tensor, packed: PackedSeqParams | None) -> Tensor:
+        """As megatron's attention takes them: of whole documents, of which it takes its part, but
+        where there are none of this context-parallel rank alone."""
+        group = self.pg_collection.cp
+        if packed is None or group.size() == 1:
+            return here
+        parts = [torch.empty_like(here) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, here.contiguous(), group=group)
+        length = here.shape[-1] * group.size()
+        places = zigzag_of_documents(packed.cu_seqlens_q, group.size(), length)
+        return torch.cat(parts, dim=-1)[..., places.flatten().argsort()]
+
     def _postprocess(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs["labels"] is None and self.mtp_process and self.vision_model is not None:
+        if kwargs["labels"] is None and self.mtp_process:
             # megatron derives MTP's labels from the ids then
             if self.training:
                 raise ConfigError(
@@ -169,14 +220,12 @@ class Qwen35VisionLanguageModel(Qwen35Model):
 
 def _check_run(config: TransformerConfig) -> None:
     """Refuse what the tower's outputs do not reach, or what was not proven with them."""
-    pipeline, mtp = config.pipeline_model_parallel_size, config.mtp_num_layers
     for runs, got, why, fix in (
         (
-            pipeline == 1 or not mtp,
-            f"pipeline_model_parallel_size={pipeline}, mtp_num_layers={mtp}",
-            "MTP embeds the images that follow: the tower's outputs stay on the first pipeline "
-            "stage, and MTP is on the last",
-            "set mtp_num_hidden_layers to 0, or use no pipeline",
+            not config.mtp_standalone,
+            "MTP in a pipeline stage without the loss",
+            "the stage of the loss would be sent no images to come",
+            "put MTP's layers and the loss on the same stage",
         ),
         (
             config.cuda_graph_impl == "none",

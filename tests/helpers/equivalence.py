@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from qwen35_mcore.config.model_config import Qwen35Config
-from tests.helpers.batches import Batch
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.shards import assemble
 from tests.helpers.toys import random_tokens, toy_config
-from tests.helpers.training import Layout, Result, train
+from tests.helpers.training import Batch, Layout, Result, train
 from tests.helpers.vision import Grid, VisionBatch, row, vision_toy_config
 
 BATCH, LENGTH, STEPS = 8, 64, 5

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from itertools import combinations, pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +19,6 @@ from qwen35_mcore.planner.candidate import Candidate
 from qwen35_mcore.planner.prediction import predict
 from qwen35_mcore.planner.schedule import Shape, rank_order
 from qwen35_mcore.planner.stages import Chain, Cuts, Splits, Unit
-from tests.bench import compare_cuts
 from tests.unit.test_planner_search import job_of
 
 MEGATRON = {
@@ -166,15 +163,6 @@ def test_too_little_memory_gives_the_split_that_lacks_least() -> None:
     assert not splits.may_fit()
     assert splits.missing_bytes(splits.best()) > 0
     assert splits.least_missing_bytes > 0
-
-
-@pytest.mark.parametrize(
-    "folder", sorted(compare_cuts.PRESETS.iterdir()), ids=lambda folder: folder.name
-)
-def test_cuts_inside_layers_make_a_preset_at_most_one_per_cent_faster(folder: Path) -> None:
-    """Why plans cut between layers."""
-    layers, halves = compare_cuts.compare(json.loads((folder / "plan.json").read_text()))
-    assert 0.99 * layers <= halves <= layers
 
 
 def fullest(splits: Splits, cuts: Cuts) -> list[float]:

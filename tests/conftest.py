@@ -27,6 +27,18 @@ for name, max_examples in PROFILES.items():
     )
 settings.load_profile("quick")
 
+READ_BY_COMMANDS = (
+    *("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "COLUMNS", "TERMINAL_WIDTH"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("PRESET", "DATA", "SAVE", "LOAD", "PRETRAINED", "TENSORBOARD", "SCRIPT", "NPROC", "LOGS"),
+    *("SAVE_INTERVAL", "PREFLIGHT", "MAX_FAILURES", "CONTAINER", "SRUN_FLAGS"),
+    *("QWEN35_RUN_DIR", "QWEN35_TRACEBACK"),
+)
+"""Variables that a shell, a CI or a job sets for itself, and that would change what tests see."""
+for name in list(os.environ):
+    if name in READ_BY_COMMANDS or name.startswith(("SLURM_", "PET_")):
+        del os.environ[name]
+
 FIRST = ("distributed", "conversion", "cli", "parity", "unit")
 """Folders by how long their longest file takes, so that no worker is left alone at the end."""
 

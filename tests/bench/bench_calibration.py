@@ -30,8 +30,9 @@ from qwen35_mcore.model.build import build_model
 from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import gated_attention_spec, gated_delta_net_spec, layer_spec
 from tests.bench.common import cut_config, gpu_config, median_ms, start
+from tests.helpers.batches import Batch
 from tests.helpers.toys import random_tokens
-from tests.helpers.training import Batch, Layout, Result, forward_backward, wrap
+from tests.helpers.training import Layout, Result, forward_backward, wrap
 
 FP8 = {"bf16": None, "fp8-tensorwise": "tensorwise", "fp8-blockwise": "blockwise"}
 LAYERS = [

@@ -9,6 +9,8 @@ the best between halves of layers (``--decoder hybrid --hybrid-layer-pattern``).
 from __future__ import annotations
 
 import json
+from itertools import pairwise
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +28,35 @@ PRESETS = Path(__file__).parents[2] / "launch" / "presets"
 SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size", "recompute", "precision")
 
 
-def halves(model: Model, kind: str) -> tuple[Unit, Unit]:
+def halves(model: Model, kind: str, layer: Unit) -> tuple[Unit, Unit]:
     """A layer's token mixer and its MoE. A layer lists the compute of the two in turn, and the
     exchanges of one or the other; both have half of the TP communication and of what is kept."""
-    layer, seconds, computes = model.part[kind], [0.0, 0.0], 0
-    for term in layer.terms:
+    seconds, computes = [0.0, 0.0], 0
+    for term in model.part[kind].terms:
         share = {"compute": 1 - computes % 2, "tp": 0.5, "cp": 1.0, "ep": 0.0}[term.name]
         computes += term.name == "compute"
         seconds[0] += share * term.forward_s
         seconds[1] += share * term.backward_s
     weights = mixer_parameters(model.job.model_config, model.candidate, kind)
     static = sum(memory.static_bytes(weights, model.job, model.candidate))
-    mixer = Unit(*seconds, static, layer.unit.saved_bytes / 2)
-    rest = [whole - part for whole, part in zip(layer.unit, mixer, strict=True)]
+    mixer = Unit(*seconds, static, layer.saved_bytes / 2)
+    rest = [whole - part for whole, part in zip(layer, mixer, strict=True)]
     return mixer, Unit(*rest)
 
 
 def in_halves(model: Model) -> Chain:
     """The model as the stage search takes it, with two units for each decoder layer."""
-    layers = model.kinds.rstrip("mL")[1:]
-    tail = [model.part[kind].unit for kind in model.kinds[1 + len(layers) :]]
-    units = [model.part["E"].unit, *(half for kind in layers for half in halves(model, kind))]
-    return Chain([*units, Unit(*map(sum, zip(*tail, strict=True)))])
+    chain, kinds = model.chain, model.kinds.rstrip("mL")[1:]
+    sums = zip(
+        chain.forward_s, chain.backward_s, chain.static_bytes, chain.saved_bytes, strict=True
+    )
+    first, *layers, last = (Unit(*map(sub, after, before)) for before, after in pairwise(sums))
+    pairs = (halves(model, kind, layer) for kind, layer in zip(kinds, layers, strict=True))
+    return Chain([first, *(half for pair in pairs for half in pair), last])
 
 
-def compare(plan: dict[str, Any]) -> str:
-    """A line for the plan of one preset."""
+def compare(plan: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of a step of a preset's plan, cut between layers and between halves of layers."""
     candidate = Candidate(**{name: plan["plan"][name] for name in SIZES})
     job = Job(
         model_config=get_flavor(plan["model"]),
@@ -72,13 +77,16 @@ def compare(plan: dict[str, Any]) -> str:
     layers = whole.simulate(cuts).step_s
     same = fine.simulate(tuple(max(1, 2 * cut - 1) for cut in cuts)).step_s
     assert abs(same / layers - 1) < 1e-6, "halves of layers do not add up to layers"
-    half = min(layers, fine.simulate(fine.best()).step_s)
-    return f"{layers:.3f} s between layers, {half:.3f} s between halves: {1 - half / layers:.2%}"
+    return layers, min(layers, fine.simulate(fine.best()).step_s)
 
 
 def main() -> None:
     for folder in sorted(PRESETS.iterdir()):
-        print(f"{folder.name}: {compare(json.loads((folder / 'plan.json').read_text()))}")
+        layers, fine = compare(json.loads((folder / "plan.json").read_text()))
+        print(
+            f"{folder.name}: {layers:.3f} s between layers, {fine:.3f} s between halves: "
+            f"{1 - fine / layers:.2%}"
+        )
 
 
 if __name__ == "__main__":

@@ -332,7 +332,8 @@ def test_other_ranks_are_silent() -> None:
 
 def test_under_torchrun() -> None:
     """One message for two ranks, and it is the end of torchrun's own report."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2"]
     script = [str(ROOT / "examples" / "pretrain_qwen35.py"), *flags(EP, "3")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -56,7 +56,9 @@ def run(clone: Path, line: str) -> str:
     done = subprocess.run(
         shlex.split(shortened(line)),
         cwd=clone,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        | {"PET_STANDALONE": "1"},  # torchrun takes a free port, not 29500
         capture_output=True,
         text=True,
         timeout=600,

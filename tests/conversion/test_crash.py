@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -93,7 +94,7 @@ def interrupted(tmp_path: Path, source: Path, forks: ForkServer) -> Path:
         shutil.rmtree(tmp_path / "target", ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         process = forks.start("import", source, tmp_path / "target", *SMALL_PARTS)
-        while len(list(partial.glob("tree/release/*.distcp"))) < 3:
+        while len(list(partial.glob("tree/release/*.distcp"))) < 4:  # two of them in the manifest
             time.sleep(0.001)
             if (tmp_path / "target").exists():
                 break
@@ -231,14 +232,16 @@ def test_an_export_goes_on_only_to_the_same_result(
 def test_overwrite_replaces_only_after_success(
     toys: dict[str, Path], tmp_path: Path, forks: ForkServer
 ) -> None:
-    target = tmp_path / "target"
-    ok(ckpt("import", toys["qwen3_5_text"], target))
-    before = content(target)
+    target, partial = tmp_path / "target", tmp_path / "target.partial"
     arguments = ("import", toys["qwen3_5_moe"], target, *SMALL_PARTS, "--overwrite")
-    process = forks.start(*arguments)
-    while not list(tmp_path.glob("target.partial/tree/release/*.distcp")):
-        time.sleep(0.001)
-    forks.kill(process)
+    while not any(partial.glob("tree/release/*.distcp")):  # else it ended before it was killed
+        shutil.rmtree(partial, ignore_errors=True)
+        ok(ckpt("import", toys["qwen3_5_text"], target, "--overwrite"))
+        before = content(target)
+        process = forks.start(*arguments)
+        while psutil.pid_exists(process) and not any(partial.glob("tree/release/*.distcp")):
+            time.sleep(0.001)
+        forks.kill(process)
     assert content(target) == before
     ok(ckpt(*arguments))
     ok(ckpt("verify", toys["qwen3_5_moe"], target))

@@ -16,6 +16,7 @@ import torch
 
 from checkpoint_tools.mcore.read import MegatronCheckpoint
 from tests.helpers.ckpt_cli import ckpt, ok
+from tests.helpers.ports import free_port
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
 from tests.helpers.run_results import (
     assert_same_tensors,
@@ -23,7 +24,6 @@ from tests.helpers.run_results import (
     checkpoint_tensors,
     logged_scalars,
 )
-from tests.helpers.slurm import free_port
 from tests.helpers.toys import narrow_config
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,10 @@ import torch
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from tests.distributed.cases import DENSE, MOE
+from tests.helpers.batches import Batch
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.toys import random_tokens, toy_config
-from tests.helpers.training import Batch, Layout, build_chunks, config_for, initialize
+from tests.helpers.training import Layout, build_chunks, config_for, initialize
 
 
 def never_called(model_config: Qwen35Config, layout: Layout, tokens: torch.Tensor) -> list[str]:

@@ -35,7 +35,37 @@ KINDS = (
     "EP2, Qwen3-Next",
     "FSDP of parameters, too, full recompute",
 )
-HYBRID_KINDS = ("TP2 x EP2, global_aux_loss, hybrid", "PP2, cut inside a layer")
+HYBRID_KINDS = (
+    *(
+        f"{name}, hybrid"
+        for name in (
+            "TP2 dense without SP",
+            "TP2 MoE with SP",
+            "PP2 dense, tied embeddings",
+            "PP2 x VPP2",
+            "PP2 x VPP2, uneven layout, 5 layers",
+            "EP2",
+            "TP2 x ETP2",
+            "CP2 (all-to-all GDN)",
+            "CP2 (states passed)",
+            "DP2 dense, no distributed optimizer",
+            "TP2 x PP2 x EP2",
+            "microbatch of 4",
+            "full recompute",
+            "PP2, selective recompute",
+            "PP2, seq_aux_loss",
+            "TP2 x EP2, global_aux_loss",
+            "CP2, loss per microbatch",
+            "DP2, unequal masks",
+            "CP2, documents",
+            "EP2, Qwen3-Next",
+        )
+    ),
+    "PP2, cut inside a layer",
+    "PP2, embedding alone",
+    "PP2 x VPP2, cut inside layers, tied embeddings",
+)
+"""A third of them."""
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from qwen35_mcore.config.model_config import Qwen35Config
+from tests.helpers.batches import Batch
 from tests.helpers.shards import load_global, local_shards
-from tests.helpers.training import Batch, Layout, build_chunks, config_for, initialize, wrap
+from tests.helpers.training import Layout, build_chunks, config_for, initialize, wrap
 
 FLOAT32_SUFFIXES = ("A_log", "dt_bias", "gated_norm.weight")
 

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -24,6 +23,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.ports import free_port
 
 RUN_TIMEOUT_S = 600.0
 """No measure of speed: what has not ended by then hangs."""
@@ -103,7 +104,7 @@ class ScriptServer:
         for output in outputs:
             output.touch()
         job = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost"} | env
-        job["MASTER_PORT"] = str(_free_port())
+        job["MASTER_PORT"] = str(free_port())
         calls = [
             (flags, job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, str(output), before)
             for rank, output in zip(ranks, outputs, strict=True)
@@ -148,12 +149,6 @@ def small_dataset() -> str:
     prefix = folder / "text"
     tokenize(inputs=files, output_prefix=prefix, tokenizer="byte", workers=1, quiet=True)
     return str(prefix)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return int(s.getsockname()[1])
 
 
 def _serve(connection: Connection) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.helpers.slurm import free_port
+from tests.helpers.ports import free_port
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 CONF = """\

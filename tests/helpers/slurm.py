@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 LAYOUT = """\
 # tiny-moe on two ranks; experts: 4 each
@@ -201,15 +203,6 @@ def wait_for(path: Path, text: str, job: subprocess.Popen[str], timeout: float =
         assert job.poll() is None, f"the job ended before {path.name} held {text!r}"
         assert time.monotonic() < deadline, f"{path.name} never held {text!r}"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return int(s.getsockname()[1])
 
 
 def train_sh(

@@ -15,9 +15,9 @@ import torch
 
 from tests.helpers.ckpt_cli import ckpt, ok
 from tests.helpers.hf_toy import read_all
+from tests.helpers.ports import free_port
 from tests.helpers.pretrain_runs import small_dataset
 from tests.helpers.run_results import logged_scalars
-from tests.helpers.slurm import free_port
 from tests.helpers.toys import narrow_config
 
 pytestmark = pytest.mark.gpu

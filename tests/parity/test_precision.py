@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.batches import Batch
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.equivalence import initial_weights
 from tests.helpers.precision import bfloat16_run, is_float32
 from tests.helpers.toys import random_tokens, toy_config
-from tests.helpers.training import Batch
 
 
 @pytest.fixture(scope="module")

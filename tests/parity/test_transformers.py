@@ -6,6 +6,7 @@ Qwen3.5 and Qwen3-Next, float32 on a CPU. The configurations are drawn to be awk
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from checkpoint_tools.table.names import hf_to_mcore
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.rope import RopeParameters, YarnScaling
+from tests.helpers.batches import Batch
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.kinds import kinds
 from tests.helpers.reference_model import (
@@ -26,7 +28,7 @@ from tests.helpers.reference_model import (
 from tests.helpers.shards import assemble
 from tests.helpers.toys import NEXT, random_tokens, toy_config
 from tests.helpers.traces import Trace, trace_forward
-from tests.helpers.training import Batch, Layout, train
+from tests.helpers.training import Layout, train
 
 LOGIT_TOLERANCE = 5e-6  # of the largest logit
 LOSS_TOLERANCE = 1e-6
@@ -116,6 +118,14 @@ CASES = [
 
 HYBRID = [replace(case, name=f"{case.name}-hybrid", decoder="hybrid") for case in CASES]
 
+HYBRID_KINDS = (
+    "moe-ratio4-mtp-hybrid",
+    "next-ratio2-mtp-top5-hybrid",
+    "dense-mtp-tied-hybrid",
+    "moe-non-periodic-mtp-hybrid",
+)
+"""A third of them."""
+
 Gradients = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """By checkpoint key: ours, transformers' in float32, transformers' in float64."""
 
@@ -131,57 +141,86 @@ class Comparison:
     gradients: Gradients
 
 
+@dataclass
+class Reference:
+    """transformers' side; weights and gradients by checkpoint key."""
+
+    tokens: torch.Tensor
+    weights: dict[str, torch.Tensor]
+    trace: Trace
+    loss: float
+    mtp_loss: float | None
+    gradients: dict[str, torch.Tensor]
+    exact: dict[str, torch.Tensor]  # gradients in float64
+
+
 @pytest.fixture(
     scope="module",
-    params=kinds(CASES + HYBRID, [case.name for case in CASES], lambda case: case.name),
+    params=kinds(
+        CASES + HYBRID,
+        [*(case.name for case in CASES), *HYBRID_KINDS],
+        lambda case: case.name,
+    ),
 )
 def comparison(request: pytest.FixtureRequest, pool: WorkerPool) -> Comparison:
     """Run one case on both sides, once for all the tests below."""
     case: Case = request.param
-    config = case.config
-    model = reference_model(config)
-    mtp = ReferenceMTP(model, config) if config.mtp_num_hidden_layers else None
-    tokens = random_tokens(config, case.batch, case.length, seed=11)
-
-    loss, mtp_loss, gradients = _reference_gradients(model, mtp, tokens)
-    exact = _reference_gradients(
-        copy.deepcopy(model).double(), copy.deepcopy(mtp).double() if mtp else None, tokens
-    )[2]
-    weights = {
-        key: value.detach()
-        for key, value in hf_to_mcore(config, reference_weights(model, mtp)).items()
-    }
+    reference = reference_of(case.config, case.batch, case.length)
     [ours] = pool.run(
         trace_forward,
         1,
-        config=config,
+        config=case.config,
         layout=Layout(decoder=case.decoder),
-        weights=weights,
-        tokens=tokens[:, :-1],
+        weights=reference.weights,
+        tokens=reference.tokens[:, :-1],
     )
     [result] = pool.run(
         train,
         1,
-        model_config=config,
+        model_config=case.config,
         layout=Layout(
             decoder=case.decoder,
             run={"moe_router_load_balancing_type": "none"},  # the reference has none
         ),
-        weights=weights,
-        batches=[Batch(tokens)],
+        weights=reference.weights,
+        batches=[Batch(reference.tokens)],
         micro_batch_size=case.batch,
     )
     our_gradients = assemble([result.gradients])
-    expected, expected_exact = hf_to_mcore(config, gradients), hf_to_mcore(config, exact)
-    assert our_gradients.keys() == expected.keys()
+    assert our_gradients.keys() == reference.gradients.keys()
+    loss = float(result.token_loss[0, 0][1].double().mean())
+    mtp_loss = reference.mtp_loss
     return Comparison(
-        reference=Trace.of_reference(model, tokens[:, :-1]),
+        reference=reference.trace,
         ours=ours,
-        loss=(float(result.token_loss[0, 0][1].double().mean()), float(loss)),
-        mtp_loss=None if mtp_loss is None else (result.logged["mtp_1 loss"], float(mtp_loss)),
+        loss=(loss, reference.loss),
+        mtp_loss=None if mtp_loss is None else (result.logged["mtp_1 loss"], mtp_loss),
         gradients={
-            key: (our_gradients[key], expected[key], expected_exact[key]) for key in expected
+            key: (our_gradients[key], expected, reference.exact[key])
+            for key, expected in reference.gradients.items()
         },
+    )
+
+
+@functools.cache
+def reference_of(config: Qwen35Config, batch: int, length: int) -> Reference:
+    """The same for both decoders."""
+    model = reference_model(config)
+    mtp = ReferenceMTP(model, config) if config.mtp_num_hidden_layers else None
+    tokens = random_tokens(config, batch, length, seed=11)
+    loss, mtp_loss, gradients = _reference_gradients(model, mtp, tokens)
+    exact = _reference_gradients(
+        copy.deepcopy(model).double(), copy.deepcopy(mtp).double() if mtp else None, tokens
+    )[2]
+    weights = hf_to_mcore(config, reference_weights(model, mtp))
+    return Reference(
+        tokens,
+        {key: value.detach() for key, value in weights.items()},
+        Trace.of_reference(model, tokens[:, :-1]),
+        float(loss),
+        None if mtp_loss is None else float(mtp_loss),
+        hf_to_mcore(config, gradients),
+        hf_to_mcore(config, exact),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from qwen35_mcore.kernels import grouped_linear as layer
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
 from qwen35_mcore.kernels.weighted_swiglu import weighted_swiglu
 
+ROOT = Path(__file__).parents[2]
 INTERPRETER = """
 import triton.runtime.interpreter as interpreter
 patch = interpreter._patch_lang_tensor
@@ -64,7 +66,7 @@ print("equal")
 def interpret(script: str, *arguments: object) -> None:
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETER + script, json.dumps(arguments)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd()},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

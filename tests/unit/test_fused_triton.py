@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.kinds import kinds
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys, torch
 import torch.nn.functional as F
@@ -85,7 +87,7 @@ def test_outputs_and_gradients(case: str) -> None:
     convolution's reach; a projection that is not dense in memory."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(CASES[case])],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd()},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import qwen35_mcore
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.data import read_sidecar
@@ -45,6 +47,13 @@ from qwen35_mcore.training.cuda_graphs import choose_graphs
 from qwen35_mcore.training.decoder import take_hybrid_pattern
 from qwen35_mcore.training.flags import check_classes_while_parsing
 
+OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and launch/rank.sh tell a rank."""
+TASKS_OF_OTHER_LAUNCHERS = (
+    *("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+)
+"""Which say how many processes were started: srun, Open MPI and other MPIs set no RANK beside."""
+
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Qwen35Config]:
     """Parse, fill, check and register megatron's arguments.
@@ -69,6 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         early.hf_config = model_of_start(argv)
     model_config = choose_model(early.flavor, early.hf_config, early.override)
     args = read_flags(argv, model_config)
+    _let_choices_be_read(args)
     if model_config.is_moe:
         choose_dispatcher(args)
     choose_graphs(args)
@@ -302,11 +312,50 @@ def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 
 def _run_alone_without_a_launcher() -> None:
-    """Plain ``python`` instead of torchrun: a run of one process."""
-    if "RANK" not in os.environ:
+    """Plain ``python`` instead of torchrun: a run of one process.
+
+    Raises:
+        ConfigError: srun or mpirun has started several, each of which would train by itself into
+            the same folder; or a launcher has set a part of what a rank needs.
+    """
+    launched = "RANK" in os.environ
+    wrong = _wrong_of_a_rank() if launched else _wrong_of_a_process_alone()
+    if wrong:
+        raise ConfigError(
+            "the environment does not say which rank of how many this process is",
+            got=", ".join(wrong),
+            allowed=f"{', '.join(OF_A_LAUNCHER)}, as torchrun sets them; none of them for a run of "
+            "one process",
+            fix="start one process a node with torchrun in front of the script; under SLURM submit "
+            "launch/slurm.sbatch",
+        )
+    if not launched:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")  # any free one: nobody else has to find it
+
+
+def _wrong_of_a_rank() -> list[str]:
+    given = {name: os.environ.get(name, "") for name in OF_A_LAUNCHER}
+    missing = [f"no {name}" for name in ("MASTER_ADDR", "MASTER_PORT") if not given[name]]
+    numbers = {name: text for name, text in given.items() if text and name != "MASTER_ADDR"}
+    return missing + [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()]
+
+
+def _wrong_of_a_process_alone() -> list[str]:
+    tasks = {name: os.environ.get(name, "") for name in TASKS_OF_OTHER_LAUNCHERS}
+    several = {name: text for name, text in tasks.items() if text.isdecimal() and int(text) > 1}
+    return [f"{name}={text}, and no RANK" for name, text in several.items()]
+
+
+def _let_choices_be_read(args: argparse.Namespace) -> None:
+    """What this package chooses is said once, by rank 0, unless a level of the log is named.
+
+    megatron shows that much only where no library has written to the log before it is imported.
+    """
+    if args.logging_level is None and "MEGATRON_LOGGING_LEVEL" not in os.environ:
+        level = logging.INFO if args.rank == 0 else logging.WARNING
+        logging.getLogger(qwen35_mcore.__name__).setLevel(level)
 
 
 def _complete(args: argparse.Namespace, model_config: Qwen35Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,30 @@ def test_what_a_run_keeps_or_reads_is_left_out() -> None:
     assert not {"--data-path", "a", "0.3", "--save=x"} & set(flags)
     assert "--bf16" in flags
     assert "--mock-data" in flags
+
+
+def test_every_flag_of_a_run_may_be_given() -> None:
+    """What needs --save, event files, another schedule or more stages goes with it."""
+    run = shlex.split("""
+        --flavor tiny-moe --decoder hybrid --hybrid-layer-pattern 'GEGEG|E*E/*E'
+        --pipeline-model-parallel-size 2 --seq-length 64 --micro-batch-size 1 --bf16
+        --use-distributed-optimizer --optimizer muon --train-data-path a --valid-data-path b
+        --train-samples 100 --lr-decay-style WSD --lr-wsd-decay-samples 10 --lr 1e-3
+        --save x --save-interval 2 --save-retain-interval 4 --async-save --log-progress
+        --tensorboard-dir x --log-timers-to-tensorboard --load x --no-load-optim --finetune
+        --override-ckpt-iteration 2 --step-batch-size-schedule 0:2 --null-tokenizer-eod-id 3
+    """)
+    model_config = get_flavor("tiny-moe")
+    _, flags = cut_run(run, model_config, 1)
+    args = read_flags(flags, model_config, on_cpu=True)
+    assert (args.optimizer, args.decoder, args.bf16) == ("muon", "hybrid", True)
+    assert (args.save, args.load, args.tensorboard_dir) == (None, None, None)
+    assert (args.train_iters, args.train_samples, args.lr_decay_style) == (6, None, "constant")
+
+
+def test_a_layout_that_an_editor_on_windows_saved(tmp_path: Path) -> None:
+    (tmp_path / "layout.args").write_bytes(b"\xef\xbb\xbf--bf16\r\n# a\r\n--lr 1\r\n")
+    assert read_words(tmp_path, []) == ["--bf16", "--lr", "1"]
 
 
 @pytest.mark.exhaustive

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from qwen35_mcore.errors import Qwen35Error
 from qwen35_mcore.mcore import imports
-from qwen35_mcore.mcore.checkpoint_files import tracked_folder
 from qwen35_mcore.mcore.megatron_errors import failed_assertion, first_raised, named_values
 
 TRACEBACK = "QWEN35_TRACEBACK"
@@ -162,6 +161,10 @@ def _out_of_memory(error: BaseException, args: argparse.Namespace) -> OutOfMemor
 
 def _save_failed(error: BaseException, args: argparse.Namespace) -> SaveError:
     """Written by several threads and ranks, whose errors megatron and torch fold into one text."""
+    from qwen35_mcore.mcore.checkpoint_files import (
+        tracked_folder,
+    )  # torch, which a launcher waits for
+
     folder = tracked_folder(Path(args.save))
     return SaveError(
         f"the checkpoint of iteration {args.curr_iteration + 1} could not be saved",

@@ -183,6 +183,13 @@ def launched(folder: Path, text: str) -> subprocess.Popen[str]:
     )
 
 
+def test_the_launcher_hears_ctrl_c_while_it_imports() -> None:
+    """So it imports nothing that takes a while before it listens."""
+    code = "import sys, qwen35_mcore.training.launch; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
 def test_the_launcher_adds_nothing_to_an_error(tmp_path: Path) -> None:
     process = launched(tmp_path, REPORTS)
     assert process.communicate()[0] == "error: a flag is wrong\n  fix: drop it\n"

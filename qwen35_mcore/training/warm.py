@@ -51,7 +51,7 @@ def read_words(plan: Path, more: list[str]) -> list[str]:
             "the plan has no layout.args",
             got=str(plan),
             allowed="a folder that `qwen35 plan --emit` wrote",
-            fix=f"write one with `qwen35 plan ... --emit {plan}`",
+            fix=f"write one with `qwen35 plan ... --emit {shlex.quote(str(plan))}`",
         )
     return [*shlex.split(file.read_text(encoding="utf-8-sig"), comments=True), *more]
 
@@ -149,7 +149,8 @@ def warm(plan: Path, more: list[str]) -> int:
             "no folder to fill",
             got=f"{VARIABLE} is not set",
             allowed="a folder that every node of the run sees",
-            fix=f"{VARIABLE}=FOLDER qwen35 warm {plan}, and the same variable for the run",
+            fix=f"{VARIABLE}=FOLDER qwen35 warm {shlex.quote(str(plan))}, and the same variable "
+            "for the run",
         )
     words = read_words(plan, more)
     use_shared_folder()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,26 @@ def test_one_folder_for_all(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = {name: os.environ[name] for name in FOLDERS}
     others = {name: str(tmp_path / folder) for name, folder in FOLDERS.items()}
     assert found == others | {"TRITON_CACHE_DIR": "mine"}
+
+
+def test_a_folder_that_cannot_be_made(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    clean.setenv(VARIABLE, str(tmp_path / "file" / "folder"))
+    with pytest.raises(ConfigError, match=rf"{VARIABLE} names cannot be made"):
+        use_shared_folder()
+    assert not FOLDERS.keys() & os.environ.keys()
+
+
+@pytest.mark.exhaustive
+def test_the_launcher_reports_such_a_folder_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qwen35_mcore.training.launch", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "qwen35_mcore.training.pretrain"]
+    (tmp_path / "file").touch()
+    changed = {VARIABLE: str(tmp_path / "file" / "folder"), "PYTHONPATH": str(PRESETS.parents[1])}
+    done = subprocess.run(command, env=os.environ | changed, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: the folder that {VARIABLE} names cannot be made")
+    assert len(done.stderr.splitlines()) == 3
 
 
 @pytest.mark.parametrize("value", [None, ""])

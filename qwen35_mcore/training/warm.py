@@ -19,7 +19,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.process.interrupts import quiet_imports
 from qwen35_mcore.process.kernel_cache import VARIABLE, use_shared_folder
-from qwen35_mcore.training.flags.table import GROUPS
+from qwen35_mcore.training.flags.table import GROUPS, destination
 
 STEPS = 6
 """Megatron captures CUDA graphs after the third."""
@@ -28,7 +28,7 @@ _GROUPS = ("schedule", "validation", "tokenizer", "checkpoints", "logs", "profil
 LEFT_OUT = {flag for group in _GROUPS for row in GROUPS[group] for flag in row.flags} | {
     *("pipeline_model_parallel_layout", "num_layers_per_virtual_pipeline_stage"),
     *("num_virtual_stages_per_pipeline_rank", "microbatch_group_size_per_vp_stage"),
-    *("hybrid_layer_pattern", "num_distributed_optimizer_instances", "initialization"),
+    *("hybrid_layer_pattern", "num_distributed_optimizer_instances", "perform_initialization"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
     *("data_path", "split", "train_data_path", "valid_data_path", "test_data_path"),
@@ -128,8 +128,7 @@ def _without(words: list[str]) -> list[str]:
     kept, leaving = [], False
     for word in words:
         if word.startswith("--"):
-            name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-            leaving = bool({name, name.removeprefix("no_")} & LEFT_OUT)
+            leaving = destination(word.partition("=")[0]) in LEFT_OUT
         if not leaving:
             kept.append(word)
     return kept

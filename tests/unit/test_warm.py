@@ -116,6 +116,7 @@ def test_every_flag_of_a_run_may_be_given() -> None:
         --save x --save-interval 2 --save-retain-interval 4 --async-save --log-progress
         --tensorboard-dir x --log-timers-to-tensorboard --load x --no-load-optim --finetune
         --override-ckpt-iteration 2 --step-batch-size-schedule 0:2 --null-tokenizer-eod-id 3
+        --persistent-save-interval 2 --microbatch-group-size-per-virtual-pipeline-stage 2
     """)
     model_config = get_flavor("tiny-moe")
     _, flags = cut_run(run, model_config, 1)

@@ -9,11 +9,8 @@ import pytest
 import torch
 
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.training.arguments import (
-    OF_A_LAUNCHER,
-    TASKS_OF_OTHER_LAUNCHERS,
-    parse_arguments,
-)
+from qwen35_mcore.training.arguments import parse_arguments
+from qwen35_mcore.training.checks.launcher import OF_A_LAUNCHER, TASKS_OF_OTHER_LAUNCHERS
 from qwen35_mcore.training.checks.run import check_flags
 
 

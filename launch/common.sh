@@ -25,7 +25,9 @@ read_preset() {
         "fix: set PRESET, or name the folder"
     [[ -r $file ]] || die "the preset has no layout.args" "got: $1" \
         "fix: write one with \`qwen35 plan ... --emit $1\`"
-    words=$(sed -E "/^[[:space:]]*(#|$)/d; s/[[:space:]]#[^'\"]*$//" "$file" |
+    # also as an editor on Windows saves it
+    words=$(sed -E $'1s/^\xef\xbb\xbf//; s/\r$//' "$file" |
+        sed -E "/^[[:space:]]*(#|$)/d; s/[[:space:]]#[^'\"]*$//" |
         xargs -r printf '%s\n' 2>/dev/null) ||
         die "a quote in layout.args is not closed" "got: $file"
     [[ -n $words ]] || die "layout.args holds no flags" "got: $file"

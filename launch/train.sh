@@ -19,6 +19,11 @@ SCRIPT=${SCRIPT:-}                        # a training script of your own
 PYTHON=${PYTHON:-python}
 REPO=${REPO:-$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)}
 
+if [[ ! -r $REPO/launch/common.sh ]]; then
+    printf 'error: REPO is not the repository\n  got: %s\n' "$REPO" >&2
+    printf '  fix: set it to the folder that holds launch/, or leave it out\n' >&2
+    exit 2
+fi
 # shellcheck source=launch/common.sh
 source "$REPO/launch/common.sh"
 # shellcheck source=launch/env.sh

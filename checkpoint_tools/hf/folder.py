@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 
@@ -133,23 +134,24 @@ def _safetensors(folder: Path) -> CheckpointError | None:
 
 def _sharded(folder: Path) -> CheckpointError | None:
     """What trainers save rank by rank, with the tool that each has for putting it together."""
+    quoted = shlex.quote(str(folder))
     if (folder / "metadata.json").is_file() or (
         folder / "latest_checkpointed_iteration.txt"
     ).exists():
         kind, fix = "a Megatron checkpoint", "export converts those: qwen35-ckpt export"
     elif (folder / "zero_to_fp32.py").is_file():
         kind = "a DeepSpeed checkpoint"
-        fix = f"python {folder}/zero_to_fp32.py {folder} OUT --safe_serialization, then copy "
+        fix = f"python {quoted}/zero_to_fp32.py {quoted} OUT --safe_serialization, then copy "
         fix += "config.json and the tokenizer's files there, and import OUT"
     elif any(folder.glob("model_world_size_*_rank_*.pt")):
         kind = "a verl checkpoint"
-        fix = f"python -m verl.model_merger merge --backend fsdp --local_dir {folder} "
+        fix = f"python -m verl.model_merger merge --backend fsdp --local_dir {quoted} "
         fix += "--target_dir OUT, and import OUT"
     elif any(folder.glob("*.distcp")) or any(folder.glob("*/*.distcp")):
         inner = folder if any(folder.glob("*.distcp")) else next(folder.glob("*/*.distcp")).parent
         kind = "a sharded checkpoint of torch.distributed.checkpoint (FSDP)"
-        fix = f"accelerate merge-weights {inner} OUT, then copy config.json and the tokenizer's "
-        fix += "files there, and import OUT"
+        fix = f"accelerate merge-weights {shlex.quote(str(inner))} OUT, then copy config.json and "
+        fix += "the tokenizer's files there, and import OUT"
     else:
         return None
     return CheckpointError(f"this is {kind}, not a Hugging Face model", got=str(folder), fix=fix)

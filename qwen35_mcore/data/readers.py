@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -274,7 +275,7 @@ def _refuse_other_encodings(record: Record, data: bytes) -> None:
                 f"{record.path} is {encoding}, not UTF-8",
                 got=f"the byte order mark {mark.hex(' ')}",
                 allowed="UTF-8 text, with or without a byte order mark",
-                fix=f"convert it: iconv -f {encoding} -t UTF-8 {record.path} > OUT",
+                fix=f"convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(record.path)} > OUT",
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -247,7 +248,7 @@ def _source(path: Path, name: str, form: Form | None) -> Source:
             f"{path} is packed in a way that is not read",
             got=kind_of(path),
             allowed="files as they are, or packed as .gz or .zst",
-            fix=f"unpack it first: {unpack} {path}",
+            fix=f"unpack it first: {unpack} {shlex.quote(str(path))}",
         )
     form = form or _known_form(path)
     if form is None:

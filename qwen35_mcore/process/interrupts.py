@@ -28,13 +28,13 @@ def quiet_imports(*, leave: bool = True) -> Iterator[None]:
         leave: False where there is something to clean up already: Ctrl-C does what it did.
     """
     handler = _replace_handler(_leave) if leave else None
-    show = warnings.showwarning
+    show, disabled = warnings.showwarning, logging.root.manager.disable
     warnings.showwarning = lambda *args, **kwargs: None
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         warnings.showwarning = show
         if handler is not None:
             _replace_handler(handler)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qwen35_mcore.errors import ConfigError
+
 VARIABLE = "QWEN35_KERNEL_CACHE"
 FOLDERS = {
     "TRITON_CACHE_DIR": "triton",  # also what FLA's kernels were tuned to
@@ -20,9 +22,22 @@ FOLDERS = {
 
 def use_shared_folder() -> None:
     """Put the caches of this process and of what it starts into the folder that `VARIABLE` names,
-    if it names one. A cache whose own variable is set stays where that says."""
-    shared = os.environ.get(VARIABLE)
-    if not shared:
+    if it names one. A cache whose own variable is set stays where that says.
+
+    Raises:
+        ConfigError: the folder is not there and cannot be made.
+    """
+    given = os.environ.get(VARIABLE)
+    if not given:
         return
+    shared = Path(given).expanduser().absolute()
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder that {VARIABLE} names cannot be made",
+            got=f"{shared}: {error.strerror}",
+            fix="name another folder, or unset the variable",
+        ) from error
     for variable, folder in FOLDERS.items():
-        os.environ.setdefault(variable, str(Path(shared).expanduser().absolute() / folder))
+        os.environ.setdefault(variable, str(shared / folder))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import qwen35_mcore
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.data import read_sidecar
@@ -31,6 +33,7 @@ from qwen35_mcore.training.checks.checkpoint import Start
 from qwen35_mcore.training.checks.data import check_tokenizer, tokenizer_error
 from qwen35_mcore.training.checks.data_flags import dataset_prefixes
 from qwen35_mcore.training.checks.hf_start import describe, model_of_start
+from qwen35_mcore.training.checks.launcher import run_alone_without_a_launcher
 from qwen35_mcore.training.checks.packing import lengths_vary
 from qwen35_mcore.training.checks.resume import check_resume
 from qwen35_mcore.training.checks.resume_schedule import schedule_of_flags
@@ -63,12 +66,13 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     if {"-h", "--help"} & set(argv):
         with _argv(argv):
             imports.parse_args(_with_readable_help)  # prints the help and exits
-    _run_alone_without_a_launcher()
+    run_alone_without_a_launcher()
     early, _ = _model_parser().parse_known_args(argv)
     if early.flavor is None and early.hf_config is None:
         early.hf_config = model_of_start(argv)
     model_config = choose_model(early.flavor, early.hf_config, early.override)
     args = read_flags(argv, model_config)
+    _let_choices_be_read(args)
     if model_config.is_moe:
         choose_dispatcher(args)
     choose_graphs(args)
@@ -301,12 +305,14 @@ def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
-def _run_alone_without_a_launcher() -> None:
-    """Plain ``python`` instead of torchrun: a run of one process."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")  # any free one: nobody else has to find it
+def _let_choices_be_read(args: argparse.Namespace) -> None:
+    """What this package chooses is said once, by rank 0, unless a level of the log is named.
+
+    megatron shows that much only where no library has written to the log before it is imported.
+    """
+    if args.logging_level is None and "MEGATRON_LOGGING_LEVEL" not in os.environ:
+        level = logging.INFO if args.rank == 0 else logging.WARNING
+        logging.getLogger(qwen35_mcore.__name__).setLevel(level)
 
 
 def _complete(args: argparse.Namespace, model_config: Qwen35Config) -> None:

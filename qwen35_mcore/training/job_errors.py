@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen35_mcore.errors import Qwen35Error
 from qwen35_mcore.process.interrupts import interrupted
@@ -45,7 +46,7 @@ def reported_once() -> Iterator[None]:
         _leave(error)
     except KeyboardInterrupt:
         interrupted()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
         if _is_reported():
             _mark_as_reported("another rank has said why the job ends")
             sys.exit(1)

@@ -11,13 +11,15 @@ SIGTERM are one word, and the exit status is the rank's.
 
 from __future__ import annotations
 
-import shlex
-import sys
-from typing import Any, NoReturn
-
-from qwen35_mcore.mcore.megatron_errors import failed_assertion
 from qwen35_mcore.process.interrupts import interrupted, quiet_imports
-from qwen35_mcore.training.start_errors import TRACEBACK, traceback_wanted
+
+with quiet_imports():
+    import shlex
+    import sys
+    from typing import Any, NoReturn
+
+    from qwen35_mcore.mcore.megatron_errors import failed_assertion
+    from qwen35_mcore.training.start_errors import TRACEBACK, traceback_wanted
 
 REPORTED = "qwen35_mcore has reported this error"
 """Marks a rank's error file whose error is on the screen already."""

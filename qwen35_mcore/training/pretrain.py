@@ -14,10 +14,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.process.interrupts import quiet_imports
 from qwen35_mcore.process.kernel_cache import use_shared_folder
 
-use_shared_folder()
+try:
+    use_shared_folder()
+except ConfigError:
+    with quiet_imports():
+        from qwen35_mcore.training.job_errors import reported_once
+    with reported_once():
+        raise
 with quiet_imports():
     from qwen35_mcore.mcore import cpu_mode
 

@@ -2,7 +2,8 @@
 
 While the model, the datasets and the first step are set up, the cause is a flag or the machine, and
 the error names both. After that it is a bug or a fault of the hardware, and its traceback is
-printed as it is. Memory that runs out, and a gradient that is not finite, get advice at any time.
+printed as it is. Memory or a disk that is full, and a gradient that is not finite, get advice at
+any time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -51,7 +53,11 @@ class OutOfMemoryError(StartError):
     """A device or the host ran out of memory."""
 
 
-def explained(error: Exception) -> Qwen35Error | None:
+class SaveError(StartError):
+    """A checkpoint that could not be written."""
+
+
+def explained(error: BaseException) -> Qwen35Error | None:
     """One error for the exception that ended a run, or None where its traceback says more.
 
     Writes the traceback to a file that the error names.
@@ -63,6 +69,8 @@ def explained(error: Exception) -> Qwen35Error | None:
         return _out_of_memory(error, args)
     if _megatrons_functions(error)[-1:] == ["validate_result"]:
         return _rejected(error)
+    if "save_checkpoint" in _megatrons_functions(error):
+        return _save_failed(error, args)
     phase = _phase(error, args)
     if phase is None:
         return None
@@ -86,7 +94,7 @@ def _arguments() -> argparse.Namespace | None:
     return None
 
 
-def _phase(error: Exception, args: argparse.Namespace) -> str | None:
+def _phase(error: BaseException, args: argparse.Namespace) -> str | None:
     names = _megatrons_functions(error)
     known = [name for name in names if name in PHASES]
     if not known or "evaluate" in names:
@@ -105,7 +113,7 @@ def _megatrons_functions(error: BaseException) -> list[str]:
     ]
 
 
-def _rejected(error: Exception) -> Qwen35Error:
+def _rejected(error: BaseException) -> Qwen35Error:
     """What --check-for-nan-in-loss-and-grad finds in the gradients, which megatron checks."""
     from qwen35_mcore.mcore.non_finite import non_finite
 
@@ -136,7 +144,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _out_of_memory(error: Exception, args: argparse.Namespace) -> OutOfMemoryError:
+def _out_of_memory(error: BaseException, args: argparse.Namespace) -> OutOfMemoryError:
     step = getattr(args, "curr_iteration", 0) + 1
     sizes = "micro_batch_size seq_length recompute_granularity tensor_model_parallel_size "
     sizes += "pipeline_model_parallel_size context_parallel_size expert_model_parallel_size"
@@ -151,15 +159,41 @@ def _out_of_memory(error: Exception, args: argparse.Namespace) -> OutOfMemoryErr
     )
 
 
-def _write_traceback(error: Exception, args: argparse.Namespace) -> str:
+def _save_failed(error: BaseException, args: argparse.Namespace) -> SaveError:
+    """Written by several threads and ranks, whose errors megatron and torch fold into one text."""
+    from qwen35_mcore.mcore.checkpoint_files import (
+        tracked_folder,
+    )  # torch, which a launcher waits for
+
+    folder = tracked_folder(Path(args.save))
+    return SaveError(
+        f"the checkpoint of iteration {args.curr_iteration + 1} could not be saved",
+        got=f"--save {args.save}, where {_free(Path(args.save))} free; {type(error).__name__}",
+        allowed=None if folder is None else f"complete in it is {folder.name}",
+        fix="make room, or name another folder with --save, and start again; the whole traceback "
+        f"is in {_write_traceback(error, args)}",
+    )
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are"
+    except OSError as error:
+        return f"nobody knows what is ({error.strerror})"
+
+
+def _write_traceback(error: BaseException, args: argparse.Namespace) -> str:
     """Name of a new file beside the run's checkpoints, or else among temporary files."""
     text = "".join(traceback.format_exception(error))
     name = f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-rank{args.rank}-{os.getpid()}.txt"
     for folder in (args.save, tempfile.gettempdir()):
         with contextlib.suppress(OSError, TypeError):
             path = Path(folder) / name
-            with path.open("x") as file:
-                file.write(text)
+            try:
+                path.write_text(text)
+            except OSError:  # a full disk may have room for the name alone
+                path.unlink(missing_ok=True)
+                raise
             return str(path)
     print(text, file=sys.stderr)
     return "the lines above"

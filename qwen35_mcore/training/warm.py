@@ -17,17 +17,24 @@ from pathlib import Path
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.process.interrupts import quiet_imports
 from qwen35_mcore.process.kernel_cache import VARIABLE, use_shared_folder
+from qwen35_mcore.training.flags.table import GROUPS, destination
 
 STEPS = 6
 """Megatron captures CUDA graphs after the third."""
 LAYERS = 4
-LEFT_OUT = {
-    *("--pipeline-model-parallel-layout", "--num-layers-per-virtual-pipeline-stage"),
-    *("--num-virtual-stages-per-pipeline-rank", "--save", "--load", "--pretrained-checkpoint"),
-    *("--save-interval", "--train-samples", "--lr-warmup-samples", "--lr-decay-samples"),
-    *("--lr-warmup-iters", "--lr-decay-iters", "--tensorboard-dir", "--data-path", "--split"),
-    *("--tokenizer-type", "--tokenizer-model", "--exit-interval", "--ckpt-step"),
+_GROUPS = ("schedule", "validation", "tokenizer", "checkpoints", "logs", "profiles", "failures")
+LEFT_OUT = {flag for group in _GROUPS for row in GROUPS[group] for flag in row.flags} | {
+    *("pipeline_model_parallel_layout", "num_layers_per_virtual_pipeline_stage"),
+    *("num_virtual_stages_per_pipeline_rank", "microbatch_group_size_per_vp_stage"),
+    *("hybrid_layer_pattern", "num_distributed_optimizer_instances", "perform_initialization"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+    *("data_path", "split", "train_data_path", "valid_data_path", "test_data_path"),
+    *("data_args_path", "per_split_data_args_path", "data_cache_path"),
+    *("train_samples", "exit_interval", "exit_duration_in_mins", "iterations_to_skip"),
+    *("skip_train", "step_batch_size_schedule", "decrease_batch_size_if_needed"),
 }
 """Flags of the run that are about more than one rank's kernels, with all of their values."""
 
@@ -44,9 +51,9 @@ def read_words(plan: Path, more: list[str]) -> list[str]:
             "the plan has no layout.args",
             got=str(plan),
             allowed="a folder that `qwen35 plan --emit` wrote",
-            fix=f"write one with `qwen35 plan ... --emit {plan}`",
+            fix=f"write one with `qwen35 plan ... --emit {shlex.quote(str(plan))}`",
         )
-    return [*shlex.split(file.read_text(), comments=True), *more]
+    return [*shlex.split(file.read_text(encoding="utf-8-sig"), comments=True), *more]
 
 
 def cut_run(words: list[str], model_config: Qwen35Config, gpus: int) -> tuple[int, list[str]]:
@@ -121,7 +128,7 @@ def _without(words: list[str]) -> list[str]:
     kept, leaving = [], False
     for word in words:
         if word.startswith("--"):
-            leaving = word.partition("=")[0] in LEFT_OUT
+            leaving = destination(word.partition("=")[0]) in LEFT_OUT
         if not leaving:
             kept.append(word)
     return kept
@@ -141,13 +148,15 @@ def warm(plan: Path, more: list[str]) -> int:
             "no folder to fill",
             got=f"{VARIABLE} is not set",
             allowed="a folder that every node of the run sees",
-            fix=f"{VARIABLE}=FOLDER qwen35 warm {plan}, and the same variable for the run",
+            fix=f"{VARIABLE}=FOLDER qwen35 warm {shlex.quote(str(plan))}, and the same variable "
+            "for the run",
         )
     words = read_words(plan, more)
     use_shared_folder()
-    import torch
+    with quiet_imports():
+        import torch
 
-    from qwen35_mcore.training.arguments import choose_model
+        from qwen35_mcore.training.arguments import choose_model
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:

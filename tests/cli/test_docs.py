@@ -38,6 +38,7 @@ from megatron.training.global_vars import destroy_global_vars
 from qwen35_mcore.training.arguments import choose_model, parse_arguments, read_flags
 for world, model, as_written, on_cpu in json.load(sys.stdin):
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     if model is not None:
         read_flags(as_written, choose_model(*model, []), on_cpu=False)
     parse_arguments(on_cpu)

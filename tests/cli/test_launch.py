@@ -71,6 +71,12 @@ def test_layout_args_are_read_as_words_and_never_run(tmp_path: Path, text: str) 
     assert done.stdout.splitlines() == words
 
 
+def test_layout_args_that_an_editor_on_windows_saved(tmp_path: Path) -> None:
+    (tmp_path / "layout.args").write_bytes(b"\xef\xbb\xbf--bf16\r\n\r\n# a\r\n--lr '1' # b\r\n")
+    done = bash(f"source common.sh; read_preset {tmp_path}; printf '%s|' \"${{layout[@]}}\"")
+    assert done.stdout == "--bf16|--lr|1|"
+
+
 def _words(line: str) -> list[str]:
     return shlex.split(line, comments=True)
 
@@ -151,6 +157,12 @@ def test_bad_paths_are_one_error(
         assert output.startswith(message), output
         assert output.count("error: ") == 1
         assert "\n  fix: " in output
+
+
+def test_a_repository_that_is_none(tmp_path: Path, preset: Path) -> None:
+    done = train_sh(preset, DATA="mock", SAVE=str(tmp_path), NPROC="1", REPO=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: REPO is not the repository\n  got: {tmp_path}\n  fix: ")
 
 
 def test_without_visible_gpus_a_number_of_processes_is_needed(tmp_path: Path, preset: Path) -> None:

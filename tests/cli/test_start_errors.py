@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwen35_mcore.mcore.checkpoint_files import damage
 from qwen35_mcore.training import launch
 from tests.cli.test_pretrain_errors import ROOT, flags
 from tests.helpers.pretrain_runs import script_server
@@ -63,6 +65,12 @@ def third_step(script: Any) -> None:
 
 def memory_of_second_step(script: Any) -> None:
     failing(2, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB"))(script)
+
+
+def no_room(script: Any) -> None:
+    """No file of a checkpoint fits; the log does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
 
 
 def saving(folder: Path) -> list[str]:
@@ -124,6 +132,20 @@ def test_out_of_memory_gets_advice_at_any_step(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+def test_a_full_disk_gets_advice(tmp_path: Path) -> None:
+    """What was complete before stays, and is what the error names."""
+    every_step = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "1"]
+    script_server().run(flags(*TINY, *every_step, "--exit-interval", "1"))
+    output = output_of(no_room, *every_step)
+    _, _, message = output.rpartition("error: ")
+    assert message.startswith("the checkpoint of iteration 2 could not be saved")
+    assert re.search(rf"got: --save {tmp_path}, where \d+\.\d+ GB are free", message)
+    assert "complete in it is iter_0000001" in message
+    assert "Traceback" not in output
+    script_server().run(flags(*TINY, *every_step, "--exit-interval", "2"))
+    assert damage(tmp_path / "iter_0000002") is None
+
+
 REPORTS = """
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.training.job_errors import reported_once
@@ -159,6 +181,13 @@ def launched(folder: Path, text: str) -> subprocess.Popen[str]:
         # a shell's background job, and so a test run in one, starts with SIGINT ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+def test_the_launcher_hears_ctrl_c_while_it_imports() -> None:
+    """So it imports nothing that takes a while before it listens."""
+    code = "import sys, qwen35_mcore.training.launch; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
 def test_the_launcher_adds_nothing_to_an_error(tmp_path: Path) -> None:

@@ -168,6 +168,12 @@ def refuse(args: Namespace, model: Qwen35Config, *parts: str) -> None:
         assert part in str(caught.value)
 
 
+def test_commands_in_advice_take_any_path(source: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "a b"))
+    advice = f"`qwen35-ckpt import '{folder}' OUT_DIR`"
+    refuse(arguments(folder, None), Qwen35Config.from_hf(folder), advice)
+
+
 def test_what_flags_decide_is_refused_before_the_import(source: Path, tmp_path: Path) -> None:
     model, run = Qwen35Config.from_hf(source), tmp_path / "run"
     other = Qwen35Config.from_hf({**model.to_hf(), "tie_word_embeddings": True})

@@ -176,6 +176,10 @@ def test_the_sharding_of_the_optimizer(half: Path, tmp_path: Path) -> None:
     message = error_of(half, *CONSTANT[1:], "--train-iters", "4")
     assert "pass --use-distributed-optimizer, or pass --no-load-optim" in message
     run(half, *CONSTANT[1:], "--train-iters", "4", "--no-load-optim")
+    message = error_of(half, *CONSTANT[1:], "--train-iters", "6", DISTRIBUTED)
+    assert "fix: drop --use-distributed-optimizer, or pass --no-load-optim" in message
+    message = error_of(half, *CONSTANT[1:], "--train-iters", "6", DISTRIBUTED, "--bf16")
+    assert "fix: pass --no-load-optim" in message  # a bf16 run cannot drop the other
     message = error_of(half, *CONSTANT[1:], "--train-iters", "6", "--decoupled-lr", "1e-4")
     assert "--decoupled-lr cannot be added or dropped" in message
     assert "drop --decoupled-lr" in message

@@ -71,3 +71,17 @@ def test_the_log_equals_one_process(name: str, start: Path, tmp_path: Path) -> N
     norm = 1e-4 if at_once > 1 else 2e-5
     assert found.pop("grad-norm") == pytest.approx(expected.pop("grad-norm"), rel=norm)
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_chosen_is_said_once() -> None:
+    """Values of megatron's flags that are this package's reach a run, which says what it took."""
+    auto = ("--cuda-graph-impl", "auto", "--moe-token-dispatcher-type", "auto", *EP2)
+    output = script_server().run(flags(1, *auto, "--train-iters", "1"), 2).output()
+    for line in (
+        "CUDA graphs: none, chosen because there is no CUDA device",
+        "exchange of the experts' tokens: all-to-all, chosen because",
+        "GDN kernels: torch, chosen because",
+    ):
+        assert output.count(line) == 1, line
+    quiet = script_server().run(flags(1, "--train-iters", "1", "--logging-level", "30"))
+    assert "chosen because" not in quiet.output()

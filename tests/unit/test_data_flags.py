@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from argparse import Namespace
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from qwen35_mcore import data
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import ConfigError, DataError
+from qwen35_mcore.training.checks import written_folders
 from qwen35_mcore.training.checks.data import check_batch, check_datasets, check_tokenizer_flags
 from qwen35_mcore.training.checks.data_flags import split_data
 from qwen35_mcore.training.checks.numbers import check_numbers
@@ -329,6 +332,12 @@ def test_numbers_that_are_too_small() -> None:
         ("sgd_momentum", [0.0, 0.9], [1.0]),
         ("seed", [1, 2**32 - 1], [-1, 0, 2**32]),
         ("vocab_size", [1, None], [0]),
+        ("adam_eps", [1e-15], [0.0, -1e-8, math.nan]),
+        ("moe_aux_loss_coeff", [0.0, 0.1], [-1.0, math.nan]),
+        ("moe_z_loss_coeff", [None, 1e-3], [-1.0, math.inf]),
+        ("mtp_loss_scaling_factor", [0.0, 0.3], [-1.0, math.nan]),
+        ("moe_input_jitter_eps", [None, 0.01], [-0.1, 5.0, math.nan]),
+        ("moe_expert_capacity_factor", [None, -1.0, 0.5], [0.0, math.nan]),
     ],
 )
 def test_numbers_out_of_their_range(name: str, good: list[Any], bad: list[Any]) -> None:
@@ -337,6 +346,12 @@ def test_numbers_out_of_their_range(name: str, good: list[Any], bad: list[Any]) 
     for value in bad:
         with pytest.raises(ConfigError, match=f"got: --{name.replace('_', '-')} {value}"):
             check_numbers(run(**{name: value}))
+
+
+def test_one_of_several_coefficients_out_of_its_range() -> None:
+    check_numbers(run(moe_aux_loss_coeff=[0.01, 0.02]))
+    with pytest.raises(ConfigError, match=r"got: --moe-aux-loss-coeff 0\.01 -1\.0\n"):
+        check_numbers(run(moe_aux_loss_coeff=[0.01, -1.0]))
 
 
 class TestWrittenFolders:
@@ -348,6 +363,34 @@ class TestWrittenFolders:
             with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} cannot be written"):
                 check_written_folders(args)
             check_written_folders(Namespace(**vars(args) | {"rank": 1}))
+
+    def test_another_run_saves_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A lock ends with its process, also where a child lives on."""
+        holder = (
+            "import os, sys; from pathlib import Path\n"
+            "from qwen35_mcore.process.file_lock import hold_until_exit\n"
+            "assert hold_until_exit(Path(sys.argv[1])) is None\n"
+            "if os.fork(): print('held', flush=True)\n"
+            "sys.stdin.read()"
+        )
+        monkeypatch.setattr(written_folders, "PATIENCE_S", 0.0)
+        args = run(data_path=["big"], split="1", save=str(tmp_path))
+        command = [sys.executable, "-c", holder, str(tmp_path / written_folders.LOCK)]
+        with Popen(command, stdin=PIPE, stdout=PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"held\n"
+            with pytest.raises(ConfigError, match=rf"process {process.pid} writes to"):
+                check_written_folders(args)
+            check_written_folders(Namespace(**vars(args) | {"skip_train": True}))
+            with monkeypatch.context() as elsewhere:
+                elsewhere.setattr(written_folders, "hold_until_exit", lambda _: 0)
+                check_written_folders(args)
+            assert "is locked from another machine" in capsys.readouterr().out
+            process.kill()
+            process.wait()
+            check_written_folders(args)
 
     def test_the_datasets_own_cache(self, tmp_path: Path) -> None:
         prefix = write_dataset(tmp_path / "x", [[1] * 100])

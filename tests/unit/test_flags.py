@@ -20,6 +20,7 @@ from qwen35_mcore.training.flags import (
     class_of,
     counts,
 )
+from qwen35_mcore.training.flags.table import destination
 from tests.helpers.flag_words import (
     actions,
     checking_parser,
@@ -64,6 +65,17 @@ def test_every_row_names_a_flag() -> None:
 def test_one_row_classes_a_flag() -> None:
     rows = {flag: [row for row in TABLE[flag] if not row.values] for flag in TABLE}
     assert [flag for flag, classing in rows.items() if len(classing) != 1] == []
+
+
+def test_an_option_is_found_as_it_is_written() -> None:
+    options = {
+        option: action.dest
+        for action in megatron_parser()._actions
+        for option in action.option_strings
+        if option.startswith("--") and option != "--help"
+    }
+    assert {option: destination(option) for option in options} == options
+    assert destination("--flavor") is None
 
 
 def test_counts_are_of_all_flags() -> None:

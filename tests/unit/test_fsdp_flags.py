@@ -62,6 +62,12 @@ def test_float32_main_parameters() -> None:
         (f"{FSDP} --init-model-with-meta-device", ["is not supported"]),
         (f"{FSDP} --ckpt-format fsdp_dtensor", ["allowed: torch_dist"]),
         (f"{FSDP} --fsdp-double-buffer", ["was not tested with it"]),
+        (f"{FSDP} --grad-reduce-in-bf16", ["needs a run without --use-megatron-fsdp"]),
+        (f"{FSDP} --check-for-large-grads", ["needs a run without --use-megatron-fsdp"]),
+        (
+            f"{FSDP} --ddp-reduce-scatter-with-fp32-accumulation",
+            ["needs a run without --use-megatron-fsdp"],
+        ),
         ("--use-torch-fsdp2", ["expert parallelism, tied embeddings", "--use-megatron-fsdp"]),
     ],
 )

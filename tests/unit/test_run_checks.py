@@ -1,4 +1,4 @@
-"""What a run on a GPU is refused for, without a GPU: one CUDA graph of a whole step."""
+"""What a run is refused for: one CUDA graph of a whole step on a GPU; processes without ranks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.training.arguments import parse_arguments
+from qwen35_mcore.training.checks.launcher import OF_A_LAUNCHER, TASKS_OF_OTHER_LAUNCHERS
 from qwen35_mcore.training.checks.run import check_flags
 
 
@@ -144,3 +146,31 @@ def test_a_flex_dispatcher_without_its_package(
         check_flags(spread)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     check_flags(spread)
+
+
+@pytest.mark.parametrize("name", TASKS_OF_OTHER_LAUNCHERS)
+def test_processes_that_do_not_know_their_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun and mpirun start the script several times: each would be a run of its own."""
+    for one in (*OF_A_LAUNCHER, *TASKS_OF_OTHER_LAUNCHERS):
+        monkeypatch.delenv(one, raising=False)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ConfigError, match=f"got: {name}=2, and no RANK"):
+        parse_arguments(["--flavor", "tiny-dense"])
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"MASTER_ADDR": ""}, "no MASTER_ADDR"),
+        ({"RANK": "x"}, "RANK=x"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+    ],
+)
+def test_a_part_of_a_launchers_variables(
+    change: dict[str, str], got: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    for name, text in (whole | {"MASTER_ADDR": "localhost"} | change).items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=f"got: {got}"):
+        parse_arguments(["--flavor", "tiny-dense"])

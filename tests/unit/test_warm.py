@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,26 @@ def test_one_folder_for_all(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = {name: os.environ[name] for name in FOLDERS}
     others = {name: str(tmp_path / folder) for name, folder in FOLDERS.items()}
     assert found == others | {"TRITON_CACHE_DIR": "mine"}
+
+
+def test_a_folder_that_cannot_be_made(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    clean.setenv(VARIABLE, str(tmp_path / "file" / "folder"))
+    with pytest.raises(ConfigError, match=rf"{VARIABLE} names cannot be made"):
+        use_shared_folder()
+    assert not FOLDERS.keys() & os.environ.keys()
+
+
+@pytest.mark.exhaustive
+def test_the_launcher_reports_such_a_folder_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qwen35_mcore.training.launch", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "qwen35_mcore.training.pretrain"]
+    (tmp_path / "file").touch()
+    changed = {VARIABLE: str(tmp_path / "file" / "folder"), "PYTHONPATH": str(PRESETS.parents[1])}
+    done = subprocess.run(command, env=os.environ | changed, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: the folder that {VARIABLE} names cannot be made")
+    assert len(done.stderr.splitlines()) == 3
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -81,6 +104,31 @@ def test_what_a_run_keeps_or_reads_is_left_out() -> None:
     assert not {"--data-path", "a", "0.3", "--save=x"} & set(flags)
     assert "--bf16" in flags
     assert "--mock-data" in flags
+
+
+def test_every_flag_of_a_run_may_be_given() -> None:
+    """What needs --save, event files, another schedule or more stages goes with it."""
+    run = shlex.split("""
+        --flavor tiny-moe --decoder hybrid --hybrid-layer-pattern 'GEGEG|E*E/*E'
+        --pipeline-model-parallel-size 2 --seq-length 64 --micro-batch-size 1 --bf16
+        --use-distributed-optimizer --optimizer muon --train-data-path a --valid-data-path b
+        --train-samples 100 --lr-decay-style WSD --lr-wsd-decay-samples 10 --lr 1e-3
+        --save x --save-interval 2 --save-retain-interval 4 --async-save --log-progress
+        --tensorboard-dir x --log-timers-to-tensorboard --load x --no-load-optim --finetune
+        --override-ckpt-iteration 2 --step-batch-size-schedule 0:2 --null-tokenizer-eod-id 3
+        --persistent-save-interval 2 --microbatch-group-size-per-virtual-pipeline-stage 2
+    """)
+    model_config = get_flavor("tiny-moe")
+    _, flags = cut_run(run, model_config, 1)
+    args = read_flags(flags, model_config, on_cpu=True)
+    assert (args.optimizer, args.decoder, args.bf16) == ("muon", "hybrid", True)
+    assert (args.save, args.load, args.tensorboard_dir) == (None, None, None)
+    assert (args.train_iters, args.train_samples, args.lr_decay_style) == (6, None, "constant")
+
+
+def test_a_layout_that_an_editor_on_windows_saved(tmp_path: Path) -> None:
+    (tmp_path / "layout.args").write_bytes(b"\xef\xbb\xbf--bf16\r\n# a\r\n--lr 1\r\n")
+    assert read_words(tmp_path, []) == ["--bf16", "--lr", "1"]
 
 
 @pytest.mark.exhaustive

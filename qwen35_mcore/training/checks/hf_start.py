@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -83,7 +84,8 @@ def _check_source(args: argparse.Namespace, source: Path, model_config: Qwen35Co
             "--pretrained-checkpoint names a Hugging Face folder, whose import goes beside --save",
             got=f"{args.pretrained_checkpoint}, and no --save",
             fix="pass --save, or import it with "
-            f"`qwen35-ckpt import {args.pretrained_checkpoint} OUT_DIR` and name OUT_DIR",
+            f"`qwen35-ckpt import {shlex.quote(args.pretrained_checkpoint)} OUT_DIR` and name "
+            "OUT_DIR",
         )
     if Path(args.save).resolve().is_relative_to(source.resolve()):
         raise CheckpointError(
@@ -264,7 +266,7 @@ class _Import:
         return text
 
     def _command_line(self, target: Path | str) -> str:
-        return " ".join(["qwen35-ckpt import", str(self.source), str(target), *self.flags])
+        return shlex.join(["qwen35-ckpt", "import", str(self.source), str(target), *self.flags])
 
     def _failures(self) -> list[str]:
         try:

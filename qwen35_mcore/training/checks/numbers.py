@@ -22,10 +22,12 @@ _AT_LEAST = {
 }
 _FINITE = (
     *("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "clip_grad"),
-    "muon_extra_scale_factor",
+    *("muon_extra_scale_factor", "mtp_loss_scaling_factor"),
+    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "embedding_init_method_std"),
 )
 _BELOW_ONE = (
     *("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum", "lion_beta1", "lion_beta2"),
+    "moe_input_jitter_eps",
 )
 _OFF = {
     "eval_interval": "pass --eval-iters 0 to turn evaluation off",
@@ -60,18 +62,23 @@ def check_numbers(args: Namespace) -> None:
         )
     for name in (*_FINITE, *_BELOW_ONE):
         _check_range(args, name, math.inf if name in _FINITE else 1.0)
+    _check_range(args, "adam_eps", math.inf, at_least=math.ulp(0.0))  # the divisor of no gradient
+    if not (getattr(args, "moe_expert_capacity_factor", None) or 0) < 0:  # megatron's word for none
+        _check_range(args, "moe_expert_capacity_factor", math.inf, at_least=math.ulp(0.0))
     _check_range(args, "seed", SEEDS)
 
 
-def _check_range(args: Namespace, name: str, below: float) -> None:
-    value = getattr(args, name, None)
-    if value is None or 0 <= value < below:
+def _check_range(args: Namespace, name: str, below: float, at_least: float = 0.0) -> None:
+    given = getattr(args, name, None)
+    values = given if isinstance(given, list) else [given]
+    if all(value is None or at_least <= value < below for value in values):
         return
     flag = "--" + name.replace("_", "-")
     raise ConfigError(
         f"{flag} is out of range",
-        got=f"{flag} {value}",
-        allowed=f"at least 0, {'finite' if below == math.inf else f'below {below:.0f}'}",
+        got=" ".join(map(str, [flag, *values])),
+        allowed=("above 0, " if at_least else "at least 0, ")
+        + ("finite" if below == math.inf else f"below {below:.0f}"),
         fix="correct it"
         + (", or pass --clip-grad 0 to turn clipping off" if "clip" in name else ""),
     )

@@ -105,12 +105,14 @@ def _check_sharding(args: Namespace, start: Start) -> None:
         return
     distributed = _is_distributed(start.saved)
     if distributed != _is_distributed(args):
+        without = not (args.bf16 or args.use_megatron_fsdp)  # neither runs without it
+        change = "pass" if distributed else "drop" if without else ""
         raise CheckpointError(
             f"the checkpoint in {start.folder} was saved "
             f"{'with' if distributed else 'without'} --use-distributed-optimizer, and this run is "
             f"{'without' if distributed else 'with'} it",
-            fix=f"{'pass' if distributed else 'drop'} --use-distributed-optimizer, or pass "
-            "--no-load-optim to go on with fresh moments",
+            fix=(f"{change} --use-distributed-optimizer, or " if change else "")
+            + "pass --no-load-optim to go on with fresh moments",
         )
     saved_groups, groups = (a.decoupled_lr is not None for a in (start.saved, args))
     if not distributed and saved_groups != groups:

@@ -7,10 +7,12 @@ file is written.
 from __future__ import annotations
 
 import tempfile
+import time
 from argparse import Namespace
 from pathlib import Path
 
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.process.file_lock import hold_until_exit
 from qwen35_mcore.training.checks.data_flags import dataset_prefixes
 
 OUTPUTS = (
@@ -20,6 +22,10 @@ OUTPUTS = (
 INDICES = "GPTDataset_indices"
 """megatron's name for the folder of a dataset's indices, below ``PREFIX/cache``."""
 
+LOCK = "run.lock"
+PATIENCE_S = 20.0
+"""How long the run before this one may take to end."""
+
 
 def check_written_folders(args: Namespace) -> None:
     """Make and try every folder that the flags let the run write to.
@@ -27,7 +33,8 @@ def check_written_folders(args: Namespace) -> None:
     Only rank 0 does: on a shared file system one rank's answer is everyone's.
 
     Raises:
-        ConfigError: with the first that cannot be made or written to.
+        ConfigError: with the first that cannot be made or written to; or another run on this
+            machine saves to the folder of ``--save``: each would remove what the other writes.
     """
     if args.rank != 0:
         return
@@ -36,6 +43,8 @@ def check_written_folders(args: Namespace) -> None:
         if path:
             flag = "--" + name.replace("_", "-")
             _try(Path(path), flag, f"name another folder with {flag}")
+    if args.save and not args.skip_train:
+        _keep_others_out(Path(args.save))
     if args.data_cache_path:
         if dataset_prefixes(args):
             _try_cache(
@@ -46,6 +55,26 @@ def check_written_folders(args: Namespace) -> None:
         folder = Path(prefix) / "cache" / INDICES
         what = f"the folder of megatron's indices of {prefix}"
         _try_cache(folder, what, "name a folder for them with --data-cache-path")
+
+
+def _keep_others_out(save: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while (process := hold_until_exit(save / LOCK)) is not None:
+        if time.monotonic() < deadline:
+            time.sleep(0.5)
+        elif process:
+            raise ConfigError(
+                "another run saves to this folder",
+                got=f"--save {save}, which process {process} writes to",
+                fix="wait until that run has ended, or name another folder with --save",
+            )
+        else:
+            print(
+                f"> {save / LOCK} is locked from another machine: if a run there saves to this "
+                "folder, too, stop one of them, for each would remove what the other writes",
+                flush=True,
+            )
+            return
 
 
 def _try_cache(folder: Path, what: str, fix: str) -> None:

@@ -110,7 +110,7 @@ def _check(row: Row, as_written: str, value: Any, default: Any) -> None:
     plain = default is None or isinstance(default, bool | list)
     raise ConfigError(
         f"{as_written} {what}: {row.why}",
-        got=value if row.kind is Kind.DECIDED else _command(as_written, value),
+        got=" ".join(_texts(value)) if row.kind is Kind.DECIDED else _command(as_written, value),
         allowed=repr(default) if row.kind is Kind.DECIDED else None if plain else str(default),
         fix=row.fix,
     )

@@ -21,7 +21,11 @@ PRECISION = (
         """,
     ),
     free("Megatron's own", "accumulate_allreduce_grads_in_fp32"),
-    free("Megatron's own", "grad_reduce_in_bf16", needs="bf16"),
+    free(
+        "Megatron's own; the gradients of its FSDP are float32",
+        "grad_reduce_in_bf16",
+        needs="bf16 use_megatron_fsdp=False",
+    ),
     free("Megatron's own", "disable_bf16_reduced_precision_matmul", needs="bf16 gpu"),
     unsupported("the layers take their input in the parameters' dtype", "fp32_residual_connection"),
     free(

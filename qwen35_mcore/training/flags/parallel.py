@@ -64,12 +64,19 @@ COMMUNICATION = (
     free(
         "Megatron's own",
         """
-        align_grad_reduce align_param_gather ddp_num_buckets ddp_bucket_size
-        ddp_pad_buckets_for_high_nccl_busbw ddp_average_in_collective create_all_gather_group
-        ddp_reduce_scatter_with_fp32_accumulation defer_embedding_wgrad_compute
-        ddp_param_name_patterns_for_fp32_local_accumulation distributed_timeout_minutes
+        align_grad_reduce ddp_num_buckets ddp_bucket_size ddp_average_in_collective
+        create_all_gather_group defer_embedding_wgrad_compute distributed_timeout_minutes
         distributed_timeout_seconds_after_init use_gloo_process_groups local_rank
         """,
+    ),
+    free(
+        "Megatron's own; its FSDP does not read it",
+        """
+        align_param_gather ddp_pad_buckets_for_high_nccl_busbw
+        ddp_reduce_scatter_with_fp32_accumulation
+        ddp_param_name_patterns_for_fp32_local_accumulation
+        """,
+        needs="use_megatron_fsdp=False",
     ),
     unsupported(
         "megatron does not save it in the one format that converts and changes layout",

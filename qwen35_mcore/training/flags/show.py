@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.training.flags.rows import Kind, Row
-from qwen35_mcore.training.flags.table import GROUPS, TABLE, class_of, counts
+from qwen35_mcore.training.flags.table import GROUPS, TABLE, class_of, counts, destination
 
 
 def overview() -> list[str]:
@@ -32,11 +32,10 @@ def described(names: Iterable[str]) -> list[str]:
 
 
 def _destination(name: str) -> str:
-    flag = name.removeprefix("--").replace("-", "_")
-    for candidate in (flag, flag.removeprefix("no_"), flag.removeprefix("disable_")):
-        if candidate in TABLE:
-            return candidate
-    near = get_close_matches(flag, TABLE, n=3)
+    flag = destination(name)
+    if flag is not None:
+        return flag
+    near = get_close_matches(name.removeprefix("--").replace("-", "_"), TABLE, n=3)
     raise ConfigError(
         "the table has no such flag",
         got=name,

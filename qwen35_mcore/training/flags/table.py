@@ -42,6 +42,41 @@ ONLY_WITH_A_PACKAGE = frozenset({"kitchen_config_file", "kitchen_recipe_number"}
 """Flags that the parser has only where NVIDIA's kitchen package is installed."""
 
 
+SPELLED = {
+    "apply-layernorm-1p": "layernorm_zero_centered_gamma",
+    "bert-no-binary-head": "bert_binary_head",
+    "ckpt-fully-parallel-save": "ckpt_fully_parallel_save_deprecated",
+    "cuda-graph-scope": "cuda_graph_scope_deprecated",
+    "disable-bias-linear": "add_bias_linear",
+    "disable-gloo-process-groups": "use_gloo_process_groups",
+    "disable-mamba-mem-eff-path": "use_mamba_mem_eff_path",
+    "disable-msc": "disable_msc_deprecated",
+    "dist-ckpt-format": "dist_ckpt_format_deprecated",
+    "fp4-format": "fp4",
+    "fp8-format": "fp8",
+    "inference-dynamic-batching-prefix-caching": "inference_dynamic_batching_enable_prefix_caching",
+    "microbatch-group-size-per-virtual-pipeline-stage": "microbatch_group_size_per_vp_stage",
+    "muon-no-split-qkv": "muon_split_qkv",
+    "no-barrier-with-level-1-timing": "barrier_with_L1_time",
+    "no-initialization": "perform_initialization",
+    "no-one-logger": "enable_one_logger",
+    "no-overlap-p2p-communication": "overlap_p2p_comm",
+    "no-position-embedding": "add_position_embedding",
+    "no-rope-fusion": "apply_rope_fusion",
+    "norm-epsilon": "layernorm_epsilon",
+    "overlap-p2p-communication-warmup-flush": "overlap_p2p_comm_warmup_flush",
+    "persistent-save-interval": "save_interval",
+    "tokenizer-metadata": "metadata_path",
+    "tokenizer-special-tokens": "special_tokens",
+    "torch-fsdp2-no-reshard-after-forward": "torch_fsdp2_reshard_after_forward",
+    "use-dist-ckpt": "use_dist_ckpt_deprecated",
+    "use-mcore-models": "deprecated_use_mcore_models",
+    "use-nccl-ub": "nccl_ub",
+    "use-same-sampling-seed-across-dp-ranks": "offset_sampling_seed_by_dp_rank",
+}
+"""Options of the command line whose destination is not their own name, without the dashes."""
+
+
 def _by_flag() -> dict[str, tuple[Row, ...]]:
     table: dict[str, tuple[Row, ...]] = {}
     for row in (row for rows in GROUPS.values() for row in rows):
@@ -52,6 +87,18 @@ def _by_flag() -> dict[str, tuple[Row, ...]]:
 
 TABLE = _by_flag()
 """Every flag's rows: one that classes it, and one for each set of values that differs."""
+
+
+def destination(option: str) -> str | None:
+    """The flag that an option sets, written as on the command line or as a destination; None where
+    the table has none."""
+    name = option.removeprefix("--")
+    flag = name.replace("-", "_")
+    known = (
+        *(SPELLED.get(name), flag, flag.removeprefix("no_"), flag.removeprefix("disable_")),
+        SPELLED.get(name.removeprefix("no-")),
+    )
+    return next((one for one in known if one in TABLE), None)
 
 
 def class_of(flag: str) -> Row:

@@ -21,8 +21,13 @@ STEPS = (
         """
         manual_gc exit_duration_in_mins exit_signal_handler_for_training
         decrease_batch_size_if_needed iterations_to_skip
-        check_weight_hash_across_dp_replicas_interval check_for_large_grads skip_train
+        check_weight_hash_across_dp_replicas_interval skip_train
         """,
+    ),
+    free(
+        "Megatron's own; its FSDP does not read it",
+        "check_for_large_grads",
+        needs="use_megatron_fsdp=False",
     ),
     free(
         "tests/distributed/test_resume_changes.py",

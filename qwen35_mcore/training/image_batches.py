@@ -39,7 +39,7 @@ def broadcast_batch(given: dict[str, Any] | None, *, patches: bool) -> dict[str,
         patches: whether this pipeline stage holds the tower; else patches stay where they are.
     """
     names = [name for name in _KEYS if patches or name not in PATCHES]
-    batch: dict[str, Tensor | None] = {name: given and given.get(name) for name in names}
+    batch: dict[str, Tensor | None] = {name: (given or {}).get(name) for name in names}
     sizes = torch.full((len(names), _DIMENSIONS), _ABSENT, dtype=torch.int64)
     for row, value in zip(sizes, batch.values(), strict=True):
         if value is not None:
@@ -83,7 +83,8 @@ def part_of_this_rank(
     images |= {name: grids.cpu() for name in GRIDS if (grids := batch[name]) is not None}
     rows = {name: batch[name] for name in (*_ROWS, *_DOCUMENTS)}
     tokens, positions = batch["tokens"], batch["position_ids"]
-    assert tokens is not None and positions is not None
+    assert tokens is not None
+    assert positions is not None
     if vision is not None and cp_group.size() > 1:
         rows["tokens"] = place_features(tokens, vision, *(images[name] for name in GRIDS))
     axes = list(positions) if positions.dim() == 3 else [positions]

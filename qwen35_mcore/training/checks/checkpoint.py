@@ -238,8 +238,8 @@ def _check_tower(args: Namespace, folder: Path, there: bool) -> None:
     imported = folder.name == "release"
     if there:
         raise CheckpointError(
-            "the checkpoint holds a vision tower, and this run trains the text model alone: what it "
-            "saved would be without",
+            "the checkpoint holds a vision tower, and this run trains the text model alone: what "
+            "it saved would be without",
             got=str(folder),
             fix="pass --vision; or "
             + (

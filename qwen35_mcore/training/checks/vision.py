@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import ConfigError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,6 @@ def write(path: Path, batch: VisionBatch) -> Path:
     return path
 
 
-@functools.cache
 def model_folder(folder: Path, config: Qwen35Config) -> Path:
     """A folder with the model's config and a tokenizer."""
     make_bpe(folder)

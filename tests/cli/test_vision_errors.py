@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_pretrain_errors import error_of
-from tests.helpers.conversations import model_folder
+from tests.helpers.image_rows import model_folder
 from tests.helpers.vision import vision_toy_config
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.data.images.loader import Batch, ImageLoader, image_datasets
+from qwen35_mcore.errors import DataError
 from qwen35_mcore.mcore.imports import get_args, mpu
 from qwen35_mcore.mcore.patches.loader_position import read_position, save_position
 from qwen35_mcore.model.vision.rope import rope_index
@@ -31,7 +32,8 @@ def conversations(vp_stage: int | None = None) -> Iterators:
             on. The chunks of a rank share its loaders.
 
     Raises:
-        ConfigError, DataError: see `image_datasets` and `ImageLoader.restore_state`.
+        ConfigError, DataError: see `image_datasets` and `ImageLoader.restore_state`; or the run
+            evaluates and has no validation data.
     """
     args = get_args()
     if not vp_stage:
@@ -48,6 +50,12 @@ def _loaders_of_this_rank(args: Namespace) -> tuple[ImageLoader | None, ImageLoa
         return None, None
     seed = position.get("seed", args.seed + args.iteration)
     train, valid = _image_datasets(args, seed)
+    if valid is None and args.eval_iters:  # a metadataset's parts are not looked at before
+        raise DataError(
+            "the run evaluates and its data have no part for validation",
+            got=f"--image-data {args.image_data} --eval-iters {args.eval_iters}",
+            fix="pass --image-valid-data FOLDER or --eval-iters 0",
+        )
     for name, loader in (("train", train), ("valid", valid)):
         if loader is not None and position.get(name) is not None:
             loader.restore_state(position[name])

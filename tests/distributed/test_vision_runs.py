@@ -151,7 +151,7 @@ def test_frozen_parts_stay_and_the_others_train(
     start = ["--pretrained-checkpoint", straight, "--clip-grad", "0", "--train-iters", "1"]
     save = ["--save-interval", "1", "--eval-iters", "0"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(model, data, 1, *start, *save, "--save", whole, DISTRIBUTED)
+    run(model, data, world, *flags, *start, *save, "--save", whole)
     run(model, data, world, *flags, *start, *save, "--save", parts, "--freeze", *frozen)
     before = checkpoint_tensors(iteration(straight, STEPS))
     trained = checkpoint_tensors(iteration(whole, 1))

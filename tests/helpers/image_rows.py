@@ -49,8 +49,10 @@ def use_memory(script: Any) -> None:
     """Let a run of the script read ``--image-data`` and ``--image-valid-data`` as `write` wrote
     them; for `ScriptServer.start`."""
     from qwen35_mcore.training import image_data
+    from qwen35_mcore.training.checks import run
 
     image_data.image_datasets = _loaders  # type: ignore[assignment]
+    run.check_conversations = lambda args, model_config: None
 
 
 def _loaders(

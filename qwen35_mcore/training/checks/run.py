@@ -17,6 +17,7 @@ from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.training.checks.checkpoint import Start, check_start
 from qwen35_mcore.training.checks.checkpoint_flags import check_checkpoint_flags
+from qwen35_mcore.training.checks.conversations import check_conversations
 from qwen35_mcore.training.checks.data import check_datasets, check_tokenizer_flags
 from qwen35_mcore.training.checks.hf_start import import_start
 from qwen35_mcore.training.checks.numbers import check_numbers
@@ -207,7 +208,7 @@ def check_run(args: Namespace, model_config: Qwen35Config) -> Start | None:
         ConfigError: the layout cannot run the model, all violations at once; a folder that the run
             writes to cannot be made; or see `check_checkpoint_flags`, `check_vision` and
             `check_packing`.
-        DataError: see `check_datasets` and `check_tokenizer_flags`.
+        DataError: see `check_datasets`, `check_conversations` and `check_tokenizer_flags`.
         CheckpointError: see `import_start` and `check_start`.
     """
     check_checkpoint_flags(args)
@@ -215,6 +216,7 @@ def check_run(args: Namespace, model_config: Qwen35Config) -> Start | None:
     _check_layout(args, model_config)
     check_packing(args, _virtual_stages(args, model_config))
     check_datasets(args, model_config)
+    check_conversations(args, model_config)
     check_tokenizer_flags(args)
     import_start(args, model_config)
     start = check_start(args, model_config)

@@ -28,10 +28,13 @@ from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.data.sidecar import read_sidecar
 
 HERE = Path(__file__).resolve().parent
-WRITTEN = ("data", "checkpoints", "tensorboard", "demo.log", "loss.png")
+WRITTEN = (
+    *("data", "checkpoints", "tensorboard", "demo.log", "loss.png"),
+    *("model", "exported"),  # of demo_vision.py
+)
 ITERATION = re.compile(
     r"iteration +(\d+)/ *\d+ \|.*elapsed time per iteration \(ms\): ([\d.]+) \|"
-    r".*\blm loss: (\S+) \|.*mtp_1 loss: (\S+) \|"
+    r".*\blm loss: (\S+) \|(?:.*mtp_1 loss: (\S+) \|)?"
 )
 LOADED = re.compile(r"successfully loaded checkpoint .*at iteration (\d+)")
 VALIDATION = re.compile(
@@ -165,12 +168,12 @@ class TrainingOutput:
 
     def __call__(self, line: str) -> None:
         if match := ITERATION.search(line):
-            iteration, ms, lm_loss, mtp_loss = (float(text) for text in match.groups())
+            iteration, ms, lm_loss = (float(text) for text in match.groups()[:3])
+            mtp = f"   mtp loss {float(match[4]):6.4f}" if match[4] else ""
             self.losses.append(lm_loss)
             self.progress.update(self.task, completed=int(iteration))
             console.print(
-                f"  iteration {iteration:4.0f}   lm loss {lm_loss:6.4f}   mtp loss {mtp_loss:6.4f}"
-                f"   {ms / 1000:.2f} s"
+                f"  iteration {iteration:4.0f}   lm loss {lm_loss:6.4f}{mtp}   {ms / 1000:.2f} s"
             )
         elif match := LOADED.search(line):
             self.resumed_at = int(match.group(1))

@@ -27,7 +27,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Turn text into Megatron's .bin/.idx files.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Turn text into Megatron's .bin/.idx files, conversations with images into Energon's.",
+    no_args_is_help=True,
+)
 app.add_typer(data_app, name="data")
 
 _LARGEST = 2**17  # the time of `plan` grows with GPUs and with microbatches
@@ -161,6 +164,78 @@ def tokenize(
             f"wrote {output_prefix}.bin: {report.documents:,} documents, {report.tokens:,} tokens"
             + (f"; left out: {skipped}" if skipped else "")
         )
+
+
+@data_app.command()
+def images(
+    corpus: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CORPUS",
+            help="jsonl files, also packed as .gz or .zst: an object a line, with messages whose "
+            "content is a string, or a list of parts of type text, image or video (a list of "
+            "frames, and fps).",
+        ),
+    ],
+    output_dir: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where the shards and their index go.")
+    ],
+    processor: Annotated[
+        str,
+        typer.Option(
+            help="The model's Hugging Face name or folder: tokenizer, chat template and "
+            "preprocessor_config.json."
+        ),
+    ],
+    json_key: Annotated[
+        str, typer.Option(help="The jsonl key that holds the messages.")
+    ] = "messages",
+    image_root: Annotated[
+        Path | None,
+        typer.Option(help="Where relative paths of images begin. Default: at the jsonl file."),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a sequence, of images too. Default: no limit."),
+    ] = None,
+    bad_samples: Annotated[
+        Literal["error", "skip"],
+        typer.Option(
+            help="What happens to a sample with a broken or missing image, or more tokens than "
+            "--max-length: an error, or a warning that names it, and it is left out."
+        ),
+    ] = "error",
+    split: Annotated[
+        str, typer.Option(metavar="TRAIN,VAL,TEST", help="Shares of the three splits.")
+    ] = "100,0,0",
+    shard_mib: Annotated[int, typer.Option(min=1, help="MiB of a shard.")] = 512,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that check and encode.")] = 1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing dataset.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print warnings and errors alone.")
+    ] = False,
+) -> None:
+    """Turn conversations, with images or without, into Megatron-Energon's WebDataset."""
+    with quiet_imports():
+        from qwen35_mcore.data.images.convert import convert
+    report = convert(
+        inputs=corpus,
+        output_dir=output_dir,
+        processor=processor,
+        json_key=json_key,
+        image_root=image_root,
+        max_length=max_length,
+        bad_samples=bad_samples,
+        split=split,
+        shard_mib=shard_mib,
+        workers=workers,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    if not quiet:
+        typer.echo(report.summary(output_dir))
 
 
 @app.command()

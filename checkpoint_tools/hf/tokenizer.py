@@ -10,6 +10,7 @@ from typing import Any
 from checkpoint_tools.hf.carried import Carried
 from qwen35_mcore.data.tokenizer_files import (
     GENERATION_CONFIG,
+    PROCESSOR_FILES,
     SPECIAL_IDS,
     is_tokenizer_file,
     tokenizer_files,
@@ -56,6 +57,7 @@ def other_files_of(
         found[GENERATION_CONFIG] = folder / GENERATION_CONFIG
         content = json.loads(found[GENERATION_CONFIG].read_text())
         ids = {key: content[key] for key in SPECIAL_IDS if key in content}
+    found |= {name: folder / name for name in PROCESSOR_FILES if (folder / name).is_file()}
     return OtherFiles(paths=paths | found, special_ids=ids)
 
 

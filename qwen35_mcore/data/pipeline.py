@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from qwen35_mcore.data.ordered import check_workers, in_order, progress
 from qwen35_mcore.data.readers import Record, document_text, read_chunks
 from qwen35_mcore.data.sidecar import Sidecar, name_beside
 from qwen35_mcore.data.sources import Form, Source, expand_inputs, hash_sources
@@ -129,10 +120,7 @@ def tokenize(
         DataError: an input, the tokenizer or the target cannot be used; nothing is left behind.
     """
     started = time.perf_counter()
-    if not 1 <= workers <= 1024:
-        raise DataError(
-            "workers are processes", got=workers, allowed="1 to 1024", fix="pass --workers 8"
-        )
+    check_workers(workers)
     prefix = dataset_prefix(output_prefix)
     check_target(prefix, overwrite=overwrite)
     text_split = parse_text_split(split_text)
@@ -155,7 +143,7 @@ def tokenize(
     encoder = _Encoder(loaded, text_key, loaded.eod if append_eod else None, dtype)
     chunks = read_chunks(found.sources, text_key=text_key, text_split=text_split)
     with DatasetWriter(prefix, dtype=dtype, overwrite=overwrite) as writer:
-        encoded = _encode_in_order(encoder, chunks, workers)
+        encoded = in_order(encoder, chunks, workers)
         sidecar, blank_lines = _write(writer, encoder, found.sources, encoded, quiet)
         stored = dataclasses.replace(sidecar, tokenizer=name_beside(prefix, sidecar.tokenizer))
         writer.commit(stored.to_json())
@@ -179,7 +167,7 @@ def _write(
     quiet: bool,
 ) -> tuple[Sidecar, int]:
     documents = empty = blank = tokens = text_bytes = 0
-    with _progress(sum(source.size for source in sources), quiet=quiet) as advance:
+    with progress("tokenizing", sum(source.size for source in sources), quiet) as advance:
         for encoded in chunks:
             writer.add(encoded.ids, encoded.lengths)
             documents += len(encoded.lengths)
@@ -208,102 +196,3 @@ def _write(
         sources_sha256=hash_sources(sources),
     )
     return sidecar, blank
-
-
-def _encode_in_order(
-    encoder: _Encoder, chunks: Iterable[list[Record]], workers: int
-) -> Iterator[_Encoded]:
-    if workers == 1:
-        yield from map(encoder, chunks)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        # Forking a process whose libraries run threads can deadlock.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(encoder,),
-    )
-    try:
-        # map() would read all input ahead: a window keeps memory bounded and workers busy.
-        pending: deque[Future[_Encoded]] = deque()
-        for chunk in chunks:
-            with _interrupts_held():  # the pool starts its workers as it is given work
-                pending.append(pool.submit(_encode_in_worker, chunk))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died",
-            fix="the system may have run out of memory: try fewer --workers",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait. A process that is started meanwhile never sees it: not even while it still
-    imports what it needs, when it could not ignore it yet and would print a traceback."""
-    resource_tracker.ensure_running()  # unblocks SIGINT when it starts
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-_worker_encoder: _Encoder | None = None
-
-
-def _start_worker(encoder: _Encoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
-    # Ctrl-C reaches every process of a terminal: the parent alone decides and reports.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # One process per core already: threads of the Rust tokenizers would only compete.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """End this worker when its parent is killed: it would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode_in_worker(chunk: list[Record]) -> _Encoded:
-    assert _worker_encoder is not None
-    return _worker_encoder(chunk)
-
-
-@contextmanager
-def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` bytes of input files on standard error, if someone watches."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda advance: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    with Progress(
-        TextColumn("tokenizing"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bar:
-        task = bar.add_task("tokenizing", total=total)
-        yield lambda advance: bar.update(task, advance=advance)
-        bar.update(task, completed=total)

@@ -15,7 +15,7 @@ import shlex
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from qwen35_mcore.data.sources import Form, Source
 from qwen35_mcore.data.text_split import TextSplit
@@ -121,6 +121,15 @@ def document_text(record: Record, *, text_key: str) -> str:
         return _json_text(record, text, text_key).removeprefix(_BOM)
     _refuse_nul(record, text)
     return text
+
+
+def json_object(record: Record) -> dict[str, Any]:
+    """The JSON object of a line of a jsonl file.
+
+    Raises:
+        DataError: the line is not UTF-8, or not a JSON object. The message names file and line.
+    """
+    return _json_object(record, _decode(record, cast(bytes, record.raw)).removeprefix(_BOM))
 
 
 @contextmanager
@@ -291,7 +300,7 @@ def _refuse_nul(record: Record, text: str) -> None:
         )
 
 
-def _json_text(record: Record, line: str, text_key: str) -> str:
+def _json_object(record: Record, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -308,6 +317,11 @@ def _json_text(record: Record, line: str, text_key: str) -> str:
             allowed="one JSON object per line",
             fix="a file that is one array: jq -c '.[]' IN > OUT.jsonl",
         )
+    return value
+
+
+def _json_text(record: Record, line: str, text_key: str) -> str:
+    value = _json_object(record, line)
     if text_key not in value:
         raise DataError(
             f"{record.where} has no key {text_key!r}",

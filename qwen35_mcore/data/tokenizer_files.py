@@ -14,6 +14,11 @@ _PATTERNS = (
     *("*.model", "*.tiktoken", "*.vocab", "tokenization_*.py"),
 )
 
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+)
+"""What a vision-language model has beside its tokenizer."""
+
 
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file, by its name relative to the model's folder, belongs to the tokenizer."""

@@ -82,7 +82,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, name: str) -> None:
-        loaded = _load_auto_tokenizer(name)
+        loaded = load_auto_tokenizer(name)
         if not loaded.is_fast:
             raise DataError(
                 f"tokenizer {name!r} has no fast implementation",
@@ -106,7 +106,12 @@ class HuggingFaceTokenizer:
         return self._backend.decode([i for i in ids if i != self.eod], skip_special_tokens=False)
 
 
-def _load_auto_tokenizer(name: str) -> Any:
+def hub_arguments(name: str) -> dict[str, Any]:
+    """Arguments of transformers' ``from_pretrained`` for a folder, or for a name on the hub.
+
+    Raises:
+        DataError: it is a path, and no folder.
+    """
     is_path = name.startswith((".", "~", os.sep)) or Path(name).exists()
     folder = Path(name).expanduser()
     if is_path and not folder.is_dir():
@@ -116,12 +121,19 @@ def _load_auto_tokenizer(name: str) -> Any:
             "name on the Hugging Face hub",
             fix="name the folder that holds tokenizer.json",
         )
+    return {
+        "pretrained_model_name_or_path": str(folder) if is_path else name,
+        "local_files_only": is_path or not _hub_answers(name),
+    }
+
+
+def load_auto_tokenizer(name: str) -> Any:
+    """transformers' tokenizer of that name. Raises DataError where it cannot be loaded."""
+    arguments = hub_arguments(name)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder) if is_path else name, local_files_only=is_path or not _hub_answers(name)
-        )
+        return AutoTokenizer.from_pretrained(**arguments)
     except Exception as error:  # the Rust library raises bare Exception
         raise DataError(
             f"tokenizer {name!r} could not be loaded",

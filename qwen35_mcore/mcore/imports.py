@@ -104,6 +104,7 @@ _HOMES = {
     ),
     "copy_to_tensor_model_parallel_region": "megatron.core.tensor_parallel",
     "core_transformer_config_from_args": "megatron.training.argument_utils",
+    "dist_checkpointing": "megatron.core",
     "flatten_batch_for_packed_sequences": "megatron.core.utils",
     "gather_from_sequence_parallel_region": "megatron.core.tensor_parallel",
     "get_args": "megatron.training",

@@ -17,6 +17,7 @@ from qwen35_mcore.model.matrices import mark_matrices
 from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import decoder_block_spec, mtp_block_spec
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, apply_yarn
+from qwen35_mcore.model.vision.freeze import freeze
 from qwen35_mcore.model.vision.vision_language_model import Qwen35VisionLanguageModel
 
 DECODERS = ("gpt", "hybrid")
@@ -146,7 +147,7 @@ def make_model_provider(
         if config is None:
             config = imports.core_transformer_config_from_args(args, Qwen35TransformerConfig)
             apply_yarn(config, model_config.yarn)
-        return build_model(
+        model = build_model(
             model_config,
             config,
             decoder=args.decoder,
@@ -156,6 +157,9 @@ def make_model_provider(
             vp_stage=vp_stage,
             pg_collection=pg_collection,
             fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+            vision=args.qwen35_vision,
         )
+        freeze(model, args.freeze)
+        return model
 
     return model_provider

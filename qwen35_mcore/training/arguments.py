@@ -26,6 +26,7 @@ from qwen35_mcore.mcore import cpu_mode, imports
 from qwen35_mcore.mcore.megatron_errors import as_config_errors, raise_instead_of_usage
 from qwen35_mcore.model.build import DECODERS
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, architecture_arguments
+from qwen35_mcore.model.vision.vision_language_model import check_vision_run
 from qwen35_mcore.parallel.layout import GDN_CONTEXT_PARALLEL
 from qwen35_mcore.training.carried_files import take_over
 from qwen35_mcore.training.carried_tokenizer import carry_tokenizer
@@ -35,7 +36,7 @@ from qwen35_mcore.training.checks.data_flags import dataset_prefixes
 from qwen35_mcore.training.checks.hf_start import describe, model_of_start
 from qwen35_mcore.training.checks.launcher import run_alone_without_a_launcher
 from qwen35_mcore.training.checks.packing import lengths_vary
-from qwen35_mcore.training.checks.resume import check_resume
+from qwen35_mcore.training.checks.resume import check_resume, goes_on_in_data
 from qwen35_mcore.training.checks.resume_schedule import schedule_of_flags
 from qwen35_mcore.training.checks.run import MUON, check_flags, check_run
 from qwen35_mcore.training.choices import (
@@ -47,6 +48,7 @@ from qwen35_mcore.training.choices import (
 from qwen35_mcore.training.cuda_graphs import choose_graphs
 from qwen35_mcore.training.decoder import take_hybrid_pattern
 from qwen35_mcore.training.flags import check_classes_while_parsing
+from qwen35_mcore.training.image_flags import add_image_arguments, complete_image_flags
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Qwen35Config]:
@@ -72,6 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         early.hf_config = model_of_start(argv)
     model_config = choose_model(early.flavor, early.hf_config, early.override)
     args = read_flags(argv, model_config)
+    complete_image_flags(args, early.hf_config)
     _let_choices_be_read(args)
     if model_config.is_moe:
         choose_dispatcher(args)
@@ -82,10 +85,13 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     start = check_run(args, model_config)
     _take_over_carried(args, start)
     with as_config_errors(args):
-        validated_config(args)
+        config = validated_config(args)
+    if args.qwen35_vision:
+        check_vision_run(config)
     if not args.skip_train:
         schedule_of_flags(args)
     check_resume(args, start)
+    args.qwen35_position = str(start.folder) if start and goes_on_in_data(args, start) else ""
     try:
         with as_config_errors(args):
             imports.set_global_variables(args)
@@ -290,6 +296,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "optimizer's main parameters with them unrounded. For float32 sources; takes 4 bytes a "
         "parameter of the rank while loading. A run that resumes has its main parameters already.",
     )
+    add_image_arguments(parser)
     return parser
 
 

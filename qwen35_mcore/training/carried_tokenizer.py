@@ -1,7 +1,7 @@
 """The tokenizer that made the data, kept beside the checkpoints for the export.
 
 A folder ``qwen35-tokenizer-*`` holds the tokenizer's files and a generation_config.json with its
-special ids. Its name is the string ``qwen35_tokenizer`` in the checkpoint's arguments.
+special ids, and where a run has images those of their processor. Its name is the string ``qwen35_tokenizer`` in the checkpoint's arguments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from typing import Any
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.data import BYTE, Sidecar, read_sidecar
-from qwen35_mcore.data.tokenizer_files import GENERATION_CONFIG, SPECIAL_IDS, tokenizer_files
+from qwen35_mcore.data.tokenizer_files import (
+    GENERATION_CONFIG,
+    PROCESSOR_FILES,
+    SPECIAL_IDS,
+    tokenizer_files,
+)
 from qwen35_mcore.training.carried_files import store, take_over
 from qwen35_mcore.training.checks.checkpoint import Start
 from qwen35_mcore.training.checks.data import dataset_prefixes
@@ -172,6 +177,10 @@ def _write(
             flush=True,
         )
     config.unlink()
+    source = _folder_of(tokenizer.name_or_path) if args.image_data else None
+    for name in PROCESSOR_FILES if source is not None else ():
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     ids = {name: known.get(name, getattr(tokenizer, name)) for name in SPECIAL_IDS}
     ids = {name: value for name, value in ids.items() if value is not None}
     if ids:

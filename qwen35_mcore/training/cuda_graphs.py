@@ -72,6 +72,7 @@ ANY = (
         "only Transformer Engine's layers are captured",
     ),
     Rule(lambda args: args.skip_train, "the run does not train"),
+    Rule(lambda args: args.qwen35_vision, "images differ from microbatch to microbatch"),
     Rule(
         lambda args: args.dataloader_inter_document_masking,
         "the documents of every microbatch have other lengths",

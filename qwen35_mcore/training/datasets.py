@@ -15,10 +15,13 @@ from qwen35_mcore.mcore.imports import (
     is_first_or_last_pipeline_stage,
     mpu,
 )
+from qwen35_mcore.training.image_data import conversations
 
 
 def datasets(sample_counts: list[int], vp_stage: int | None = None) -> Any:
     """Train, validation and test datasets, as megatron asks for them on every rank.
+
+    With ``--image-data`` they are the loaders of `conversations`.
 
     Args:
         sample_counts: samples of the three that the run will read.
@@ -28,6 +31,8 @@ def datasets(sample_counts: list[int], vp_stage: int | None = None) -> Any:
         Three of megatron's GPTDataset, or lists of them; None on the ranks that feed no model.
     """
     args = get_args()
+    if args.image_data:
+        return conversations(vp_stage)
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,

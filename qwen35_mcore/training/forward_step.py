@@ -19,6 +19,7 @@ from qwen35_mcore.mcore.imports import (
     mtp_on_this_rank,
 )
 from qwen35_mcore.training.checks.data import check_batch
+from qwen35_mcore.training.image_batches import IMAGES, broadcast_batch, part_of_this_rank
 from qwen35_mcore.training.loss import loss_function
 from qwen35_mcore.training.packed_documents import batch_on_this_cp_rank, packed_sequences
 
@@ -40,9 +41,12 @@ def get_batch(data_iterator: Any, model: Any, vp_stage: int | None) -> dict[str,
 
     Returns:
         ``tokens``, ``labels``, ``position_ids`` int64 and ``loss_mask`` float32, ``[b, s / cp]``,
-        what describes packed documents, and ``padding_mask``: see `batch_on_this_cp_rank`.
+        what describes packed documents, and ``padding_mask``: see `batch_on_this_cp_rank`. Of
+        ``--image-data`` also the images, and positions ``[3, b, s / cp]``, on every stage.
     """
     args = get_args()
+    if args.image_data:
+        return _conversations(data_iterator, model, args)
     packed = args.dataloader_inter_document_masking
     layout = get_attr_wrapped_model(model, "config").pipeline_model_parallel_layout
     has_mtp = mtp_on_this_rank(layout, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
@@ -80,6 +84,22 @@ def get_batch(data_iterator: Any, model: Any, vp_stage: int | None) -> dict[str,
     )
 
 
+def _conversations(data_iterator: Any, model: Any, args: Any) -> dict[str, Any]:
+    given = None
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        given = next(data_iterator)
+        check_batch(given["tokens"], given["labels"], args.padded_vocab_size)
+    has_tower = get_attr_wrapped_model(model, "pre_process") and args.qwen35_vision
+    batch = part_of_this_rank(
+        broadcast_batch(given, patches=has_tower),
+        get_attr_wrapped_model(model, "vision") if args.qwen35_vision else None,
+        mpu.get_context_parallel_group(),
+        tp_size=args.tensor_model_parallel_size,
+        fp8=bool(args.fp8),
+    )
+    return batch | {"attention_mask": None}
+
+
 def forward_step(
     data_iterator: Any,
     model: Any,
@@ -97,7 +117,8 @@ def forward_step(
         function that megatron calls with it.
 
     Raises:
-        DataError: a token that the model does not have.
+        DataError: a token that the model does not have, or images and their tokens that do not fit
+            together.
     """
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     timers = get_timers()
@@ -112,5 +133,6 @@ def forward_step(
         loss_mask=batch["loss_mask"],
         packed_seq_params=packed_sequences(batch),
         padding_mask=batch["padding_mask"],
+        **{name: batch[name] for name in IMAGES if get_args().qwen35_vision},
     )
     return output, partial(loss_function, batch["loss_mask"])

@@ -31,7 +31,8 @@ def batch_on_this_cp_rank(
     Args:
         batch: as megatron's ``flatten_batch_for_packed_sequences`` returns it: ``tokens``,
             ``labels``, ``loss_mask`` and ``position_ids`` ``[b, s]`` or None, and ``cu_seqlens``
-            ``[1, n + 1]`` int32 with b = 1 for n packed documents, else None.
+            ``[1, n + 1]`` int32 with b = 1 for n packed documents, else None; and where rows have
+            padding already, ``padding_mask``.
         tp_size: ranks that sequence parallelism shares this rank's part with.
         fp8: whether matrix products run in FP8.
 
@@ -40,7 +41,7 @@ def batch_on_this_cp_rank(
         there is no token, None where no position can be padding. ``cu_seqlens`` and ``max_seqlen``
         count padding.
     """
-    batch["padding_mask"] = None
+    batch.setdefault("padding_mask", None)
     if cp_group.size() == 1:
         return batch
     if batch.get("cu_seqlens") is None:
@@ -54,9 +55,10 @@ def batch_on_this_cp_rank(
     for key in TOKEN_KEYS:
         if batch.get(key) is not None:
             batch[key] = _with_padding(batch[key], place, length)[:, here]
-    is_token = _with_padding(torch.ones_like(place, dtype=torch.bool)[None], place, length)
+    padding = batch["padding_mask"]
+    is_token = torch.ones_like(place, dtype=torch.bool)[None] if padding is None else ~padding
     return batch | {
-        "padding_mask": ~is_token[:, here],
+        "padding_mask": ~_with_padding(is_token, place, length)[:, here],
         "cu_seqlens": padded[None],
         "max_seqlen": padded.diff().max()[None],
     }

@@ -36,13 +36,16 @@ def flags(source: Path | str, save: Path, *more: str) -> list[str]:
     ]
 
 
-def arguments(source: Path | str, save: Path | None, load: Path | None = None) -> Namespace:
+def arguments(
+    source: Path | str, save: Path | None, load: Path | None = None, *, vision: bool = False
+) -> Namespace:
     """What `import_start` looks at."""
     return Namespace(
         pretrained_checkpoint=str(source),
         save=save and str(save),
         load=load and str(load),
         ckpt_step=None,
+        qwen35_vision=vision,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,19 +182,31 @@ def test_a_run_of_text_alone_from_an_import_with_the_tower(
 
 
 @pytest.mark.exhaustive
-def test_training_of_text_alone_refuses_an_import_with_the_tower(
+def test_a_run_refuses_an_import_for_other_runs(
     toys: dict[str, Path], tmp_path: Path, pool: WorkerPool
 ) -> None:
     for name, flags in (("text", []), ("vision", ["--vision"])):
         ok(ckpt("import", toys["qwen3_5"], tmp_path / name, *flags))
     config = toy_hf_config("qwen3_5")
-    assert pool.run(start_error, 1, folder=str(tmp_path / "text"), config=config) == [""]
-    [message] = pool.run(start_error, 1, folder=str(tmp_path / "vision"), config=config)
+
+    def error(name: str, vision: bool, config: Qwen35Config = config) -> str:
+        folder = str(tmp_path / name)
+        [message] = pool.run(start_error, 1, folder=folder, config=config, vision=vision)
+        return message
+
+    assert error("text", False) == error("vision", True) == ""
+    message = error("vision", False)
     assert "holds a vision tower" in message
     assert "without --vision" in message
+    assert "`qwen35-ckpt import --vision`" in error("text", True)
+    tower = config.carried_outer["vision_config"] | {"num_heads": 4}
+    other = replace(config, carried_outer=config.carried_outer | {"vision_config": tower})
+    message = error("vision", True, other)
+    assert "of a different vision tower" in message
+    assert "got: num_heads 2" in message
 
 
-def start_error(folder: str, config: Qwen35Config) -> str:
+def start_error(folder: str, config: Qwen35Config, vision: bool) -> str:
     """What training says of a checkpoint to start from, in a pool worker."""
     from argparse import Namespace
 
@@ -201,7 +214,13 @@ def start_error(folder: str, config: Qwen35Config) -> str:
     from qwen35_mcore.training.checks.checkpoint import check_start
 
     args = Namespace(
-        load=None, save=None, ckpt_step=None, pretrained_checkpoint=folder, finetune=False, rank=0
+        load=None,
+        save=None,
+        ckpt_step=None,
+        pretrained_checkpoint=folder,
+        finetune=False,
+        rank=0,
+        qwen35_vision=vision,
     )
     try:
         check_start(args, config)

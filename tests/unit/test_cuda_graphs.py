@@ -67,6 +67,7 @@ AGAINST_PARTS = [({"recompute_granularity": "full"}, "computed again as a whole"
 AGAINST_ANY = [
     ({"transformer_impl": "local"}, "only Transformer Engine's layers"),
     ({"skip_train": True}, "does not train"),
+    ({"qwen35_vision": True}, "images differ"),
     ({"dataloader_inter_document_masking": True}, "documents of every microbatch"),
     ({"step_batch_size_schedule": "0:8 1B:16"}, "number of microbatches changes"),
     ({"decrease_batch_size_if_needed": True}, "number of microbatches changes"),

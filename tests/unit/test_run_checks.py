@@ -27,6 +27,7 @@ def run(**more: Any) -> Namespace:
     off += ("fp8", "fp4", "delay_wgrad_compute", "lr_warmup_iters", "lr_warmup_samples")
     off += ("train_samples", "lr_decay_iters", "lr_decay_samples", "data_path", "data_args_path")
     off += ("per_split_data_args_path", "train_data_path", "valid_data_path", "test_data_path")
+    off += ("image_data",)
     given = {
         "ckpt_format": "torch_dist",
         "bf16": True,

@@ -37,7 +37,7 @@ def blocks_config(vision: VisionConfig, config: TransformerConfig) -> Transforme
     Raises:
         ConfigError: tensor parallelism divides the tower unevenly.
     """
-    _check_tensor_parallel(vision, config.tensor_model_parallel_size)
+    check_tensor_parallel(vision, config.tensor_model_parallel_size)
     return _tower_config(
         vision,
         config,
@@ -93,7 +93,12 @@ def _normal(weight: Any, std: float) -> Any:
     return weight.data.normal_(0.0, std)
 
 
-def _check_tensor_parallel(vision: VisionConfig, ranks: int) -> None:
+def check_tensor_parallel(vision: VisionConfig, ranks: int) -> None:
+    """Refuse so many tensor-parallel ranks as do not divide the tower.
+
+    Raises:
+        ConfigError: naming what they do not divide.
+    """
     for name in ("num_heads", "intermediate_size", "merged_width"):
         if getattr(vision, name) % ranks:
             raise ConfigError(

@@ -53,7 +53,7 @@ class Qwen35VisionLanguageModel(Qwen35Model):
         **arguments: Any,
     ) -> None:
         vision = VisionConfig.of(model_config)
-        _check_run(config)
+        check_vision_run(config)
         # the fused kernels take one angle a position, equal in every row and packed document
         config.apply_rope_fusion = False
         if config.pipeline_model_parallel_size > 1 and config.mtp_num_layers:
@@ -218,8 +218,15 @@ class Qwen35VisionLanguageModel(Qwen35Model):
         return super()._postprocess(*args, **kwargs)
 
 
-def _check_run(config: TransformerConfig) -> None:
-    """Refuse what the tower's outputs do not reach, or what was not proven with them."""
+def check_vision_run(config: Any) -> None:
+    """Refuse what the tower's outputs do not reach, or what was not proven with them.
+
+    Args:
+        config: the TransformerConfig, or the arguments that it will be made of.
+
+    Raises:
+        ConfigError: with the first of it.
+    """
     for runs, got, why, fix in (
         (
             not config.mtp_standalone,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.config.vision import VisionConfig
+from qwen35_mcore.errors import CheckpointError, ConfigError
 from qwen35_mcore.mcore import imports
 from qwen35_mcore.mcore.checkpoint_files import (
     TRACKER,
@@ -70,7 +71,8 @@ def check_start(args: Namespace, model_config: Qwen35Config) -> Start | None:
 
     Raises:
         CheckpointError: nothing to load where something must be, a damaged checkpoint, or one of
-            another architecture.
+            another architecture; or it holds a vision tower and the run trains none, or the other
+            way round.
     """
     folder, resumes = _starting_point(args)
     if folder is None:
@@ -88,13 +90,9 @@ def check_start(args: Namespace, model_config: Qwen35Config) -> Start | None:
     common = _common_state(folder)
     model = Qwen35Config.from_hf(json.loads(common["args"].qwen35_hf_config))
     check_same_model(model, folder, model_config)
-    if getattr(common["args"], "qwen35_vision", False):
-        raise CheckpointError(
-            "the checkpoint holds a vision tower, and this command trains the text model alone: "
-            "what it saved would be without",
-            got=str(folder),
-            fix="import the model without --vision, which carries the tower along",
-        )
+    _check_tower(args, folder, bool(getattr(common["args"], "qwen35_vision", False)))
+    if args.qwen35_vision:
+        check_same_tower(model, folder, model_config)
     if not resumes or folder.name == "release" or args.finetune:
         return Start(folder, common, 0, loads_optimizer=False)
     iteration = args.override_ckpt_iteration
@@ -208,6 +206,62 @@ def check_same_model(saved: Qwen35Config, folder: Path, model_config: Qwen35Conf
         )
 
 
+def check_same_tower(saved: Qwen35Config, folder: Path, model_config: Qwen35Config) -> None:
+    """Check that a checkpoint's vision tower is the run's.
+
+    Raises:
+        CheckpointError: they differ, or the checkpoint's model has none.
+    """
+    try:
+        there, here = VisionConfig.of(saved), VisionConfig.of(model_config)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the model in {folder} has no vision tower to train",
+            got=error.what,
+            fix="drop --vision, or name a vision-language checkpoint",
+        ) from error
+    names = [f.name for f in fields(VisionConfig) if f.name != "initializer_range"]
+    different = [name for name in names if getattr(there, name) != getattr(here, name)]
+    if different:
+        raise CheckpointError(
+            f"the checkpoint in {folder} is of a different vision tower",
+            got=_values(there, different),
+            allowed=_values(here, different),
+            fix="choose the --hf-config that it was trained with, or another checkpoint",
+        )
+
+
+def _check_tower(args: Namespace, folder: Path, there: bool) -> None:
+    """A checkpoint has the tower among its tensors where a run with --vision saved it."""
+    if there == args.qwen35_vision:
+        return
+    imported = folder.name == "release"
+    if there:
+        raise CheckpointError(
+            "the checkpoint holds a vision tower, and this run trains the text model alone: what "
+            "it saved would be without",
+            got=str(folder),
+            fix="pass --vision; or "
+            + (
+                "import the model without --vision, which carries the tower along"
+                if imported
+                else "export it with `qwen35-ckpt export` and start from that folder, with "
+                "--pretrained-checkpoint: its tower is carried along"
+            ),
+        )
+    raise CheckpointError(
+        "the checkpoint holds no vision tower: it is of the text model alone",
+        got=str(folder),
+        fix="drop --vision; or "
+        + (
+            "import the model with `qwen35-ckpt import --vision`"
+            if imported
+            else "export it with `qwen35-ckpt export`, which puts the carried tower in its place, "
+            "and start from that folder, with --pretrained-checkpoint"
+        ),
+    )
+
+
 def _common_state(folder: Path) -> dict[str, Any]:
     load_common_state_dict = imports.load_common_state_dict
     try:
@@ -230,7 +284,7 @@ def _common_state(folder: Path) -> dict[str, Any]:
     return common
 
 
-def _values(model_config: Qwen35Config, names: list[str]) -> str:
+def _values(model_config: Qwen35Config | VisionConfig, names: list[str]) -> str:
     return ", ".join(f"{name} {_plain(getattr(model_config, name))}" for name in names)
 
 

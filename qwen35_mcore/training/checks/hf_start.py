@@ -31,7 +31,7 @@ from qwen35_mcore.mcore.checkpoint_files import (
     tracked_folder,
 )
 from qwen35_mcore.process.file_lock import try_lock
-from qwen35_mcore.training.checks.checkpoint import check_same_model
+from qwen35_mcore.training.checks.checkpoint import check_same_model, check_same_tower
 
 POLL_S, REPORT_S = 0.5, 10.0
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -70,15 +70,17 @@ def import_start(args: argparse.Namespace, model_config: Qwen35Config) -> None:
     source = _hf_folder(args.pretrained_checkpoint) if args.pretrained_checkpoint else None
     if source is None or _resumes(args):
         return
-    without_mtp = _check_source(args, source, model_config)
-    name = _name(args.pretrained_checkpoint, source, without_mtp)
+    options = _check_source(args, source, model_config)
+    name = _name(args.pretrained_checkpoint, source, options)
     target = _shelf(Path(args.save)) / name
-    _Import(source, target, ("--no-mtp",) * without_mtp).wait()
+    _Import(source, target, options).wait()
     args.pretrained_checkpoint = str(target)
 
 
-def _check_source(args: argparse.Namespace, source: Path, model_config: Qwen35Config) -> bool:
-    """Check source and target before anything is imported; returns whether MTP is left out."""
+def _check_source(
+    args: argparse.Namespace, source: Path, model_config: Qwen35Config
+) -> tuple[str, ...]:
+    """Check source and target before anything is imported; returns the options of the import."""
     if not args.save:
         raise CheckpointError(
             "--pretrained-checkpoint names a Hugging Face folder, whose import goes beside --save",
@@ -99,6 +101,8 @@ def _check_source(args: argparse.Namespace, source: Path, model_config: Qwen35Co
         published = replace(published, mtp_num_hidden_layers=0)
     try:
         check_same_model(published, source, model_config)
+        if args.qwen35_vision:
+            check_same_tower(published, source, model_config)
     except CheckpointError as error:
         raise CheckpointError(
             "--pretrained-checkpoint names a Hugging Face folder of another model than the flags",
@@ -106,7 +110,7 @@ def _check_source(args: argparse.Namespace, source: Path, model_config: Qwen35Co
             allowed=error.allowed,
             fix="drop --flavor, --hf-config and --override: without them the folder is the model",
         ) from error
-    return without_mtp
+    return ("--no-mtp",) * without_mtp + ("--vision",) * args.qwen35_vision
 
 
 def _hf_folder(given: str) -> Path | None:
@@ -151,15 +155,16 @@ def _shelf(save: Path) -> Path:
     return (save if os.path.ismount(save) else save.parent) / "imported"
 
 
-def _name(given: str, source: Path, without_mtp: bool) -> str:
-    """A name that changes with the source: the files' names, sizes and times, and the config."""
+def _name(given: str, source: Path, options: tuple[str, ...]) -> str:
+    """A name that changes with the source (the files' names, sizes and times, and the config) and
+    with the options of the import."""
     digest = hashlib.sha256((source / "config.json").read_bytes())
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         name, stat = path.relative_to(source), path.stat()
         if not any(part.startswith(".") for part in name.parts):
             digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     model = Path(given).name or source.resolve().name
-    return f"{model}-{digest.hexdigest()[:12]}" + "-no-mtp" * without_mtp
+    return f"{model}-{digest.hexdigest()[:12]}" + "".join(f"-{o.strip('-')}" for o in options)
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,47 @@ def _check_random_states(args: Namespace, start: Start) -> None:
         )
 
 
+def _check_frozen(args: Namespace, start: Start) -> None:
+    if start.loads_optimizer and _differs(args, start, "freeze"):
+        before = " ".join(start.saved.freeze)
+        raise CheckpointError(
+            f"the checkpoint in {start.folder} holds optimizer state of other parts of the model",
+            got=_values(args, start, ["freeze"]),
+            fix="pass --no-load-optim to go on with fresh moments, or "
+            + (f"--freeze {before}" if before else "drop --freeze"),
+        )
+
+
+POSITION = (
+    *("image_data", "data_parallel_size", "num_workers", "micro_batch_size"),
+    *("seq_length", "pack_samples", "seed"),
+)
+"""Flags that the position of a loader of conversations depends on."""
+
+
+def goes_on_in_data(args: Namespace, start: Start) -> bool:
+    """Whether a run of conversations goes on with the sample that the checkpoint's was to read."""
+    saved = getattr(start.saved, "image_data", None)
+    return bool(
+        args.image_data
+        and saved
+        and start.resumes
+        and not any(_differs(args, start, flag) for flag in POSITION)
+    )
+
+
+def _say_where_conversations_begin(args: Namespace, start: Start) -> None:
+    if not args.image_data or goes_on_in_data(args, start):
+        return
+    different = [flag for flag in POSITION if _differs(args, start, flag)]
+    why = f": {_values(args, start, different)}" if different else ", which trained on text"
+    _say(
+        args,
+        f"conversations: they begin anew in another order, and what was trained on may come again; "
+        f"their loader cannot go on where the checkpoint's was{why}",
+    )
+
+
 CHANGES = (
     Change(
         "optimizer",
@@ -204,6 +245,8 @@ CHANGES = (
         says="the run goes on at the same number of samples, in another order or other data; what "
         "was trained on may come again",
     ),
+    Change("conversations", POSITION, check=_say_where_conversations_begin),
+    Change("frozen parts", ("freeze",), check=_check_frozen),
     Change(
         "tokenizer",
         ("tokenizer_type", "tokenizer_model"),

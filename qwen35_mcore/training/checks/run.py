@@ -17,14 +17,17 @@ from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.training.checks.checkpoint import Start, check_start
 from qwen35_mcore.training.checks.checkpoint_flags import check_checkpoint_flags
+from qwen35_mcore.training.checks.conversations import check_conversations
 from qwen35_mcore.training.checks.data import check_datasets, check_tokenizer_flags
 from qwen35_mcore.training.checks.hf_start import import_start
 from qwen35_mcore.training.checks.numbers import check_numbers
 from qwen35_mcore.training.checks.packing import check_packing
+from qwen35_mcore.training.checks.vision import check_vision
 from qwen35_mcore.training.checks.written_folders import check_written_folders
 from qwen35_mcore.training.choices import expert_ranks, uses_nccl_ep
 from qwen35_mcore.training.flags.flex_dispatcher import check_flex
 from qwen35_mcore.training.flags.fsdp import check_fsdp
+from qwen35_mcore.training.image_flags import TEXT_DATA
 
 MUON = ("muon", "dist_muon")
 NEEDED = {
@@ -33,10 +36,7 @@ NEEDED = {
     "lr": "the peak learning rate",
 }
 
-DATA_FLAGS = (
-    *("data_path", "data_args_path", "mock_data", "per_split_data_args_path"),
-    *("train_data_path", "valid_data_path", "test_data_path"),
-)
+DATA_FLAGS = (*TEXT_DATA, "image_data")
 
 
 def check_flags(args: Namespace) -> None:
@@ -206,14 +206,17 @@ def check_run(args: Namespace, model_config: Qwen35Config) -> Start | None:
 
     Raises:
         ConfigError: the layout cannot run the model, all violations at once; a folder that the run
-            writes to cannot be made; or see `check_checkpoint_flags` and `check_packing`.
-        DataError: see `check_datasets` and `check_tokenizer_flags`.
+            writes to cannot be made; or see `check_checkpoint_flags`, `check_vision` and
+            `check_packing`.
+        DataError: see `check_datasets`, `check_conversations` and `check_tokenizer_flags`.
         CheckpointError: see `import_start` and `check_start`.
     """
     check_checkpoint_flags(args)
+    check_vision(args, model_config)
     _check_layout(args, model_config)
     check_packing(args, _virtual_stages(args, model_config))
     check_datasets(args, model_config)
+    check_conversations(args, model_config)
     check_tokenizer_flags(args)
     import_start(args, model_config)
     start = check_start(args, model_config)

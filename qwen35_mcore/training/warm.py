@@ -37,6 +37,16 @@ LEFT_OUT = {flag for group in _GROUPS for row in GROUPS[group] for flag in row.f
     *("skip_train", "step_batch_size_schedule", "decrease_batch_size_if_needed"),
 }
 """Flags of the run that are about more than one rank's kernels, with all of their values."""
+OF_IMAGES = {
+    *("--vision", "--freeze", "--image-data", "--image-valid-data", "--pack-samples"),
+    "--bad-samples",
+}
+"""The vision tower compiles and tunes nothing."""
+EXCHANGE = {
+    *("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "moe_flex_dispatcher_num_sms"),
+    "moe_expert_rank_capacity_factor",
+}
+"""How ranks exchange rows of experts, which a rank by itself does not."""
 
 
 def read_words(plan: Path, more: list[str]) -> list[str]:
@@ -85,7 +95,8 @@ def cut_run(words: list[str], model_config: Qwen35Config, gpus: int) -> tuple[in
     ranks = math.lcm(together, ep * tensor)
     batch = int(_value(words, "--micro-batch-size") or 1) * (ranks // together)
     layers = min(LAYERS, model_config.num_hidden_layers)
-    cut = [*_without(words), "--override", f"num_hidden_layers={layers}"]
+    left_out = LEFT_OUT | EXCHANGE if ep * tensor == 1 else LEFT_OUT
+    cut = [*_without(words, left_out), "--override", f"num_hidden_layers={layers}"]
     if model_config.is_moe:
         local = model_config.num_experts // spread
         fewest = -(-model_config.num_experts_per_tok // ep)
@@ -124,11 +135,12 @@ def _value(words: list[str], flag: str) -> str | None:
     return found
 
 
-def _without(words: list[str]) -> list[str]:
+def _without(words: list[str], flags: set[str]) -> list[str]:
     kept, leaving = [], False
     for word in words:
         if word.startswith("--"):
-            leaving = destination(word.partition("=")[0]) in LEFT_OUT
+            name = word.partition("=")[0]
+            leaving = name in OF_IMAGES or destination(name) in flags
         if not leaving:
             kept.append(word)
     return kept

@@ -106,6 +106,20 @@ def test_what_a_run_keeps_or_reads_is_left_out() -> None:
     assert "--mock-data" in flags
 
 
+@pytest.mark.parametrize(("gpus", "dispatcher"), [(2, "flex"), (1, "alltoall")])
+def test_one_rank_exchanges_no_rows(gpus: int, dispatcher: str) -> None:
+    words = shlex.split("""
+        --flavor tiny-moe --expert-model-parallel-size 2 --seq-length 64 --micro-batch-size 1
+        --bf16 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep
+        --moe-expert-rank-capacity-factor 2 --vision --freeze vision merger --image-data folder
+    """)
+    model_config = get_flavor("tiny-moe")
+    ranks, flags = cut_run(words, model_config, gpus)
+    args = read_flags(flags, model_config, on_cpu=False)
+    assert (ranks, args.moe_token_dispatcher_type) == (gpus, dispatcher)
+    assert (args.qwen35_vision, args.image_data) == (False, None)
+
+
 def test_every_flag_of_a_run_may_be_given() -> None:
     """What needs --save, event files, another schedule or more stages goes with it."""
     run = shlex.split("""

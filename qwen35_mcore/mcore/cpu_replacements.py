@@ -16,11 +16,13 @@ from qwen35_mcore.mcore.cpu_stand_ins import (
     MeshOnCPU,
     NullEvent,
     NullStream,
+    gathering_unequal_parts,
     get_rng_state,
     made_as,
     made_from_data,
     norm_in_float32,
     one_by_one,
+    reducing_unequal_parts,
     replaced_by,
     returning_self,
     seed,
@@ -84,6 +86,7 @@ _MIXED_REASON = (
     "gathers float32 and bfloat16 parameters of a layer at once, for which gloo writes past its "
     "buffer"
 )
+_UNEQUAL_REASON = "ranks have unequal numbers of experts' tokens, and gloo wants equal parts"
 _DEVICE_REASON = "builds the name of a device from the current one's number"
 
 MEGATRON = _table(
@@ -101,6 +104,16 @@ MEGATRON = _table(
         "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
         split_sizes_on_cpu,
         "returns CPU tensors untouched, but all_to_all wants split sizes as numbers",
+    ),
+    (
+        "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
+        gathering_unequal_parts,
+        _UNEQUAL_REASON,
+    ),
+    (
+        "megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim",
+        reducing_unequal_parts,
+        _UNEQUAL_REASON,
     ),
     ("megatron.core.optimizer:Adam", replaced_by(FusedAdam), _OPTIMIZER_REASON),
     ("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", replaced_by(False), _OPTIMIZER_REASON),

@@ -186,6 +186,40 @@ def with_cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def gathering_unequal_parts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """All-gather along the first dimension, of parts that differ from rank to rank, as an exchange:
+    gloo gathers equal parts only."""
+
+    def gather(input_: Any, group: Any, output_split_sizes: Any = None, *rest: Any) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return original(input_, group, output_split_sizes, *rest)
+        ranks, length = group.size(), len(input_)
+        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+        sent = torch.cat([input_] * ranks)
+        torch.distributed.all_to_all_single(
+            output, sent, output_split_sizes, [length] * ranks, group=group
+        )
+        return output
+
+    return gather
+
+
+def reducing_unequal_parts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The reverse of `gathering_unequal_parts`: every rank's part, summed in the order of ranks."""
+
+    def reduce_scatter(input_: Any, group: Any, input_split_sizes: Any = None, *rest: Any) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return original(input_, group, input_split_sizes, *rest)
+        ranks, length = group.size(), input_split_sizes[group.rank()]
+        parts = input_.new_empty(ranks * length, *input_.shape[1:])
+        torch.distributed.all_to_all_single(
+            parts, input_.contiguous(), [length] * ranks, input_split_sizes, group=group
+        )
+        return parts.unflatten(0, (ranks, length)).sum(dim=0)
+
+    return reduce_scatter
+
+
 def norm_in_float32(original: Callable[..., Any]) -> Callable[..., Any]:
     """The norm of lists of gradients, as the kernels for GPUs compute it."""
 

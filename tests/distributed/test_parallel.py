@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed.cases import CASES, HYBRID
+from tests.distributed.cases import CASES, HYBRID, MOE
 from tests.helpers.distributed import WorkerPool
 from tests.helpers.equivalence import Case, compare
 from tests.helpers.kinds import kinds
+from tests.helpers.training import Layout
 
 TOKEN_LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 2e-5
@@ -73,6 +74,11 @@ HYBRID_KINDS = (
 )
 def test_equals_serial(case: Case, pool: WorkerPool) -> None:
     assert_equals_serial(pool, replace(case, steps=STEPS))
+
+
+def test_experts_divided_by_tensors_take_unequal_numbers_of_tokens(pool: WorkerPool) -> None:
+    layout = Layout(tp=2, ep=2, etp=2)
+    assert_equals_serial(pool, Case("TP2 x EP2 x ETP2", 4, layout, MOE, steps=STEPS))
 
 
 def assert_equals_serial(

@@ -28,8 +28,7 @@ _OF_THE_RUN = (
 
 def blocks_config(vision: VisionConfig, config: TransformerConfig) -> TransformerConfig:
     """The blocks' config. The tower's sequences are its own: it has no sequence parallelism, no
-    pipeline, and no FP8. Where the run recomputes whole layers, blocks are recomputed one by one;
-    where it recomputes parts of layers, those of them that a block has.
+    pipeline, and no FP8; blocks are recomputed one by one where the run recomputes whole layers.
 
     Args:
         config: of the language model, which says dtypes, tensor parallelism and the like.
@@ -38,24 +37,19 @@ def blocks_config(vision: VisionConfig, config: TransformerConfig) -> Transforme
         ConfigError: tensor parallelism divides the tower unevenly.
     """
     check_tensor_parallel(vision, config.tensor_model_parallel_size)
+    recompute = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
     return _tower_config(
         vision,
         config,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
         activation_func=partial(F.gelu, approximate="tanh"),
-        **_recompute(config),
+        **recompute if config.recompute_granularity == "full" else {},
     )
-
-
-def _recompute(config: TransformerConfig) -> dict[str, Any]:
-    if config.recompute_granularity == "full":
-        method = {"recompute_method": "uniform", "recompute_num_layers": 1}
-        return {"recompute_granularity": "full", **method}
-    modules = [name for name in config.recompute_modules or () if name in ("core_attn", "mlp")]
-    if config.recompute_granularity == "selective" and modules:
-        return {"recompute_granularity": "selective", "recompute_modules": modules}
-    return {}
 
 
 def merger_config(vision: VisionConfig, config: TransformerConfig) -> TransformerConfig:

@@ -83,9 +83,9 @@ class Qwen35VisionLanguageModel(Qwen35Model):
     ) -> Tensor:
         """Logits or losses, as of the language model.
 
-        Every pipeline stage takes the tokens and the grids, or the positions; the first takes all.
-        A context-parallel rank takes all images, and its part of what `place_features` and
-        `rope_index` made of the whole sequences.
+        A pipeline stage takes the tokens and the grids, or the positions and no tokens (None); that
+        of MTP takes tokens, and the first takes all. A context-parallel rank takes all images, and
+        its part of what `place_features` and `rope_index` made of the whole sequences.
 
         Args:
             input_ids: ``[b, s]`` int64, with an image token for each of the merger's outputs; under
@@ -159,8 +159,8 @@ class Qwen35VisionLanguageModel(Qwen35Model):
         return torch.cat([output, *(each.to(output.dtype) for each in images)])
 
     def _check_part(self, ids: Tensor, positions: Tensor | None) -> None:
-        kinds = (self.vision.image_token_id, self.vision.video_token_id)
-        if positions is None or any(bool((ids == kind).any()) for kind in kinds):
+        embeds = self.pre_process or self.mtp_process
+        if positions is None or (embeds and bool((mark_images(ids, self.vision) != ids).any())):
             raise DataError(
                 "a part of a sequence does not say where its images are",
                 got="no positions" if positions is None else "image tokens",

@@ -101,7 +101,7 @@ def write_data(output: Path) -> list[tuple[Path, str]]:
     is to be said of them."""
     write_model(output / "model")
     pictures = write_pictures(output / "data" / "pictures")
-    held_out, seen = pictures[::HELD_OUT], pictures
+    held_out = pictures[::HELD_OUT]
     seen = [one for number, one in enumerate(pictures) if number % HELD_OUT]
     corpus = output / "data" / "digits.jsonl"
     corpus.write_text("".join(json.dumps({"messages": conversation(*one)}) + "\n" for one in seen))

@@ -1,7 +1,8 @@
 """The tokenizer that made the data, kept beside the checkpoints for the export.
 
 A folder ``qwen35-tokenizer-*`` holds the tokenizer's files and a generation_config.json with its
-special ids, and where a run has images those of their processor. Its name is the string ``qwen35_tokenizer`` in the checkpoint's arguments.
+special ids; of a run of conversations also the files of the image processor. Its name is the string
+``qwen35_tokenizer`` in the checkpoint's arguments.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -54,6 +55,8 @@ TRAINING = (
 def main() -> int:
     args = parse_arguments()
     output, started = args.output, time.monotonic()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine, GPUs or not
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
     try:
         prepare(output)
         headline("1", "write scikit-learn's digits as pictures, with a question about each")

@@ -16,11 +16,15 @@ unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of processes; each 
 
 .PHONY: help
 help:  ## show this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 .PHONY: demo
 demo: $(VENV)/.installed-demo  ## train a tiny Qwen3.5 MoE on this CPU, resume it, draw its loss curve
 	$(BIN)/python examples/demo.py $(ARGS)
+
+.PHONY: demo-vision
+demo-vision: $(VENV)/.installed-demo-vision  ## train a tiny model on this CPU until it reads digits, ask transformers, too
+	$(BIN)/python examples/demo_vision.py $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.installed-test  ## run the tests; ARGS="-k rope" passes flags to pytest, WORKERS=0 runs one at a time

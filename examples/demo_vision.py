@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -46,7 +47,16 @@ CHAT_TEMPLATE = """\
 TRAINING = (
     *("--expert-model-parallel-size", "2", "--use-distributed-optimizer", "--num-workers", "0"),
     *("--seq-length", "48", "--micro-batch-size", "16", "--global-batch-size", "32"),
-    *("--lr", "3e-3", "--min-lr", "3e-4", "--lr-decay-style", "cosine", "--lr-warmup-iters", "20"),
+    *(
+        "--lr",
+        "3e-3",
+        "--min-lr",
+        "3e-4",
+        "--lr-decay-style",
+        "cosine",
+        "--lr-warmup-fraction",
+        "0.07",
+    ),
     *("--log-interval", "20", "--eval-interval", "1000", "--eval-iters", "4"),
 )
 
@@ -54,6 +64,8 @@ TRAINING = (
 def main() -> int:
     args = parse_arguments()
     output, started = args.output, time.monotonic()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine, GPUs or not
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
     try:
         prepare(output)
         headline("1", "write scikit-learn's digits as pictures, with a question about each")
@@ -101,7 +113,7 @@ def write_data(output: Path) -> list[tuple[Path, str]]:
     is to be said of them."""
     write_model(output / "model")
     pictures = write_pictures(output / "data" / "pictures")
-    held_out, seen = pictures[::HELD_OUT], pictures
+    held_out = pictures[::HELD_OUT]
     seen = [one for number, one in enumerate(pictures) if number % HELD_OUT]
     corpus = output / "data" / "digits.jsonl"
     corpus.write_text("".join(json.dumps({"messages": conversation(*one)}) + "\n" for one in seen))

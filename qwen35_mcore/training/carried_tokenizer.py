@@ -1,7 +1,8 @@
 """The tokenizer that made the data, kept beside the checkpoints for the export.
 
 A folder ``qwen35-tokenizer-*`` holds the tokenizer's files and a generation_config.json with its
-special ids, and where a run has images those of their processor. Its name is the string ``qwen35_tokenizer`` in the checkpoint's arguments.
+special ids; of a run of conversations also the files of the image processor. Its name is the string
+``qwen35_tokenizer`` in the checkpoint's arguments.
 """
 
 from __future__ import annotations
@@ -177,10 +178,11 @@ def _write(
             flush=True,
         )
     config.unlink()
-    source = _folder_of(tokenizer.name_or_path) if args.image_data else None
-    for name in PROCESSOR_FILES if source is not None else ():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    source = _folder_of(tokenizer.name_or_path)
+    if args.image_data and source is not None:
+        for path in (source / name for name in PROCESSOR_FILES):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
     ids = {name: known.get(name, getattr(tokenizer, name)) for name in SPECIAL_IDS}
     ids = {name: value for name, value in ids.items() if value is not None}
     if ids:

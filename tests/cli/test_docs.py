@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,10 +22,13 @@ import pytest
 
 from qwen35_mcore import data
 from qwen35_mcore.config.flavors import FLAVORS
+from qwen35_mcore.data.images.convert import convert
 from tests.helpers import documents
 from tests.helpers.click_words import click_command, parse_click
+from tests.helpers.conversations import PATCH, SPECIAL, make_processor, write_digits
 from tests.helpers.documents import ROOT, commands, fragments
 from tests.helpers.flag_words import GPU_FLAGS, without_gpu_flags
+from tests.helpers.image_rows import write_config
 
 LANGUAGES = (*documents.SHELL, "python", "json", "")
 TRAINS = ("examples/pretrain_qwen35.py", "qwen35_mcore.training.pretrain")
@@ -174,9 +178,26 @@ def test_training_commands_parse(workspace: Path) -> None:
         if "--pretrained-checkpoint" in flags:  # its file would have to be there
             at = flags.index("--pretrained-checkpoint")
             del flags[at : at + 2]
-            if not {"--flavor", "--hf-config"} & set(flags):  # that file is the model, too
+            if "--image-data" in flags:
+                flags += ["--hf-config", vision_language_folder(workspace)]
+            elif not {"--flavor", "--hf-config"} & set(flags):  # that file is the model, too
                 flags += ["--flavor", "35b-a3b"]
     parse_training(runs, workspace)
+
+
+def vision_language_folder(workspace: Path) -> str:
+    """A model's folder with a processor, beside conversations that it can read."""
+    folder = make_processor(workspace / "vision-language")
+    ids = {f"{kind}_token_id": SPECIAL.index(f"<|{kind}_pad|>") for kind in ("image", "video")}
+    text = FLAVORS["35b-a3b"]
+    tower = {"patch_size": PATCH, "out_hidden_size": text.hidden_size}
+    outer = {"vision_config": tower} | ids
+    write_config(folder, replace(text, model_type="qwen3_5_moe", carried_outer=outer))
+    corpus = write_digits(workspace / "digits", 40)
+    shards = workspace / "data/conversations"
+    split = {"split": "50,50,0", "processor": str(folder)}
+    convert(inputs=[corpus], output_dir=shards, quiet=True, **split)
+    return folder.name
 
 
 def test_the_tokenizing_script_parses() -> None:

@@ -105,4 +105,7 @@ def test_only_all_tests_are_exhaustive(tmp_path: Path) -> None:
 
 def test_make_without_a_target_lists_the_targets() -> None:
     listed = [line.split()[1] for line in make().splitlines()]
-    assert listed == [*("help", "demo", "test", "test-all", "check", "format", "install", "clean")]
+    assert listed == [
+        *("help", "demo", "demo-vision", "test", "test-all", "check", "format", "install"),
+        "clean",
+    ]

@@ -68,7 +68,7 @@ def make_qwen(folder: Path) -> Path:
 def arguments(save: Path | None, prefix: Path | None = None) -> Namespace:
     """What `carry_tokenizer` looks at."""
     data = dict.fromkeys(("data_args_path", "per_split_data_args_path", "train_data_path"))
-    data |= dict.fromkeys(("valid_data_path", "test_data_path", "split"))
+    data |= dict.fromkeys(("valid_data_path", "test_data_path", "split", "image_data"))
     data["data_path"] = prefix and [str(prefix)]
     return Namespace(save=save and str(save), rank=0, mock_data=prefix is None, **data)
 

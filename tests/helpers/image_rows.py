@@ -73,6 +73,9 @@ def write(path: Path, batch: VisionBatch) -> Path:
 
 def model_folder(folder: Path, config: Qwen35Config) -> Path:
     """A folder with the model's config and a tokenizer."""
-    make_bpe(folder)
+    return write_config(make_bpe(folder), config)
+
+
+def write_config(folder: Path, config: Qwen35Config) -> Path:
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
     return folder

@@ -245,7 +245,11 @@ CHANGES = (
         says="the run goes on at the same number of samples, in another order or other data; what "
         "was trained on may come again",
     ),
-    Change("conversations", POSITION, check=_say_where_conversations_begin),
+    Change(
+        "conversations",
+        ("image_data", "data_parallel_size", "num_workers", "pack_samples"),
+        check=_say_where_conversations_begin,
+    ),
     Change("frozen parts", ("freeze",), check=_check_frozen),
     Change(
         "tokenizer",
@@ -281,7 +285,8 @@ CHANGES = (
     Change("random states", ("data_parallel_random_init",), check=_check_random_states),
     Change("evaluation", ("eval_interval", "eval_iters")),
 )
-"""Every change has a test in tests/distributed/test_resume_changes.py."""
+"""Every change has a test: in tests/distributed/test_resume_changes.py, of images in
+test_vision_runs.py and test_conversation_runs.py beside it."""
 
 
 def _start_anew(args: Namespace, start: Start | None) -> str:

@@ -38,7 +38,9 @@ def test_shards_that_energon_knows(tmp_path: Path) -> None:
     save_digit(tmp_path / "data/large.png", 1, (64, 64))
     corpus = write_digits(tmp_path / "data", 20)
     with corpus.open("a") as file:
-        file.write(write_conversations(tmp_path / "one.jsonl", [ask(1, "large.png")]).read_text())
+        file.write(
+            write_conversations(tmp_path / "one.jsonl", [ask(1, *["large.png"] * 4)]).read_text()
+        )
     out = tmp_path / "new/out"
     options = ("--processor", processor, "--split", "90,10,0", "--workers", 2)
     limits = ("--max-length", 250, "--bad-samples", "skip")

@@ -15,14 +15,14 @@ from checkpoint_tools.table.names import mcore_to_hf
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.model.vision.freeze import PARTS, part_of
 from tests.distributed.cases import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, STATES
-from tests.distributed.test_parallel import assert_equals_serial
+from tests.distributed.test_parallel import TOKEN_LOSS_TOLERANCE, assert_equals_serial
 from tests.helpers.distributed import CaseError, WorkerPool
 from tests.helpers.equivalence import Case, batches, initial_weights, serial_run
 from tests.helpers.kinds import kinds
 from tests.helpers.reference_model import mean_loss, vision_language_model
-from tests.helpers.shards import assemble
+from tests.helpers.shards import assemble, load_global
 from tests.helpers.training import Layout, train
-from tests.helpers.vision import VisionBatch, token_types, vision_toy_config
+from tests.helpers.vision import VisionBatch, row, token_types, vision_toy_config
 
 MOE: dict[str, Any] = {"mtp_num_hidden_layers": 1}
 DENSE: dict[str, Any] = {"moe": False, "tie_word_embeddings": True}
@@ -122,6 +122,43 @@ def test_what_trained_in_parallel_is_transformers_model(pool: WorkerPool) -> Non
         logits = model(input_ids=tokens, mm_token_type_ids=token_types(tokens), **images).logits
     expected = mean_loss(logits, last.tokens[:, 1:])
     assert float(ours[0] / ours[1]) == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.exhaustive
+def test_evaluation_with_images_and_without(pool: WorkerPool) -> None:
+    """Without images the tower does not run then, and MTP's stage receives none."""
+    case = Case("evaluated", 2, vision(pp=2), MOE, steps=1)
+    config, [batch] = case.config, batches(case)
+    text = VisionBatch(config, [row(config, case.length, [], [], seed=n) for n in range(2)])
+    given = {"config": config, "weights": initial_weights(pool, config), "batches": [batch, text]}
+    [expected] = pool.run(evaluate, 1, layout=vision(), **given)
+    for losses in pool.run(evaluate, case.world, layout=case.layout, **given):
+        assert losses == pytest.approx(expected, abs=TOKEN_LOSS_TOLERANCE)
+
+
+def evaluate(
+    config: Qwen35Config, layout: Layout, weights: dict[str, torch.Tensor], batches: list[Any]
+) -> list[float]:
+    """The mean loss of each batch, in a pool worker."""
+    from tests.helpers.training import (
+        Result,
+        build_chunks,
+        config_for,
+        forward_backward,
+        initialize,
+    )
+
+    initialize(layout)
+    transformer_config = config_for(config, layout)
+    chunks = build_chunks(config, transformer_config, layout)
+    load_global(chunks, weights)
+    for chunk in chunks:
+        chunk.eval()
+    sums = [
+        forward_backward(batch, chunks, transformer_config, 1, Result(), 0, forward_only=True)
+        for batch in batches
+    ]
+    return [float(loss / tokens) for loss, tokens in sums]
 
 
 @pytest.mark.parametrize(

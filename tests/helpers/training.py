@@ -300,6 +300,7 @@ def forward_backward(
     micro_batch_size: int,
     result: Result,
     step: int,
+    forward_only: bool = False,
 ) -> torch.Tensor:
     """One global batch; returns the summed loss and the token count, equal on every rank. A
     microbatch of all replicas is consecutive samples, as in megatron's sampler."""
@@ -338,7 +339,7 @@ def forward_backward(
         seq_length=batch.tokens.shape[1] - 1,
         micro_batch_size=micro_batch_size,
         decoder_seq_length=batch.tokens.shape[1] - 1,
-        forward_only=False,
+        forward_only=forward_only,
     )
     losses = torch.zeros(2, device=batch.tokens.device)
     if ps.is_pipeline_last_stage(ignore_virtual=True):

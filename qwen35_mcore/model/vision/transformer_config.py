@@ -28,7 +28,8 @@ _OF_THE_RUN = (
 
 def blocks_config(vision: VisionConfig, config: TransformerConfig) -> TransformerConfig:
     """The blocks' config. The tower's sequences are its own: it has no sequence parallelism, no
-    pipeline, and no FP8; blocks are recomputed one by one where the run recomputes whole layers.
+    pipeline, and no FP8. Where the run recomputes whole layers, blocks are recomputed one by one;
+    where it recomputes the core of attention, that of the blocks is, too.
 
     Args:
         config: of the language model, which says dtypes, tensor parallelism and the like.
@@ -37,19 +38,23 @@ def blocks_config(vision: VisionConfig, config: TransformerConfig) -> Transforme
         ConfigError: tensor parallelism divides the tower unevenly.
     """
     check_tensor_parallel(vision, config.tensor_model_parallel_size)
-    recompute = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
     return _tower_config(
         vision,
         config,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
         activation_func=partial(F.gelu, approximate="tanh"),
-        **recompute if config.recompute_granularity == "full" else {},
+        **_recompute(config),
     )
+
+
+def _recompute(config: TransformerConfig) -> dict[str, Any]:
+    if config.recompute_granularity == "full":
+        method = {"recompute_method": "uniform", "recompute_num_layers": 1}
+        return {"recompute_granularity": "full", **method}
+    if config.recompute_granularity and "core_attn" in (config.recompute_modules or ()):
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
 
 
 def merger_config(vision: VisionConfig, config: TransformerConfig) -> TransformerConfig:

@@ -67,6 +67,7 @@ def main() -> int:
     output, started = args.output, time.monotonic()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine, GPUs or not
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises kernels of GPUs
     try:
         prepare(output)
         headline("1", "write scikit-learn's digits as pictures, with a question about each")
@@ -100,7 +101,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo-vision"))
-    parser.add_argument("--iters", type=int, default=360, help="iterations in all")
+    parser.add_argument("--iters", type=int, default=480, help="iterations in all")
     parser.add_argument("--stop-at", type=int, help="iteration to stop at; default: 5/8 of --iters")
     parser.add_argument("--wanted", type=float, default=0.9, help="share to be named rightly")
     args = parser.parse_args()

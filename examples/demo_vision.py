@@ -10,6 +10,7 @@ answer the same question about every held-out picture. Everything printed is in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -66,6 +67,7 @@ def main() -> int:
     output, started = args.output, time.monotonic()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine, GPUs or not
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises kernels of GPUs
     try:
         prepare(output)
         headline("1", "write scikit-learn's digits as pictures, with a question about each")
@@ -78,7 +80,8 @@ def main() -> int:
             raise DemoError(f"the second run began at {resumed.resumed_at}; see demo.log")
         headline("4", "export it, and ask both models about the pictures that were held out")
         run(output, "qwen35-ckpt", "export", output / "checkpoints", output / "exported")
-        accuracy = ask(output, held_out)
+        with open(output / "demo.log", "a") as log, contextlib.redirect_stderr(log):
+            accuracy = ask(output, held_out)
     except DemoError as error:
         console.print(f"[bold red]error:[/] {error}")
         return 1
@@ -98,10 +101,11 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo-vision"))
-    parser.add_argument("--iters", type=int, default=300, help="iterations in all")
-    parser.add_argument("--stop-at", type=int, default=180, help="iteration to stop at")
+    parser.add_argument("--iters", type=int, default=480, help="iterations in all")
+    parser.add_argument("--stop-at", type=int, help="iteration to stop at; default: 5/8 of --iters")
     parser.add_argument("--wanted", type=float, default=0.9, help="share to be named rightly")
     args = parser.parse_args()
+    args.stop_at = args.stop_at or max(1, args.iters * 5 // 8)
     if not 0 < args.stop_at < args.iters:
         parser.error("--stop-at must be between 1 and --iters - 1")
     args.output = args.output.resolve()
@@ -113,8 +117,8 @@ def write_data(output: Path) -> list[tuple[Path, str]]:
     is to be said of them."""
     write_model(output / "model")
     pictures = write_pictures(output / "data" / "pictures")
-    held_out = pictures[::HELD_OUT]
-    seen = [one for number, one in enumerate(pictures) if number % HELD_OUT]
+    held_out = [each[0] for each in pictures[::HELD_OUT]]
+    seen = [one for number, each in enumerate(pictures) if number % HELD_OUT for one in each]
     corpus = output / "data" / "digits.jsonl"
     corpus.write_text("".join(json.dumps({"messages": conversation(*one)}) + "\n" for one in seen))
     flags = ("--processor", output / "model", "--output-dir", output / "data" / "shards")
@@ -179,18 +183,21 @@ def model_config(ids: dict[str, int]) -> Qwen35Config:
     return replace(text, model_type="qwen3_5_moe", carried_outer=outer)
 
 
-def write_pictures(folder: Path) -> list[tuple[Path, str]]:
-    """Every digit as a file, and its name."""
-    from PIL import Image
+def write_pictures(folder: Path) -> list[list[tuple[Path, str]]]:
+    """Files of every digit, as it is and moved by a pixel to either side, each with its name."""
+    from PIL import Image, ImageChops
     from sklearn.datasets import load_digits
 
     folder.mkdir(parents=True)
     digits, pictures = load_digits(), []
     for number, (levels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         picture = Image.fromarray((levels * 15.9).astype("uint8")).convert("RGB")
-        path = folder / f"{number}.png"
-        picture.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(path)
-        pictures.append((path, NAMES[digit]))
+        picture = picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        pictures.append([])
+        for moved in (0, 1, -1):
+            path = folder / f"{number}{'' if not moved else f'_{moved}'}.png"
+            ImageChops.offset(picture, moved, moved).save(path)
+            pictures[-1].append((path, NAMES[digit]))
     return pictures
 
 

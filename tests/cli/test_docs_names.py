@@ -32,7 +32,8 @@ def test_named_flags_exist() -> None:
     known = {option for action in megatron_parser()._actions for option in action.option_strings}
     known |= click_options(click_command("qwen35")) | click_options(click_command("qwen35-ckpt"))
     for name in documents.tracked():
-        if re.search(r"^(launch|examples|tests/bench)/.*\.(py|sh|sbatch)$|/arguments\.py$", name):
+        scripts = r"^(launch|examples|tests/bench)/.*\.(py|sh|sbatch)$"
+        if re.search(rf"{scripts}|/(arguments|image_flags)\.py$", name):
             known |= set(re.findall(r"--[a-z][a-z0-9-]+", (ROOT / name).read_text()))
     named = [(where, " ".join(words)) for where, words in fragments("torchrun")]
     for document in documents.documents():

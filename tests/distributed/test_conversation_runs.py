@@ -42,7 +42,7 @@ def data(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(model: Path, data: Path, world_size: int, *more: object) -> Run:
     flags = [
-        *("--hf-config", model, "--vision", "--image-data", data, "--seq-length", 128),
+        *("--hf-config", model, "--vision", "--image-data", data, "--seq-length", 256),
         *("--micro-batch-size", 1, "--global-batch-size", 4, "--train-iters", 2),
         *("--lr", "1e-3", "--lr-decay-style", "constant", "--log-interval", 1),
         *("--eval-interval", 1, "--eval-iters", 1, "--num-workers", 1, "--save-interval", 1),

@@ -8,6 +8,7 @@ the best between halves of layers (``--decoder hybrid --hybrid-layer-pattern``).
 
 from __future__ import annotations
 
+import argparse
 import json
 from itertools import pairwise
 from operator import sub
@@ -81,6 +82,9 @@ def compare(plan: dict[str, Any]) -> tuple[float, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for folder in sorted(PRESETS.iterdir()):
         layers, fine = compare(json.loads((folder / "plan.json").read_text()))
         print(

@@ -72,9 +72,9 @@ def test_without_a_folder_nothing_is_set(clean: pytest.MonkeyPatch, value: str |
 @pytest.mark.parametrize(
     ("preset", "gpus", "ranks", "experts"),
     [
-        ("35b-a3b-16xh100", 8, 4, 64),  # 64 of 256 experts on a GPU
-        ("35b-a3b-16xh100", 2, 2, 64),
-        ("35b-a3b-16xh100", 1, 1, 64),
+        ("35b-a3b-16xh100", 8, 8, 32),  # 32 of 256 experts on a GPU
+        ("35b-a3b-16xh100", 2, 2, 32),
+        ("35b-a3b-16xh100", 1, 1, 32),
         ("122b-a10b-128xh100", 8, 8, 32),
         ("397b-a17b-512xh100", 8, 8, 64),
     ],

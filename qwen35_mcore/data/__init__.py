@@ -1,8 +1,9 @@
-"""Text, JSON lines and parquet to Megatron's ``PREFIX.bin`` and ``PREFIX.idx``.
+"""Text, JSON lines and parquet to Megatron's ``PREFIX.bin`` and ``PREFIX.idx``; in `images`,
+conversations to Energon's shards, and those to microbatches.
 
 Importing this package loads neither torch nor transformers nor pyarrow: worker processes and
-command lines that only check a dataset start in milliseconds. It may import `process`, `errors`
-and, for megatron's writer of datasets, `mcore.imports`.
+command lines that only check a dataset start in milliseconds. It may import `config`,
+`process`, `errors` and, for megatron's writer of datasets and Energon, `mcore`.
 """
 
 from __future__ import annotations

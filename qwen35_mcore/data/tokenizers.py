@@ -106,8 +106,9 @@ class HuggingFaceTokenizer:
         return self._backend.decode([i for i in ids if i != self.eod], skip_special_tokens=False)
 
 
-def hub_arguments(name: str) -> dict[str, Any]:
-    """Arguments of transformers' ``from_pretrained`` for a folder, or for a name on the hub.
+def where_to_load(name: str) -> tuple[str, bool]:
+    """What transformers' ``from_pretrained`` is to load, a folder or a name on the hub, and whether
+    from local files alone.
 
     Raises:
         DataError: it is a path, and no folder.
@@ -121,19 +122,16 @@ def hub_arguments(name: str) -> dict[str, Any]:
             "name on the Hugging Face hub",
             fix="name the folder that holds tokenizer.json",
         )
-    return {
-        "pretrained_model_name_or_path": str(folder) if is_path else name,
-        "local_files_only": is_path or not _hub_answers(name),
-    }
+    return str(folder) if is_path else name, is_path or not _hub_answers(name)
 
 
 def load_auto_tokenizer(name: str) -> Any:
     """transformers' tokenizer of that name. Raises DataError where it cannot be loaded."""
-    arguments = hub_arguments(name)
+    source, is_local = where_to_load(name)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(**arguments)
+        return AutoTokenizer.from_pretrained(source, local_files_only=is_local)
     except Exception as error:  # the Rust library raises bare Exception
         raise DataError(
             f"tokenizer {name!r} could not be loaded",

@@ -19,7 +19,7 @@ from transformers.image_utils import load_image
 from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.data.images.messages import Messages, map_media, texts, videos
 from qwen35_mcore.data.images.processor import load_processor
-from qwen35_mcore.data.tokenizers import hub_arguments, load_auto_tokenizer
+from qwen35_mcore.data.tokenizers import load_auto_tokenizer
 from qwen35_mcore.errors import DataError
 
 MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -96,7 +96,7 @@ class Chat:
                 f"tokenizer {name!r} has no chat template, or several",
                 fix="put the model's chat_template.jinja into the folder of the tokenizer",
             )
-        self.processor = load_processor(name, hub_arguments(name), self.tokenizer)
+        self.processor = load_processor(name, self.tokenizer)
         self._marked = bool(_MARKS_ANSWERS.search(self.tokenizer.chat_template))
         special = [
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special

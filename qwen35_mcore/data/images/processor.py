@@ -19,6 +19,7 @@ from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+from qwen35_mcore.data.tokenizers import where_to_load
 from qwen35_mcore.errors import DataError
 
 
@@ -57,19 +58,21 @@ class PillowProcessor(Qwen3VLProcessor):
         return type(argument)
 
 
-def load_processor(name: str, arguments: dict[str, Any], tokenizer: Any) -> PillowProcessor | None:
+def load_processor(name: str, tokenizer: Any) -> PillowProcessor | None:
     """The processor of a folder or name; None where it has no image processor, as a text model.
 
     Args:
-        name: how the user named it.
-        arguments: of ``from_pretrained``.
+        name: a Hugging Face folder or name.
         tokenizer: transformers' tokenizer of the same folder, which has the chat template.
 
     Raises:
         DataError: the image processor is not that of Qwen3.5.
     """
+    source, is_local = where_to_load(name)
     try:
-        images = AutoImageProcessor.from_pretrained(**arguments, backend="pil")
+        images = AutoImageProcessor.from_pretrained(
+            source, local_files_only=is_local, backend="pil"
+        )
     except OSError:
         return None
     if not isinstance(images, Qwen2VLImageProcessorPil):
@@ -79,7 +82,7 @@ def load_processor(name: str, arguments: dict[str, Any], tokenizer: Any) -> Pill
             allowed="Qwen2VLImageProcessor",
             fix="name the folder of a Qwen3.5 or Qwen3.6 checkpoint",
         )
-    frames = PillowVideoProcessor.from_pretrained(**arguments)
+    frames = PillowVideoProcessor.from_pretrained(source, local_files_only=is_local)
     frames.cap_pixels_per_frame = bool(frames.cap_pixels_per_frame)  # None warns in every process
     return PillowProcessor(
         image_processor=images,

@@ -178,7 +178,7 @@ class Samples(TaskEncoder):
         told = {key: vars(error)[key] for key in ("got", "allowed", "fix")}
         told["what"] = f"{where}: {error.what}"
         if self.bad_samples == "error" or self._in_a_row >= _MOST_IN_A_ROW:
-            raise FatalSampleError(f"{_RECORD}{json.dumps(told)}{_RECORD}")
+            raise FatalSampleError(f"{_RECORD}{json.dumps(told, default=str)}{_RECORD}")
         self._left_out.append(str(DataError(**told)))
         raise SkipSample
 
@@ -189,8 +189,8 @@ def refused(error: Exception) -> DataError | None:
     if len(parts) < 3:
         return None
     told = json.loads(parts[1])
-    fix = [told.pop("fix") or "make the data again without it"]
-    return DataError(**told, fix=f"{fix[0]}, or leave such samples out with --bad-samples skip")
+    fix = told.pop("fix") or "make the data again without it"
+    return DataError(**told, fix=f"{fix}, or leave such samples out with --bad-samples skip")
 
 
 def _part(files: dict[str, bytes], name: str) -> bytes:

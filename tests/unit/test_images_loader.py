@@ -1,0 +1,368 @@
+"""Microbatches from shards: rows, packing, masks and positions; order, restart and bad samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen35_mcore.config.vision import VisionConfig
+from qwen35_mcore.data.images.chat import MEDIA, Chat, Encoded, load_chat, open_image
+from qwen35_mcore.data.images.convert import convert
+from qwen35_mcore.data.images.loader import ImageLoader, image_datasets
+from qwen35_mcore.errors import DataError
+from qwen35_mcore.model.vision.rope import rope_index
+from tests.helpers.conversations import (
+    ask,
+    make_processor,
+    save_digit,
+    write_conversations,
+    write_digits,
+)
+
+SEQ, ROWS, COUNT = 256, 2, 24
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_processor(tmp_path_factory.mktemp("processor"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, processor: Path) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    return write_data(write_digits(folder, COUNT), folder / "out", processor, split="20,4,0")
+
+
+def write_data(corpus: Path, output: Path, processor: Path, **options: Any) -> Path:
+    convert(inputs=[corpus], output_dir=output, processor=str(processor), **options)
+    return output
+
+
+def tower(chat: Chat) -> VisionConfig:
+    assert chat.processor is not None
+    return VisionConfig(
+        out_hidden_size=64,
+        patch_size=4,
+        image_token_id=chat.processor.image_token_id,
+        video_token_id=chat.processor.video_token_id,
+    )
+
+
+def loaders(data: Path, processor: Path, **options: Any) -> tuple[ImageLoader, ImageLoader | None]:
+    return image_datasets(
+        **{
+            "train": data,
+            "processor": str(processor),
+            "vision": None if "vision" in options else tower(load_chat(str(processor))),
+            "rope_index": rope_index,
+            "seq_length": SEQ,
+            "micro_batch_size": ROWS,
+            "num_workers": 0,
+            "shuffle_buffer": 4,
+            "packing_buffer": 6,
+            **options,
+        }
+    )
+
+
+def training(data: Path, processor: Path, **options: Any) -> ImageLoader:
+    return loaders(data, processor, **options)[0]
+
+
+def stored(data: Path, processor: Path, part: str = "train") -> dict[tuple[int, ...], Encoded]:
+    """Every conversation of a split as `Chat.encode` makes it, by its tokens."""
+    chat, found = load_chat(str(processor)), {}
+    for path in data.glob(f"{part}-*.tar"):
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for name in (name for name in files if name.endswith(".json")):
+            key, content = name.partition(".")[0], json.loads(files[name])
+            images = {n: open_image(files[f"{key}.{n}"], n)[0] for n in content["paths"]}
+            encoded = chat.encode(content["messages"], images)
+            found[tuple(encoded.tokens.tolist())] = encoded
+    return found
+
+
+def documents(batch: dict[str, Any]) -> list[tuple[int, slice]]:
+    """Row and place of every document of a batch; padding is none."""
+    places = []
+    for row, padding in enumerate(batch["padding_mask"]):
+        length = int((~padding).sum())
+        assert not padding[:length].any()
+        bounds = [0, length]
+        if batch["cu_seqlens"] is not None:
+            bounds = [b for b in dict.fromkeys(batch["cu_seqlens"][row].tolist()) if b <= length]
+        places += [(row, slice(*pair)) for pair in pairwise(bounds) if length]
+    return places
+
+
+def keys(batches: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+    """The tokens of every document."""
+    return [
+        tuple(batch["tokens"][row, place].tolist())
+        for batch in batches
+        for row, place in documents(batch)
+    ]
+
+
+def epoch(loader: ImageLoader, samples: int) -> list[dict[str, Any]]:
+    batches: list[dict[str, Any]] = []
+    while len(keys(batches)) < samples:
+        batches.append(next(loader))
+    return batches
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["rows of one document", "packed"])
+def test_rows_hold_what_the_processor_makes(data: Path, processor: Path, packing: bool) -> None:
+    """Tokens, labels, answers, positions and patches of every document are its own."""
+    expected, vision = stored(data, processor), tower(load_chat(str(processor)))
+    batches = epoch(training(data, processor, packing=packing), 2 * len(expected))
+    assert set(keys(batches)) == expected.keys()
+    for batch in batches:
+        media: dict[str, list[torch.Tensor]] = {key: [] for key in MEDIA}
+        for row, place in documents(batch):
+            encoded = expected[tuple(batch["tokens"][row, place].tolist())]
+            labels = batch["labels"][row, place]
+            assert torch.equal(labels[:-1], encoded.tokens[1:])
+            counted = batch["loss_mask"][row, place]
+            assert torch.equal(counted[:-1].bool(), encoded.answers[1:])
+            assert counted[-1] == 0
+            grids = [encoded.media.get(key) for key in ("image_grid_thw", "video_grid_thw")]
+            positions = rope_index(encoded.tokens[None], vision, *grids)[:, 0]
+            assert torch.equal(batch["position_ids"][:, row, place], positions)
+            for key, value in encoded.media.items():
+                media[key].append(value)
+        for key, values in media.items():
+            if values:
+                assert torch.equal(batch[key], torch.cat(values))
+            else:
+                assert batch[key] is None
+        padding = batch["padding_mask"]
+        assert not batch["loss_mask"][padding].any()
+        assert batch["attention_mask"] is None
+        shapes = {key: tuple(batch[key].shape) for key in ("tokens", "labels", "position_ids")}
+        assert shapes == {
+            "tokens": (ROWS, SEQ),
+            "labels": (ROWS, SEQ),
+            "position_ids": (3, ROWS, SEQ),
+        }
+        assert (batch["cu_seqlens"] is not None) == packing
+
+
+def test_packed_rows_are_what_megatron_takes(data: Path, processor: Path) -> None:
+    """Bounds from 0 to the end of the row, of which megatron makes one sequence."""
+    from qwen35_mcore.mcore.imports import flatten_batch_for_packed_sequences
+
+    batch = next(training(data, processor, packing=True))
+    bounds, places = batch["cu_seqlens"], documents(batch)
+    assert bounds.dtype == batch["max_seqlen"].dtype == torch.int32
+    assert max(Counter(row for row, _ in places).values()) > 1
+    assert batch["max_seqlen"].tolist() == [int(row.diff().max()) for row in bounds]
+    assert bounds[:, 0].tolist() == [0] * ROWS
+    assert bounds[:, -1].tolist() == [SEQ] * ROWS
+    flat = flatten_batch_for_packed_sequences({**batch, "position_ids": None})
+    begins = {row * SEQ + place.start for row, place in places}
+    assert begins <= set(flat["cu_seqlens"][0].tolist())
+    assert flat["cu_seqlens"][0, -1] == ROWS * SEQ
+
+
+def test_text_models_count_positions_in_one_axis(tmp_path: Path) -> None:
+    folder = make_processor(tmp_path / "processor", images=False)
+    corpus = write_conversations(tmp_path / "c.jsonl", [ask(n) for n in range(4)])
+    data = write_data(corpus, tmp_path / "out", folder)
+    options = {"vision": None, "rope_index": None, "packing": True, "packing_buffer": 4}
+    batch = next(training(data, folder, **options))
+    assert batch["position_ids"].shape == (ROWS, SEQ)
+    for row, place in documents(batch):
+        assert batch["position_ids"][row, place].tolist() == list(range(place.stop - place.start))
+    assert all(batch[key] is None for key in MEDIA)
+
+
+@pytest.mark.parametrize(
+    ("workers", "packing"),
+    [(0, False), (0, True), (2, True), pytest.param(2, False, marks=pytest.mark.exhaustive)],
+)
+def test_a_restart_continues_with_the_next_sample(
+    data: Path, processor: Path, workers: int, packing: bool
+) -> None:
+    options = {"num_workers": workers, "packing": packing}
+    loader = training(data, processor, **options)
+    for _ in range(3):
+        next(loader)
+    states, batches = [], []
+    for _ in range(6):
+        states.append(loader.save_state())
+        batches.append(next(loader))
+    for done in (0, 4):
+        again = training(data, processor, **options)
+        again.restore_state(states[done])
+        assert keys([next(again) for _ in batches[done:]]) == keys(batches[done:])
+
+
+def test_before_the_first_sample_there_is_a_state(data: Path, processor: Path) -> None:
+    first, second = training(data, processor), training(data, processor)
+    second.restore_state(first.save_state())
+    assert keys([next(first)]) == keys([next(second)])
+
+
+def test_the_seed_gives_the_order(data: Path, processor: Path) -> None:
+    orders = [
+        keys([next(loader) for _ in range(8)])
+        for loader in (training(data, processor, seed=seed) for seed in (1, 1, 2))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_ranks_have_no_sample_in_common(data: Path, processor: Path, workers: int) -> None:
+    every = stored(data, processor).keys()
+    read = [
+        set(keys([next(loader) for _ in range(8)]))
+        for loader in (
+            training(data, processor, dp_rank=rank, dp_size=2, num_workers=workers)
+            for rank in range(2)
+        )
+    ]
+    assert read[0].isdisjoint(read[1])
+    assert read[0] | read[1] == every
+
+
+def test_validation_begins_again(data: Path, processor: Path) -> None:
+    """Every sample once, padding in the rows that are left, and then the first one."""
+    _, loader = loaders(data, processor, valid_micro_batch_size=3)
+    assert loader is not None
+    batches = [next(loader) for _ in range(4)]
+    order = keys(batches)
+    assert set(order[:4]) == stored(data, processor, "val").keys()
+    assert order[4:] == order[:4]
+    assert [len(keys([batch])) for batch in batches] == [3, 1, 3, 1]
+    assert batches[1]["padding_mask"][1:].all()
+
+
+def test_no_validation_data(tmp_path: Path, processor: Path) -> None:
+    corpus = write_conversations(tmp_path / "c.jsonl", [ask(1), ask(2)])
+    data = write_data(corpus, tmp_path / "out", processor)
+    assert loaders(data, processor)[1] is None
+    with pytest.raises(DataError, match="fewer samples of the split val"):
+        loaders(data, processor, valid=data)
+
+
+def test_a_blend_of_folders(tmp_path: Path, data: Path, processor: Path) -> None:
+    """Energon's own description of several folders and their weights."""
+    corpus = write_conversations(tmp_path / "c.jsonl", [ask(n, text="Other.") for n in range(4)])
+    other = write_data(corpus, tmp_path / "other", processor)
+    (tmp_path / "blend.yaml").write_text(
+        "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
+        f"      - {{path: {data}, weight: 1}}\n      - {{path: {other}, weight: 1}}\n"
+    )
+    loader, none = loaders(tmp_path / "blend.yaml", processor)
+    assert none is None
+    read = set(keys([next(loader) for _ in range(16)]))
+    assert read & stored(data, processor).keys()
+    assert read & stored(other, processor).keys()
+
+
+# what cannot be read
+
+
+def damaged(folder: Path, processor: Path) -> Path:
+    """Five samples, of which one has a broken image, one none, and one too many tokens."""
+    for number in range(5):
+        save_digit(folder / f"{number}.png", number)
+    conversations = [ask(n, f"{n}.png", text="x" * (400 if n == 3 else 4)) for n in range(5)]
+    out = write_data(
+        write_conversations(folder / "c.jsonl", conversations), folder / "out", processor
+    )
+    [path] = out.glob("*.tar")
+    shutil.copy(path, folder / "whole.tar")
+    with tarfile.open(folder / "whole.tar") as whole, tarfile.open(path, "w") as tar:
+        for member in whole:
+            content = bytearray(whole.extractfile(member).read())  # type: ignore[union-attr]
+            if member.name == "000000001.0.png":
+                content[30:] = bytes(len(content) - 30)
+            if member.name == "000000002.0.png":
+                member.name = "000000002.9.png"
+            with (folder / "content").open("wb+") as file:
+                file.write(content)
+                file.seek(0)
+                tar.addfile(member, file)
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_bad_samples_of_a_run(
+    tmp_path: Path, processor: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = damaged(tmp_path, processor)
+    loader = training(data, processor, num_workers=workers, bad_samples="skip", packing=workers > 0)
+    read = keys([next(loader) for _ in range(12)])
+    assert len(set(read)) == 2
+    said = capsys.readouterr().err
+    for line, what in (
+        (2, "the image 1.png cannot be opened"),
+        (3, "the shard has no 0.png of the sample"),
+        (4, "more tokens than a sequence holds\n  got: 4"),
+    ):
+        assert f"{tmp_path / 'c.jsonl'}:{line}" in said
+        assert what in said
+    assert said.count("warning: a sample of the training data is left out") == loader.left_out
+    assert f", {loader.left_out} so far on this rank" in said
+    strict = training(data, processor, num_workers=workers)
+    with pytest.raises(DataError, match=r"c\.jsonl:[234] ") as caught:
+        [next(strict) for _ in range(12)]
+    assert str(caught.value).endswith("or leave such samples out with --bad-samples skip")
+    assert str(caught.value).count("\n") <= 4
+
+
+def test_a_run_of_bad_samples_alone_ends(
+    tmp_path: Path, processor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen35_mcore.data.images.samples._MOST_IN_A_ROW", 10)
+    corpus = write_conversations(tmp_path / "c.jsonl", [ask(1), ask(2)])
+    data = write_data(corpus, tmp_path / "out", processor)
+    loader = training(data, processor, seq_length=8, bad_samples="skip")
+    with pytest.raises(DataError, match="more tokens than a sequence holds"):
+        next(loader)
+
+
+def test_images_need_a_tower(data: Path, processor: Path) -> None:
+    loader = training(data, processor, vision=None, rope_index=None)
+    with pytest.raises(DataError, match="the model has no vision tower"):
+        [next(loader) for _ in range(8)]
+
+
+def test_a_position_of_other_settings(data: Path, processor: Path) -> None:
+    state = training(data, processor).save_state()
+    for change, said in (
+        ({"seed": 2}, "seed 2"),
+        ({"num_workers": 1}, "workers 1"),
+        ({"dp_size": 2}, "data-parallel size 2"),
+        ({"micro_batch_size": 4}, "micro-batch size 4"),
+        ({"packing": True}, "packing True"),
+    ):
+        with pytest.raises(DataError, match="belongs to other settings") as caught:
+            training(data, processor, **change).restore_state(state)
+        assert f"got: {said}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"train": "nowhere"}, "is no dataset of conversations with images"),
+        ({"dp_size": 12, "num_workers": 2}, "got: 20 samples, 24 data-parallel ranks x workers"),
+    ],
+)
+def test_folders_that_cannot_be_read(
+    data: Path, processor: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        training(data, processor, **options)
+    assert said in str(caught.value)

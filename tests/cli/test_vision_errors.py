@@ -37,8 +37,9 @@ REFUSED = [
 KEPT = ("--vision", "--freeze vision --image-data conversations")
 
 
-@pytest.mark.parametrize(("more", "parts"), kinds(REFUSED, KEPT, lambda case: " ".join(case[0])))
-def test_refused(model: Path, more: list[str], parts: list[str]) -> None:
+@pytest.mark.parametrize("case", kinds(REFUSED, KEPT, lambda case: " ".join(case[0])))
+def test_refused(model: Path, case: tuple[list[str], list[str]]) -> None:
+    more, parts = case
     message = error_of(flags(model, *more))
     for part in parts:
         assert part in message

@@ -8,6 +8,7 @@ import pytest
 
 from tests.cli.test_pretrain_errors import error_of
 from tests.helpers.image_rows import model_folder
+from tests.helpers.kinds import kinds
 from tests.helpers.vision import vision_toy_config
 
 
@@ -33,8 +34,12 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("more", "parts"), REFUSED, ids=lambda value: " ".join(value))
-def test_refused(model: Path, more: list[str], parts: list[str]) -> None:
+KEPT = ("--vision", "--freeze vision --image-data conversations")
+
+
+@pytest.mark.parametrize("case", kinds(REFUSED, KEPT, lambda case: " ".join(case[0])))
+def test_refused(model: Path, case: tuple[list[str], list[str]]) -> None:
+    more, parts = case
     message = error_of(flags(model, *more))
     for part in parts:
         assert part in message
@@ -54,12 +59,14 @@ def test_a_model_without_a_tower(tmp_path: Path) -> None:
     assert message.startswith("the model has no vision tower")
 
 
+@pytest.mark.exhaustive
 def test_a_tower_that_contradicts_the_text(tmp_path: Path) -> None:
     config = vision_toy_config(vocab_size=512, vision={"out_hidden_size": 32})
     message = error_of(flags(model_folder(tmp_path, config), *VISION))
     assert "out_hidden_size must be the language model's hidden_size" in message
 
 
+@pytest.mark.exhaustive
 def test_tensor_parallelism_that_does_not_divide_the_tower(tmp_path: Path) -> None:
     config = vision_toy_config(vocab_size=512, vision={"num_heads": 1})
     folder = model_folder(tmp_path, config)
@@ -67,6 +74,7 @@ def test_tensor_parallelism_that_does_not_divide_the_tower(tmp_path: Path) -> No
     assert "does not divide the vision tower's num_heads" in message
 
 
+@pytest.mark.exhaustive
 def test_no_processor() -> None:
     message = error_of(
         [

@@ -82,6 +82,7 @@ def test_data_that_cannot_go_on_begin_anew_and_say_so(
     assert "--data-parallel-size 1 (the checkpoint's: 2)" in resumed.output()
 
 
+@pytest.mark.exhaustive
 def test_conversations_without_images_train_the_text_model(model: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     lines = write_digits(tmp_path / "all", 48).read_text().splitlines()

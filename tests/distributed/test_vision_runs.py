@@ -142,7 +142,8 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("case", kinds(FROZEN, ("language and vision, TP2 x PP2",)))
+@pytest.mark.parametrize("case", FROZEN)
+@pytest.mark.exhaustive
 def test_frozen_parts_stay_and_the_others_train(
     model: Path, data: Path, straight: Path, tmp_path: Path, case: str
 ) -> None:
@@ -170,6 +171,7 @@ def test_frozen_parts_stay_and_the_others_train(
     assert checkpoint_common(iteration(parts, 1))["args"].freeze == frozen
 
 
+@pytest.mark.exhaustive
 def test_other_frozen_parts_need_fresh_moments(
     model: Path, data: Path, straight: Path, tmp_path: Path
 ) -> None:

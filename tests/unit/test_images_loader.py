@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import shutil
 import tarfile
 from collections import Counter
@@ -233,6 +235,24 @@ def test_ranks_have_no_sample_in_common(data: Path, processor: Path, workers: in
     ]
     assert read[0].isdisjoint(read[1])
     assert read[0] | read[1] == every
+
+
+@pytest.mark.parametrize("end", ["closed", "garbage"])
+def test_workers_end_with_their_loader(
+    data: Path, processor: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Told to, not killed after a time limit."""
+    others = set(multiprocessing.active_children())
+    loader = training(data, processor, num_workers=1)
+    next(loader)
+    [worker] = set(multiprocessing.active_children()) - others
+    monkeypatch.setattr(type(worker), "terminate", lambda worker: None)
+    if end == "closed":
+        loader.close()
+    del loader
+    gc.collect()
+    worker.join(timeout=300)
+    assert not worker.is_alive()
 
 
 def test_validation_begins_again(data: Path, processor: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,3 +141,15 @@ def test_refused(model: Path, data: Path, more: list[str], says: str) -> None:
     assert refused.wait() == [2]
     assert refused.output().count("error: ") == 1
     assert says in refused.output()
+
+
+@pytest.mark.exhaustive
+def test_data_that_are_damaged_end_the_run(model: Path, data: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(data, tmp_path / "data")
+    [path] = damaged.glob("train-*.tar")
+    path.write_bytes(path.read_bytes().replace(b'{"messages"', b'x"messages"'))
+    refused = start(model, damaged, 1, "--global-batch-size", 1)
+    assert refused.wait() == [2]
+    assert refused.output().count("error: ") == 1
+    assert "the text of a sample is damaged" in refused.output()
+    assert "Traceback" not in refused.output()

@@ -65,8 +65,8 @@ class ImageLoader:
     def close(self) -> None:
         """End the workers; there are no more microbatches then.
 
-        Where Python ends them instead, with the process or as garbage, their queues are closed
-        before they are told: torch then waits five seconds for every worker.
+        Left to torch, at the end of the process or as garbage, workers are not told to end, and it
+        waits five seconds for each.
         """
         if (workers := self._loader._iterator) is not None:
             workers._shutdown_workers()

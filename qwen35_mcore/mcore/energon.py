@@ -21,7 +21,7 @@ try:
         stateless,
     )
     from megatron.energon.epathlib import EPath
-    from megatron.energon.errors import FatalSampleError
+    from megatron.energon.errors import FatalSampleError, reraise_exception
     from megatron.energon.flavors.webdataset.config import MAIN_FOLDER_NAME
     from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 except ModuleNotFoundError as missing:
@@ -45,5 +45,6 @@ __all__ = [
     "get_savable_loader",
     "get_train_dataset",
     "get_val_dataset",
+    "reraise_exception",
     "stateless",
 ]

@@ -18,6 +18,7 @@ from qwen35_mcore.model.vision.rope import rope_index
 
 Iterators = tuple[Iterator[Batch] | None, Iterator[Batch] | None, None]
 _of_chunks: list[Iterators] = []
+_loaders: list[ImageLoader] = []
 
 
 def conversations(vp_stage: int | None = None) -> Iterators:
@@ -44,12 +45,19 @@ def conversations(vp_stage: int | None = None) -> Iterators:
     return _of_chunks[vp_stage or 0]
 
 
+def close_loaders() -> None:
+    """End the workers of this rank's loaders."""
+    while _loaders:
+        _loaders.pop().close()
+
+
 def _loaders_of_this_rank(args: Namespace) -> tuple[ImageLoader | None, ImageLoader | None]:
     position = read_position(args.qwen35_position) if args.qwen35_position else {}
     if mpu.get_tensor_model_parallel_rank():
         return None, None
     seed = position.get("seed", args.seed + args.iteration)
     train, valid = _image_datasets(args, seed)
+    _loaders[:] = [loader for loader in (train, valid) if loader is not None]
     if valid is None and args.eval_iters:  # a metadataset's parts are not looked at before
         raise DataError(
             "the run evaluates and its data have no part for validation",

@@ -40,6 +40,7 @@ with quiet_imports():
     from qwen35_mcore.training.arguments import parse_arguments
     from qwen35_mcore.training.datasets import datasets
     from qwen35_mcore.training.forward_step import forward_step
+    from qwen35_mcore.training.image_data import close_loaders
     from qwen35_mcore.training.job_errors import reported_once
     from qwen35_mcore.training.loss import loss_function
 
@@ -77,13 +78,16 @@ def train(
     install(partial(training_flops, model_config), accept_untested=args.accept_untested_megatron)
     if args.optimizer == "muon" and args.rank == 0:
         print(f"> {describe(model_config, args.muon_scalar_optimizer)}", flush=True)
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider=model_provider,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            model_provider=model_provider,
+        )
+    finally:
+        close_loaders()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.data.images.convert import convert
-from tests.distributed.test_vision_runs import iteration, saved_in
+from tests.distributed.test_vision_runs import CP2, PP2, iteration, saved_in
 from tests.helpers.conversations import SPECIAL, make_processor, write_digits
 from tests.helpers.image_rows import write_config
 from tests.helpers.pretrain_runs import Run, script_server
@@ -18,9 +19,11 @@ from tests.helpers.vision import vision_toy_config
 
 EP2 = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]
 
+LAYOUTS = {"cp2": (2, CP2), "cp2-pp2": (4, [*CP2, *PP2])}
+
 
 def model_config() -> Qwen35Config:
-    config = vision_toy_config(vocab_size=512)
+    config = vision_toy_config(vocab_size=512, mtp_num_hidden_layers=1)
     ids = {f"{kind}_token_id": SPECIAL.index(f"<|{kind}_pad|>") for kind in ("image", "video")}
     return replace(config, carried_outer=config.carried_outer | ids)
 
@@ -72,6 +75,30 @@ def test_a_run_that_resumes_goes_on_with_the_next_sample(
     assert logged_scalars(whole / "log") == logged_scalars(parts / "log")
 
 
+@pytest.fixture(scope="module")
+def packed(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, two steps."""
+    folder = tmp_path_factory.mktemp("packed")
+    run(model, data, 1, "--pack-samples", *saved_in(folder))
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.exhaustive
+def test_packed_samples_train_the_same_in_parallel(
+    model: Path, data: Path, packed: Path, tmp_path: Path, layout: str
+) -> None:
+    """Of the second step, with the position of one process: each axis of the positions is shared
+    document by document, as the tokens are."""
+    world, flags = LAYOUTS[layout]
+    source = ["--load", packed, "--ckpt-step", 1, "--tensorboard-dir", tmp_path / "log"]
+    run(model, data, world, "--pack-samples", *flags, *source, "--save", tmp_path)
+    expected, got = logged_scalars(packed / "log"), logged_scalars(tmp_path / "log")
+    for name in ("lm loss", "mtp_1 loss", "lm loss validation", "grad-norm"):
+        tolerance = 2e-5 if name == "grad-norm" else 2e-6
+        assert got[name][2] == pytest.approx(expected[name][2], rel=tolerance), name
+
+
 @pytest.mark.exhaustive
 def test_data_that_cannot_go_on_begin_anew_and_say_so(
     model: Path, data: Path, tmp_path: Path
@@ -114,3 +141,15 @@ def test_refused(model: Path, data: Path, more: list[str], says: str) -> None:
     assert refused.wait() == [2]
     assert refused.output().count("error: ") == 1
     assert says in refused.output()
+
+
+@pytest.mark.exhaustive
+def test_data_that_are_damaged_end_the_run(model: Path, data: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(data, tmp_path / "data")
+    [path] = damaged.glob("train-*.tar")
+    path.write_bytes(path.read_bytes().replace(b'{"messages"', b'x"messages"'))
+    refused = start(model, damaged, 1, "--global-batch-size", 1)
+    assert refused.wait() == [2]
+    assert refused.output().count("error: ") == 1
+    assert "the text of a sample is damaged" in refused.output()
+    assert "Traceback" not in refused.output()

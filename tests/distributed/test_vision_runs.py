@@ -23,10 +23,10 @@ from tests.helpers.run_results import (
     checkpoint_tensors,
     logged_scalars,
 )
-from tests.helpers.vision import VisionBatch, row, token_types, vision_toy_config
+from tests.helpers.vision import IMAGE, VisionBatch, row, token_types, vision_toy_config
 
 STEPS, HALF, ROWS, LENGTH = 4, 2, 8, 64
-CONFIG = vision_toy_config(vocab_size=512)
+CONFIG = vision_toy_config(vocab_size=512, mtp_num_hidden_layers=1)
 ONE: list[str] = []
 TP2, PP2, EP2, CP2 = (
     [flag, "2"]
@@ -110,7 +110,7 @@ def test_equals_one_process(
     source = ["--load", straight, "--ckpt-step", HALF, "--save", tmp_path]
     run(model, data, world, DISTRIBUTED, *flags, *source, "--tensorboard-dir", tmp_path / "log")
     expected, got = logged_scalars(straight / "log"), logged_scalars(tmp_path / "log")
-    for name, tolerance in (("lm loss", 2e-6), ("grad-norm", 2e-5)):
+    for name, tolerance in (("lm loss", 2e-6), ("mtp_1 loss", 2e-6), ("grad-norm", 2e-5)):
         for step in range(HALF + 1, STEPS + 1):
             assert got[name][step] == pytest.approx(expected[name][step], rel=tolerance), name
     validation = "lm loss validation"
@@ -126,6 +126,18 @@ def test_resume_is_exact(model: Path, data: Path, tmp_path: Path) -> None:
     run(model, data, 2, *common, *saved_in(parts))
     assert_same_tensors(iteration(whole, 2), iteration(parts, 2))
     assert logged_scalars(whole / "log") == logged_scalars(parts / "log")
+
+
+def test_tokens_that_do_not_fit_the_images_end_the_run(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    batch = torch.load(data, weights_only=False)
+    batch.tokens[0, batch.tokens[0].tolist().index(IMAGE)] = 1
+    refused = start(model, write(tmp_path / "rows.pt", batch), 1, DISTRIBUTED)
+    assert refused.wait() == [2]
+    assert refused.output().count("error: ") == 1
+    assert "error: the text has other numbers of image tokens" in refused.output()
+    assert "Traceback" not in refused.output()
 
 
 PARTS = {

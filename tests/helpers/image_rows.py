@@ -44,6 +44,9 @@ class MemoryLoader(ImageLoader):
     def restore_state(self, state: dict[str, Any]) -> None:
         self.read = state["read"]
 
+    def close(self) -> None:
+        """It has no workers."""
+
 
 def use_memory(script: Any) -> None:
     """Let a run of the script read ``--image-data`` and ``--image-valid-data`` as `write` wrote

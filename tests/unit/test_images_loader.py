@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import shutil
 import tarfile
 from collections import Counter
@@ -235,6 +237,24 @@ def test_ranks_have_no_sample_in_common(data: Path, processor: Path, workers: in
     assert read[0] | read[1] == every
 
 
+@pytest.mark.parametrize("end", ["closed", "garbage"])
+def test_workers_end_with_their_loader(
+    data: Path, processor: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Told to, not killed after a time limit."""
+    others = set(multiprocessing.active_children())
+    loader = training(data, processor, num_workers=1)
+    next(loader)
+    [worker] = set(multiprocessing.active_children()) - others
+    monkeypatch.setattr(type(worker), "terminate", lambda worker: None)
+    if end == "closed":
+        loader.close()
+    del loader
+    gc.collect()
+    worker.join(timeout=300)
+    assert not worker.is_alive()
+
+
 def test_validation_begins_again(data: Path, processor: Path) -> None:
     """Every sample once, padding in the rows that are left, and then the first one."""
     _, loader = loaders(data, processor, valid_micro_batch_size=3)
@@ -274,10 +294,11 @@ def test_a_blend_of_folders(tmp_path: Path, data: Path, processor: Path) -> None
 
 
 def damaged(folder: Path, processor: Path) -> Path:
-    """Five samples, of which one has a broken image, one none, and one too many tokens."""
-    for number in range(5):
+    """Six samples, of which one has a broken image, one none, one too many tokens, and one has a
+    broken text."""
+    for number in range(6):
         save_digit(folder / f"{number}.png", number)
-    conversations = [ask(n, f"{n}.png", text="x" * (400 if n == 3 else 4)) for n in range(5)]
+    conversations = [ask(n, f"{n}.png", text="x" * (400 if n == 3 else 4)) for n in range(6)]
     out = write_data(
         write_conversations(folder / "c.jsonl", conversations), folder / "out", processor
     )
@@ -290,6 +311,8 @@ def damaged(folder: Path, processor: Path) -> Path:
                 content[30:] = bytes(len(content) - 30)
             if member.name == "000000002.0.png":
                 member.name = "000000002.9.png"
+            if member.name == "000000005.json":
+                content[:1] = b"x"
             with (folder / "content").open("wb+") as file:
                 file.write(content)
                 file.seek(0)
@@ -313,13 +336,41 @@ def test_bad_samples_of_a_run(
     ):
         assert f"{tmp_path / 'c.jsonl'}:{line}" in said
         assert what in said
+    assert "key 000000005: the text of a sample is damaged" in said
     assert said.count("warning: a sample of the training data is left out") == loader.left_out
     assert f", {loader.left_out} so far on this rank" in said
     strict = training(data, processor, num_workers=workers)
-    with pytest.raises(DataError, match=r"c\.jsonl:[234] ") as caught:
+    with pytest.raises(DataError, match=r"c\.jsonl:[234] |key 0+5: ") as caught:
         [next(strict) for _ in range(12)]
     assert str(caught.value).endswith("or leave such samples out with --bad-samples skip")
     assert str(caught.value).count("\n") <= 4
+
+
+def test_tokens_that_do_not_fit_the_images_are_a_bad_sample(
+    data: Path, processor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Chat.encode
+
+    def with_one_token_less(chat: Chat, *args: Any) -> Encoded:
+        encoded = encode(chat, *args)
+        image = encoded.tokens == tower(chat).image_token_id
+        first = image & (image.cumsum(0) == 1)
+        return encoded._replace(tokens=encoded.tokens.masked_fill(first, 0))
+
+    monkeypatch.setattr(Chat, "encode", with_one_token_less)
+    loader = training(data, processor)
+    with pytest.raises(DataError, match=r"jsonl:\d+ .*other numbers of image tokens") as caught:
+        [next(loader) for _ in range(8)]
+    assert str(caught.value).endswith("or leave such samples out with --bad-samples skip")
+
+
+def test_what_nobody_foresaw_ends_the_run(
+    data: Path, processor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Energon leaves such samples out, and prints why between the lines of the log."""
+    monkeypatch.setattr(Chat, "encode", lambda *_: {}["nothing"])
+    with pytest.raises(KeyError, match="nothing"):
+        next(training(data, processor, bad_samples="skip"))
 
 
 def test_a_run_of_bad_samples_alone_ends(

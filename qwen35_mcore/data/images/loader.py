@@ -62,6 +62,18 @@ class ImageLoader:
             )
         return batch
 
+    def close(self) -> None:
+        """End the workers; there are no more microbatches then.
+
+        Left to torch, at the end of the process or as garbage, workers are not told to end, and it
+        waits five seconds for each.
+        """
+        if (workers := self._loader._iterator) is not None:
+            workers._shutdown_workers()
+
+    def __del__(self) -> None:
+        self.close()
+
     def save_state(self) -> dict[str, Any]:
         """Where this rank is: plain values, and ``energon``, bytes. Every data-parallel rank has
         its own."""
@@ -162,6 +174,7 @@ def image_datasets(
         get_savable_loader,
         get_train_dataset,
         get_val_dataset,
+        reraise_exception,
     )
 
     from qwen35_mcore.data.images.chat import load_chat  # isort: skip  # both need the extra
@@ -172,7 +185,11 @@ def image_datasets(
     if vision is not None:
         chat.check_tower(vision)
     workers = WorkerConfig(
-        rank=dp_rank, world_size=dp_size, num_workers=num_workers, seed_offset=seed
+        rank=dp_rank,
+        world_size=dp_size,
+        num_workers=num_workers,
+        seed_offset=seed,
+        global_error_handler=reraise_exception,  # Energon's own prints it and leaves the sample out
     )
 
     def loader(path: Path, part: str, rows: int) -> ImageLoader:

@@ -29,9 +29,11 @@ _RECORD = "\x1e"
 
 @edataclass
 class Document(Sample):
-    """An encoded conversation."""
+    """An encoded conversation of n tokens, and their positions: ``[3, n]``, or ``[n]`` without a
+    tower."""
 
     encoded: Encoded
+    positions: Tensor
 
 
 @edataclass
@@ -70,7 +72,13 @@ class Samples(TaskEncoder):
         """A sample as `qwen35_mcore.data.images.shards` stores it. Raises SkipSample or
         FatalSampleError for a bad one."""
         stored, files = sample.sequence
-        content = json.loads(stored)
+        try:
+            content = json.loads(stored)
+        except ValueError as error:
+            damaged = DataError(
+                "the text of a sample is damaged", got=str(error), fix="copy the data again"
+            )
+            self._refuse(f"key {sample.__key__}", damaged)
         try:
             images = {
                 name: open_image(_part(files, name), path)[0]
@@ -83,10 +91,11 @@ class Samples(TaskEncoder):
                     fix="train a vision-language model, or make the data without images",
                 )
             check_length(encoded, self.seq_length, "--seq-length")
+            positions = self._positions(encoded)
         except DataError as error:
             self._refuse(f"{content['source']} (key {sample.__key__})", error)
         self._in_a_row = 0
-        return Document.derive_from(sample, encoded=encoded)
+        return Document.derive_from(sample, encoded=encoded, positions=positions)
 
     @stateless
     def select_samples_to_pack(self, samples: list[Document]) -> list[list[Document]]:
@@ -111,17 +120,14 @@ class Samples(TaskEncoder):
     def batch(self, samples: list[Document | Row]) -> dict[str, Any]:
         """A microbatch; rows that the end of the data leaves open are padding."""
         packed = isinstance(samples[0], Row)
-        rows = [
-            [document.encoded for document in (sample.documents if packed else [sample])]
-            for sample in samples
-        ]
+        rows = [sample.documents if packed else [sample] for sample in samples]
         rows += [[] for _ in range(self.rows - len(rows))]
         made = [self._row(row) for row in rows]
         batch: dict[str, Any] = {key: torch.stack([row[key] for row in made]) for key in made[0]}
-        batch["position_ids"] = torch.stack([self._positions(row) for row in rows], dim=-2)
-        documents = [document for row in rows for document in row]
+        batch["position_ids"] = torch.stack([self._row_positions(row) for row in rows], dim=-2)
+        media = [document.encoded.media for row in rows for document in row]
         for key in MEDIA:
-            given = [document.media[key] for document in documents if key in document.media]
+            given = [each[key] for each in media if key in each]
             batch[key] = torch.cat(given) if given else None
         bounds = [self._bounds(row) for row in rows] if packed else None
         left_out, self._left_out = self._left_out, []
@@ -132,7 +138,7 @@ class Samples(TaskEncoder):
             | {"left_out": left_out}
         )
 
-    def _row(self, documents: Sequence[Encoded]) -> dict[str, Tensor]:
+    def _row(self, documents: Sequence[Document]) -> dict[str, Tensor]:
         """Everything of a row that has a value a token, ``[s]``."""
         tokenizer = self.chat.tokenizer
         padding = next(
@@ -145,7 +151,7 @@ class Samples(TaskEncoder):
             "padding_mask": torch.ones(self.seq_length, dtype=torch.bool),
         }
         start = 0
-        for tokens, answers, _ in documents:
+        for tokens, answers, _ in (document.encoded for document in documents):
             end = start + len(tokens)
             row["tokens"][start:end] = tokens
             row["labels"][start : end - 1] = tokens[1:]
@@ -154,21 +160,22 @@ class Samples(TaskEncoder):
             start = end
         return row
 
-    def _positions(self, documents: Sequence[Encoded]) -> Tensor:
+    def _positions(self, encoded: Encoded) -> Tensor:
+        tokens, _, media = encoded
+        if self.vision is None or self.rope_index is None:
+            return torch.arange(len(tokens))
+        grids = (media.get("image_grid_thw"), media.get("video_grid_thw"))
+        return self.rope_index(tokens[None], self.vision, *grids)[:, 0]
+
+    def _row_positions(self, documents: Sequence[Document]) -> Tensor:
         """``[3, s]``, or ``[s]`` without a tower; padding counts from zero."""
-        parts = []
-        for tokens, _, media in documents:
-            if self.vision is None or self.rope_index is None:
-                parts.append(torch.arange(len(tokens)))
-                continue
-            grids = (media.get("image_grid_thw"), media.get("video_grid_thw"))
-            parts.append(self.rope_index(tokens[None], self.vision, *grids)[:, 0])
+        parts = [document.positions for document in documents]
         rest = torch.arange(self.seq_length - sum(part.shape[-1] for part in parts))
         parts.append(rest if self.vision is None else rest.expand(3, -1))
         return torch.cat(parts, dim=-1)
 
-    def _bounds(self, documents: Sequence[Encoded]) -> Tensor:
-        lengths = [0, *(len(document.tokens) for document in documents)]
+    def _bounds(self, documents: Sequence[Document]) -> Tensor:
+        lengths = [0, *(len(document.encoded.tokens) for document in documents)]
         bounds = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         full = int(bounds[-1]) == self.seq_length
         return bounds if full else torch.cat([bounds, bounds.new_tensor([self.seq_length])])

@@ -22,6 +22,7 @@ OF_A_TYPE_OF_ITS_OWN = {
     "window_attn_skip_freq": "2",
     "cuda_graph_modules": "attn",
     "cuda_graph_scope_deprecated": "attn",
+    "moe_input_jitter_eps": "0.5",  # below 1
 }
 
 

@@ -109,7 +109,7 @@ class DatasetWriter:
         self._builder: Any = None
 
     def __enter__(self) -> Self:
-        with self._writing():
+        with writing(self._prefix):
             self._prefix.parent.mkdir(parents=True, exist_ok=True)
             if self._overwrite:
                 self._bin.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ class DatasetWriter:
 
     def add(self, ids: np.ndarray, lengths: Sequence[int]) -> None:
         """Append documents: ``ids`` of all of them joined, ``lengths`` in tokens."""
-        with self._writing():
+        with writing(self._prefix):
             start = 0
             for length in lengths:
                 self._builder.add_document(ids[start : start + length], [length])
@@ -131,7 +131,7 @@ class DatasetWriter:
 
     def commit(self, sidecar: str) -> None:
         """Publish the dataset, with ``sidecar`` as the content of ``PREFIX.json``."""
-        with self._writing():
+        with writing(self._prefix):
             self._builder.finalize(str(self._idx))
             self._json.write_text(sidecar)
             for path in (self._bin, self._idx, self._json):
@@ -168,16 +168,18 @@ class DatasetWriter:
         if cache.is_dir():
             shutil.rmtree(cache)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"{self._prefix} cannot be written",
-                got=str(error),
-                fix="check the folder's permissions and the space left on its disk",
-            ) from error
+
+@contextmanager
+def writing(target: Path | str) -> Iterator[None]:
+    """Make a disk that is full or not to be written to one DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{target} cannot be written",
+            got=str(error),
+            fix="check the folder's permissions and the space left on its disk",
+        ) from error
 
 
 def _unfinished(partial: Path | str) -> DataError:

@@ -9,12 +9,11 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from qwen35_mcore.data.writer import writing
 from qwen35_mcore.errors import DataError
 from qwen35_mcore.process.sync import sync
 
@@ -126,7 +125,7 @@ class ShardWriter:
         self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
-        with self._writing():
+        with writing(self._folder):
             if self._overwrite and self._partial.exists():
                 shutil.rmtree(self._partial)
             self._partial.mkdir(parents=True)
@@ -139,7 +138,7 @@ class ShardWriter:
             self._split, key=lambda part: self._split[part] * (number + 1) - self.counts[part]
         )
         content = json.dumps(sample.content, ensure_ascii=False).encode(errors="surrogatepass")
-        with self._writing():
+        with writing(self._folder):
             self._shard(part).write({"__key__": f"{number:09d}", "json": content, **sample.files})
         self.counts[part] += 1
 
@@ -152,7 +151,7 @@ class ShardWriter:
                 got=f"{self.counts.total()} samples",
                 fix="give it a larger share in --split, or none",
             )
-        with self._writing():
+        with writing(self._folder):
             for shard in self._open.values():
                 shard.close()
             self._write_metadata()
@@ -212,17 +211,6 @@ class ShardWriter:
         metadata = self._partial / MAIN_FOLDER_NAME
         (metadata / "dataset.yaml").write_text(_DATASET)
         (metadata / "sample_loader.py").write_text(_SAMPLE_LOADER)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"{self._folder} cannot be written",
-                got=str(error),
-                fix="check the folder's permissions and the space left on its disk",
-            ) from error
 
 
 def _partial(folder: Path) -> Path:

@@ -194,7 +194,7 @@ def vision_language_folder(workspace: Path) -> str:
     outer = {"vision_config": tower} | ids
     write_config(folder, replace(text, model_type="qwen3_5_moe", carried_outer=outer))
     corpus = write_digits(workspace / "digits", 40)
-    shards = workspace / "data/conversations"
+    shards = workspace / "data/chats"
     split = {"split": "50,50,0", "processor": str(folder)}
     convert(inputs=[corpus], output_dir=shards, quiet=True, **split)
     return folder.name

@@ -137,6 +137,7 @@ def test_an_existing_folder_is_kept(tmp_path: Path, processor: Path) -> None:
         run(corpus, tmp_path / "out", processor)
     write_conversations(corpus, [ask(3)])
     assert run(corpus, tmp_path / "out", processor, overwrite=True).samples == {"train": 1}
+    assert not list(tmp_path.glob("out.*"))  # neither a part nor what was replaced
     assert len(samples(tmp_path / "out")["train-000000.tar"]) == 1
     other = tmp_path / "other"
     other.mkdir()

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
@@ -157,10 +158,15 @@ class ShardWriter:
             self._write_metadata()
             for path in self._partial.rglob("*"):
                 sync(path)
-            if self._folder.exists():
-                shutil.rmtree(self._folder)
+            replaced = None
+            if self._folder.exists():  # whole until the new one is in its place
+                prefix = f"{self._folder.name}.replaced."
+                replaced = tempfile.mkdtemp(prefix=prefix, dir=self._folder.parent)
+                self._folder.replace(replaced)
             self._partial.replace(self._folder)
             sync(self._folder.parent)
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
 
     def __exit__(
         self,

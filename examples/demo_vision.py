@@ -48,16 +48,8 @@ CHAT_TEMPLATE = """\
 TRAINING = (
     *("--expert-model-parallel-size", "2", "--use-distributed-optimizer", "--num-workers", "0"),
     *("--seq-length", "48", "--micro-batch-size", "16", "--global-batch-size", "32"),
-    *(
-        "--lr",
-        "3e-3",
-        "--min-lr",
-        "3e-4",
-        "--lr-decay-style",
-        "cosine",
-        "--lr-warmup-fraction",
-        "0.07",
-    ),
+    *("--lr", "3e-3", "--min-lr", "3e-4", "--lr-decay-style", "cosine"),
+    *("--lr-warmup-fraction", "0.07"),
     *("--log-interval", "20", "--eval-interval", "1000", "--eval-iters", "4"),
 )
 

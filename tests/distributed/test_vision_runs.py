@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
 
 from tests.helpers.ckpt_cli import ckpt, ok
+from tests.helpers.hf_reference import load_pretrained
 from tests.helpers.image_rows import model_folder, use_memory, write
 from tests.helpers.kinds import kinds
 from tests.helpers.pretrain_runs import Run, script_server
@@ -207,7 +207,7 @@ def test_the_exported_model_has_the_loss_that_was_logged(
     steps = ["--train-iters", 5, "--save-interval", 5]
     run(model, data, world, DISTRIBUTED, *flags, *steps, *saved_in(tmp_path))
     ok(ckpt("export", tmp_path, tmp_path / "hf"))
-    exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    exported = load_pretrained(tmp_path / "hf")
     batch = torch.load(data, weights_only=False)
     tokens, images = batch.tokens[:, :-1], batch.images(0, ROWS)
     with torch.no_grad():

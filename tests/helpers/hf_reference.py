@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def modeling(name: str = "qwen3_5") -> ModuleType:
     """
     module_name = f"transformers.models.{name}.modeling_{name}"
     if name not in _loaded:
-        if module_name in sys.modules:
+        if module_name in sys.modules and any(map(importlib.util.find_spec, HIDDEN)):
             raise RuntimeError(f"{module_name} was imported before: import it through this helper")
         with kernels_hidden():
             _loaded[name] = importlib.import_module(module_name)

@@ -2,7 +2,8 @@
 
     python -m tests.bench.bench_calibration --output qwen35_mcore/planner/calibration/h100-80g.json
 
-Layers are timed alone, forward and backward, with what autograd keeps between the two. Runs are
+Layers are timed alone, forward and backward, launched by the host and replayed as CUDA graphs, with
+what autograd keeps between the two. Runs are
 training steps of cut models through megatron's schedule, DDP and distributed optimizer on one GPU;
 their peaks are what the planner's memory model is compared with.
 """
@@ -29,6 +30,7 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.model.build import build_model
 from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import gated_attention_spec, gated_delta_net_spec, layer_spec
+from tests.bench import graphs
 from tests.bench.common import cut_config, gpu_config, median_ms, start
 from tests.helpers.batches import Batch
 from tests.helpers.toys import random_tokens
@@ -41,15 +43,20 @@ LAYERS = [
     ("gdn", "35b-a3b", None, 1, "bf16"),
     ("gdn", "122b-a10b", None, 1, "bf16"),
     ("gdn", "35b-a3b", None, 4, "fp8-tensorwise"),
+    ("gdn", "35b-a3b", None, 1, "fp8-tensorwise"),
     ("attention", "35b-a3b", None, 4, "bf16"),
     ("attention", "35b-a3b", None, 1, "bf16"),
     ("attention", "122b-a10b", None, 1, "bf16"),
     ("attention", "35b-a3b", None, 4, "fp8-tensorwise"),
+    ("attention", "35b-a3b", None, 1, "fp8-tensorwise"),
     ("moe", "35b-a3b", 32, 4, "bf16"),
     ("moe", "35b-a3b", 32, 1, "bf16"),
+    ("moe", "35b-a3b", 64, 1, "bf16"),
+    ("moe", "35b-a3b", 128, 1, "bf16"),
     ("moe", "35b-a3b", 256, 1, "bf16"),
     ("moe", "122b-a10b", 32, 1, "bf16"),
     ("moe", "35b-a3b", 32, 4, "fp8-tensorwise"),
+    ("moe", "35b-a3b", 32, 1, "fp8-tensorwise"),
     ("mlp", "4b", None, 4, "bf16"),
     ("mlp", "27b", None, 1, "bf16"),
     ("output", "35b-a3b", None, 1, "bf16"),
@@ -115,8 +122,14 @@ def time_layer(part: str, flavor: str, experts: int | None, batch: int, precisio
     y = run()
     saved = torch.cuda.memory_allocated() - before
     del y
-    forward_ms = median_ms(run, repeats=15)["ms"]
-    both = median_ms(lambda: run().backward(gradient), repeats=15)["ms"]
+
+    def both() -> None:
+        run().backward(gradient)
+
+    stream, _ = graphs.first_steps(both)
+    with torch.cuda.stream(stream):
+        eager = _milliseconds(run, both)
+    graphed = _milliseconds(graphs.whole(run, stream), graphs.whole(both, stream))
     return {
         "part": part,
         "hidden": model_config.hidden_size,
@@ -127,10 +140,15 @@ def time_layer(part: str, flavor: str, experts: int | None, batch: int, precisio
         "micro_batch_size": batch,
         "precision": precision,
         "cross_entropy": CROSS_ENTROPY,
-        "forward_ms": forward_ms,
-        "backward_ms": both - forward_ms,
+        **eager,
+        **{f"graphed_{name}": ms for name, ms in graphed.items()},
         "saved_bytes": saved,
     }
+
+
+def _milliseconds(forward: Callable[[], Any], both: Callable[[], Any]) -> dict[str, float]:
+    forward_ms, both_ms = (median_ms(work, repeats=15)["ms"] for work in (forward, both))
+    return {"forward_ms": forward_ms, "backward_ms": both_ms - forward_ms}
 
 
 def _part(
@@ -261,7 +279,7 @@ def main() -> None:
         "--match", default="", help="Only cases whose description matches this regular expression."
     )
     args = parser.parse_args()
-    start()
+    start(graphs=True)
     content: dict[str, Any] = {
         "schema": 1,
         "gpu": args.gpu,

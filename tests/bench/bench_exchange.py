@@ -1,18 +1,20 @@
 """What only several GPUs can show of the exchange of experts' tokens, and of the loss over them.
 
     torchrun --nproc-per-node 2 -m tests.bench.bench_exchange
+    torchrun --nproc-per-node 2 -m tests.bench.bench_exchange --dtype float32
 
 Each rank is a GPU of one host. NCCL EP against the formula of a layer whose experts scale their
 rows, forward and backward, at even and uneven routing, with NaN in every unused row; a rank that is
-sent more than its buffer holds; CUDA graphs replayed with other routing; times. Transformer
-Engine's cross entropy over a vocabulary that the ranks share, against float64. Every result is
-printed as it comes.
+sent more than its buffer holds; CUDA graphs replayed with other routing; how a token's rows are
+rounded; times. Transformer Engine's cross entropy over a vocabulary that the ranks share, against
+float64. Every result is printed as it comes.
 
 Exit status: 0 all is right, 1 something is not.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -29,8 +31,8 @@ from qwen35_mcore.mcore.nccl_ep import ExchangeSize, NcclEp
 from qwen35_mcore.model.layers.fixed_capacity import _Combine, _Dispatch
 
 TOKENS, TOP_K, EXPERTS, HIDDEN = 4096, 8, 256, 2048
-ROUNDING = 6e-3
-"""Of sums of eight rows in bfloat16, relative by norm."""
+ROUNDING = {torch.bfloat16: 6e-3, torch.float32: 1e-6}
+"""Of sums of eight rows, relative by norm."""
 
 
 class Checks:
@@ -105,15 +107,34 @@ def expected(x: Tensor, probs: Tensor, experts: Tensor, dy: Tensor) -> tuple[Ten
 def compare(checks: Checks, name: str, found: tuple[Any, ...], exact: tuple[Tensor, ...]) -> None:
     for what, a, b in zip(("y", "dx", "dprobs"), found, exact, strict=True):
         error = relative(a.detach(), b)
-        checks.add(f"{name}: {what}", error <= ROUNDING, f"{error:.1e}")
+        checks.add(f"{name}: {what}", error <= ROUNDING[found[0].dtype], f"{error:.1e}")
 
 
-def check_exchange(checks: Checks) -> None:
+def check_rounding(
+    checks: Checks, name: str, y: Tensor, x: Tensor, probs: Tensor, experts: Tensor
+) -> None:
+    """The sum of a token's rows is rounded on each rank that has some, then over the ranks: bit for
+    bit what comes back, but for the order of sums. Printed beside one rounding of the whole."""
+    rows = (x.float()[:, None] * ((experts + 1) * probs)[:, :, None]).to(x.dtype).float()
+    rank_of = experts // (EXPERTS // dist.get_world_size())
+    of_ranks = [
+        (rows * (rank_of == rank)[:, :, None]).sum(1).to(x.dtype).float()
+        for rank in range(dist.get_world_size())
+    ]
+    twice = torch.stack(of_ranks).sum(0).to(x.dtype)
+    once = rows.sum(1).to(x.dtype)
+    equal = [float((y == each).float().mean()) for each in (twice, once)]
+    text = f"{equal[0]:.2%} equal; with one rounding {equal[1]:.2%}"
+    checks.add(f"{name}: y rounded on each rank, then over ranks", equal[0] > 0.99, text)
+
+
+def check_exchange(checks: Checks, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(7 + dist.get_rank())
-    size = ExchangeSize(EXPERTS, dist.get_world_size(), TOP_K, HIDDEN, TOKENS, 1.5)
+    size = ExchangeSize(EXPERTS, dist.get_world_size(), TOP_K, HIDDEN, TOKENS, 1.5, dtype)
     exchange = NcclEp(dist.group.WORLD, size)
-    x = torch.randn(TOKENS, HIDDEN, device="cuda", generator=generator).bfloat16()
-    dy = torch.randn(TOKENS, HIDDEN, device="cuda", generator=generator).bfloat16()
+    x, dy = (
+        torch.randn(TOKENS, HIDDEN, device="cuda", generator=generator).to(dtype) for _ in range(2)
+    )
     probs = torch.rand(TOKENS, TOP_K, device="cuda", generator=generator)
     for kind in ("even", "uneven", "one rank", "even"):
         experts = choices(kind, generator)
@@ -138,6 +159,8 @@ def check_exchange(checks: Checks) -> None:
         checks.add(f"{kind}: rows of each expert", right, f"{int(mine.min())} to {int(mine.max())}")
         found = (y, inputs[0].grad, inputs[1].grad)
         compare(checks, kind, found, expected(x, probs, experts, dy))
+        if dtype == torch.bfloat16:
+            check_rounding(checks, kind, y.detach(), x, probs, experts)
     check_graph(checks, exchange, generator, x, dy, probs)
     times(checks, exchange, x, dy, probs, choices("even", generator))
 
@@ -222,6 +245,11 @@ def check_cross_entropy(checks: Checks) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    dtype = getattr(torch, parser.parse_args().dtype)
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", device_id=device)
@@ -230,7 +258,7 @@ def main() -> int:
     against = nccl_ep.unavailable()
     checks.add("NCCL EP can be had", against is None, against or "")
     if against is None:
-        check_exchange(checks)
+        check_exchange(checks, dtype)
     sys.stdout.flush()
     os._exit(checks.failed)  # NCCL EP's teardown would wait for ranks that have left
 

@@ -18,6 +18,7 @@ import torch
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.model.transformer_config import Qwen35TransformerConfig, transformer_config
+from tests.helpers.ports import free_port
 
 PEAK_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}  # H100/H200 SXM datasheet, dense
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
@@ -39,7 +40,7 @@ def start(*, graphs: bool = False) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29511")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     _fix_l2norm_configuration()
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl", rank=0, world_size=1)

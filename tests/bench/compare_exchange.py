@@ -6,8 +6,9 @@
 Same weights, tokens and routing: one expert gets nothing, one a tenth of all tokens, and no choice
 is near a tie, so that no rounding changes one. In float32 both must agree. In bfloat16
 each is compared with all-to-all in float32, and NCCL EP may be no further from it, in the losses of
-single tokens and in every gradient. Then one graph of forward and backward, captured with NCCL EP,
-is replayed with other tokens and other routing, beside the same step without a graph.
+single tokens, in the gradient as a whole and in that of each parameter. Then one graph of forward
+and backward, captured with NCCL EP, is replayed with other tokens and other routing, beside the
+same step without a graph.
 
 --cpu: two processes, float32, and a stand-in for NCCL EP over gloo; no graph.
 
@@ -44,6 +45,8 @@ ROUNDING = 2e-5
 """Of two float32 runs: a token's loss, absolute, and a gradient, relative by norm."""
 FURTHER = 1.5
 """How much further from float32 NCCL EP may be than all-to-all, in bfloat16."""
+NOISE = 0.1
+"""A gradient that all-to-all in bfloat16 has this wrong decides nothing by itself."""
 
 
 def scores(tokens: int, experts: int, seed: int) -> Tensor:
@@ -129,20 +132,41 @@ def compare_bf16(report: Report, ep: Run, alltoall: Run, exact: Run) -> None:
     report.add(
         "bf16: mean loss", abs(mean) <= 4 * chance, f"{mean:+.2e} apart, by chance {chance:.2e}"
     )
-    found, expected = gradient_errors(ep, exact), gradient_errors(alltoall, exact)
-    worst = max(found, key=lambda key: found[key] / max(expected[key], 1e-3))
+    total = [whole_error(run, exact) for run in (ep, alltoall)]
     report.add(
-        "bf16: gradient",
+        "bf16: whole gradient",
+        total[0] <= 1.1 * total[1],
+        f"NCCL EP {total[0]:.2e}, all-to-all {total[1]:.2e} from float32",
+    )
+    found, expected = gradient_errors(ep, exact), gradient_errors(alltoall, exact)
+    telling = [key for key in found if expected[key] <= NOISE]
+    worst = max(telling, key=lambda key: found[key] / max(expected[key], 1e-3))
+    report.add(
+        f"bf16: gradient of a parameter, {len(telling)} of {len(found)}",
         found[worst] <= FURTHER * max(expected[worst], 1e-3),
         f"NCCL EP {found[worst]:.2e}, all-to-all {expected[worst]:.2e} {worst}",
     )
+    for key in sorted(found.keys() - set(telling)):
+        print(f"     NCCL EP {found[key]:.2e}, all-to-all {expected[key]:.2e} {key}", flush=True)
+
+
+def whole_error(run: Run, exact: Run) -> float:
+    """Of all gradients as one vector, relative by norm."""
+    errors = [run.gradients[key].double() - g.double() for key, g in exact.gradients.items()]
+    squares = [sum(float(t.norm() ** 2) for t in ts) for ts in (errors, exact.gradients.values())]
+    return float((squares[0] / squares[1]) ** 0.5)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12))
 
 
 def replay(
     model_config: Qwen35Config, layout: Layout, weights: dict[str, Tensor], batches: list[Any]
 ) -> dict[str, float]:
-    """Relative differences of losses and gradients between a replayed graph and the eager step, for
-    the batch that it was captured with and another one, each with routing of its own."""
+    """Differences between a replayed graph and the eager step, for the batch that it was captured
+    with and another one, each with routing of its own: relative for the losses, for the gradients
+    in what two eager steps differ by, which add up in no fixed order."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     initialize(layout)
@@ -151,6 +175,7 @@ def replay(
     (chunk,) = build_chunks(model_config, config, layout)
     load_global([chunk], weights)
     parameters = [p for p in chunk.parameters() if p.requires_grad]
+    names = [name for name, p in chunk.named_parameters() if p.requires_grad]
     rank, samples = torch.distributed.get_rank(), [b.to("cuda").sample(0, 2) for b in batches]
     inputs = {key: samples[0][key].clone() for key in ("tokens", "labels", "position_ids")}
     forced: dict[tuple[int, ...], Tensor] = {}
@@ -163,8 +188,10 @@ def replay(
 
     def step() -> list[Tensor]:
         losses = chunk(inputs["tokens"], inputs["position_ids"], None, labels=inputs["labels"])
-        gradients = torch.autograd.grad(losses.float().sum(), parameters, allow_unused=True)
-        return [losses.detach(), *(g for g in gradients if g is not None)]
+        gradients = torch.autograd.grad(
+            losses.float().sum(), parameters, allow_unused=True, materialize_grads=True
+        )
+        return [losses.detach(), *gradients]
 
     with routed_by(forced):
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -183,13 +210,12 @@ def replay(
             graph.replay()
             torch.cuda.synchronize()
             replayed = [tensor.clone() for tensor in captured]
-            for name, pair in (("loss", slice(0, 1)), ("gradients", slice(1, None))):
-                eager = step()[pair]
-                errors = [
-                    (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12)
-                    for a, b in zip(replayed[pair], eager, strict=True)
-                ]
-                found[f"{name}, batch {number}"] = float(torch.stack(errors).max())
+            eager, again = step(), step()
+            found[f"loss, batch {number}"] = relative(replayed[0], eager[0])
+            pairs = zip(names, replayed[1:], eager[1:], again[1:], strict=True)
+            of = {n: relative(a, b) / max(relative(c, b), 1e-3) for n, a, b, c in pairs}
+            worst = max(of, key=lambda name: of[name])
+            found[f"gradients over eager's own, batch {number}, {worst}"] = of[worst]
     return found
 
 
@@ -229,7 +255,8 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
         for rank, result in enumerate(results):
             for name, error in result.items():
-                report.add(f"graph replayed, rank {rank}: {name}", error <= 5e-3, f"{error:.1e}")
+                most = 0.0 if name.startswith("loss") else 3.0
+                report.add(f"graph replayed, rank {rank}: {name}", error <= most, f"{error:.1e}")
     return int(report.failed)
 
 

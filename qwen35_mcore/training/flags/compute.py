@@ -6,7 +6,7 @@ from qwen35_mcore.training.flags.rows import free, no_effect, unsupported
 
 GRAPHS = (
     "cuda_graph_impl=local|cuda_graph_impl=transformer_engine|cuda_graph_impl=full_iteration"
-    "|enable_cuda_graph|external_cuda_graph"
+    "|cuda_graph_impl=auto|enable_cuda_graph|external_cuda_graph"
 )
 SELECTIVE = "recompute_granularity=selective|recompute_activations|moe_layer_recompute"
 

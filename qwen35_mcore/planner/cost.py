@@ -145,9 +145,8 @@ def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) ->
     if graphed:
         return graphed.seconds(todo, gpu, precision)
     eager = found.seconds(todo, gpu, precision)
-    return min(eager[0], forward / found.forward.best), min(
-        eager[1], backward / found.backward.best
-    )
+    best = forward / found.forward.best, backward / found.backward.best
+    return min(eager[0], best[0]), min(eager[1], best[1])
 
 
 @dataclass(frozen=True)

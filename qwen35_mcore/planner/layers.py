@@ -98,10 +98,10 @@ class Model:
 
     def table_placeholder_bytes(self, kinds: str) -> float:
         """Of the gradient of an embedding or an output layer, on a rank that holds these parts."""
-        trained = "E" in kinds or "L" in kinds if self.part["L"].parameters.trained else False
+        if not {"E", "L"} & set(kinds) or not self.part["L"].parameters.trained:
+            return 0.0
         config = self.job.model_config
-        table = config.vocab_size * config.hidden_size / self.candidate.tp
-        return memory.WEIGHT * table if trained else 0.0
+        return memory.WEIGHT * config.vocab_size * config.hidden_size / self.candidate.tp
 
     @cached_property
     def chain(self) -> Chain:

@@ -3,9 +3,9 @@
     python -m tests.bench.bench_calibration --output qwen35_mcore/planner/calibration/h100-80g.json
 
 Layers are timed alone, forward and backward, launched by the host and replayed as CUDA graphs, with
-what autograd keeps between the two. Runs are
-training steps of cut models through megatron's schedule, DDP and distributed optimizer on one GPU;
-their peaks are what the planner's memory model is compared with.
+what autograd keeps between the two. Runs are training steps of cut models through megatron's
+schedule, DDP and distributed optimizer on one GPU; their peaks are what the planner's memory model
+is compared with.
 """
 
 from __future__ import annotations

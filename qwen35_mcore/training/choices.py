@@ -9,7 +9,6 @@ from argparse import Namespace
 
 from qwen35_mcore.mcore import nccl_ep
 from qwen35_mcore.model.spec_providers import experts_of_run
-from qwen35_mcore.training.checks.packing import lengths_vary
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +94,8 @@ def _against_nccl_ep(args: Namespace) -> str | None:
     for flag in NOT_BESIDE_NCCL_EP:
         if getattr(args, flag):
             return f"--{flag.replace('_', '-')} is set"
-    if args.image_data or lengths_vary(args):
+    padded = args.dataloader_inter_document_masking and args.context_parallel_size > 1
+    if args.image_data or padded:
         return "the microbatches differ in length, and its buffers are as long as the first"
     if (args.eval_micro_batch_size or 0) > (args.micro_batch_size or 0):
         return "its buffers are as long as a microbatch of training, and evaluation's is longer"

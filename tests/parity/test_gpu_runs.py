@@ -138,6 +138,17 @@ def test_the_hybrid_decoder_trains_as_the_gpt_decoder_does(
         assert graphed[name][HALF + 2] == pytest.approx(eager[name][HALF + 2], rel=1e-2), name
 
 
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
+def test_a_graphed_run_is_saved_as_any_other(train: Train, gpu: bool, tmp_path: Path) -> None:
+    """A run without graphs goes on with its checkpoint, on a machine without a GPU, too."""
+    graphed = train(
+        "--cuda-graph-impl", "auto", "--cuda-graph-warmup-steps", "1", "--save", tmp_path
+    )
+    resumed = train("--load", tmp_path, "--ckpt-step", HALF, gpu=gpu)
+    at = HALF + 1
+    assert resumed["lm loss"][at] == pytest.approx(graphed["lm loss"][at], rel=1e-2)
+
+
 def test_a_graphed_step_that_turns_nan_ends_the_run(train: Train) -> None:
     """Replays go on with weights that a huge rate made so; the run must not."""
     with pytest.raises(AssertionError, match="the norm of all gradients is not finite"):

@@ -21,7 +21,7 @@ from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import nccl_ep
 from qwen35_mcore.mcore.non_finite import NonFiniteError
-from qwen35_mcore.mcore.patches import graphed_step
+from qwen35_mcore.mcore.patches import graphed_step, random_states
 from qwen35_mcore.training.arguments import read_flags, validated_config
 from qwen35_mcore.training.checks.run import check_flags
 from qwen35_mcore.training.choices import choose_dispatcher
@@ -405,3 +405,14 @@ def test_a_norm_that_is_not_finite_ends_the_run(
         step()
     args.check_behind_step = False
     step()
+
+
+@pytest.mark.parametrize("kind", ["torch_dist", "fsdp_dtensor", "plain"])
+def test_random_generators_are_saved_as_tensors(kind: str) -> None:
+    """As runs without graphs save them, so that either goes on with the other's."""
+    state = torch.Generator().manual_seed(7)
+    ranks: Any = [{random_states.STATES: {"model": state, "experts": state.get_state()}}]
+    formats = {"torch_dist": Namespace(data=ranks), "fsdp_dtensor": {"(0, 0)": ranks}}
+    random_states.PATCH.replace(lambda: formats.get(kind, ranks))()
+    for saved in ranks[0][random_states.STATES].values():
+        assert torch.equal(saved, state.get_state())

@@ -111,7 +111,7 @@ def plan(
         str | None,
         typer.Option(
             help="CUDA graphs: none, parts (of layers), full (one of the step), or all: try each. "
-            "Default: none."
+            "Default: the first of full, parts and none that a layout can have."
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of layouts to show.")] = 5,

@@ -20,6 +20,7 @@ from torch import Tensor
 from qwen35_mcore.errors import ConfigError
 
 OLDEST_NCCL = (2, 30, 4)
+OLDEST_CAPABILITY = (9, 0)
 TOKENS_PER_CHUNK = 64
 """NCCL EP counts the tokens of a rank in these."""
 
@@ -38,11 +39,18 @@ def unavailable() -> str | None:
 
     if not hasattr(transformer_engine_torch, "ep_prepare_and_dispatch"):
         return "this Transformer Engine was built without NCCL EP (NVTE_BUILD_WITH_NCCL_EP=1)"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
+        return f"it needs a GPU of compute capability 9.0, and this one has {_dotted(capability)}"
     found = _nccl_version()
     if found is None or found < OLDEST_NCCL:
-        oldest, got = (".".join(map(str, v)) for v in (OLDEST_NCCL, found or ("unknown",)))
+        oldest, got = _dotted(OLDEST_NCCL), _dotted(found or ("unknown",))
         return f"it needs NCCL {oldest} or later, and this process has {got}"
     return None
+
+
+def _dotted(version: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _nccl_version() -> tuple[int, int, int] | None:

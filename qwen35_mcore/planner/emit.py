@@ -74,6 +74,8 @@ def flag_groups(prediction: Prediction) -> Iterator[tuple[str, list[str]]]:
         modules = "attn moe_router moe_preprocess" if job.model_config.is_moe else "attn mlp"
         graphs = ["--cuda-graph-impl transformer_engine", f"--cuda-graph-modules {modules}"]
         yield "CUDA graphs of what waits for no other rank", graphs
+    else:
+        yield "no CUDA graphs", ["--cuda-graph-impl none"]
     if job.gpu.name in _CUDNN_TRAINS_HEAD_256:
         fused = ["--attention-backend fused"]
         yield "cuDNN's attention: the fast one at head size 256 on this GPU", fused

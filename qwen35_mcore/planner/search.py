@@ -31,6 +31,7 @@ LEAST_LOCAL_SEQUENCE = 4096
 """Context parallelism does not cut sequences below this; tensor parallelism saves the memory."""
 PASSES = 5_000_000
 """Passes to simulate in all before the stages of the best layouts are improved."""
+BEST_GRAPHS = ("full", "parts", "none")
 IMPROVED = 24
 """Layouts whose stages are improved, at least."""
 
@@ -49,7 +50,8 @@ class Space:
     recompute: tuple[str, ...] = ()
     precision: tuple[str, ...] = ("bf16",)
     dispatcher: tuple[str, ...] = ("alltoall",)
-    graphs: tuple[str, ...] = ("none",)
+    graphs: tuple[str, ...] = ()
+    """Empty: the best that a candidate can have, as training chooses on a GPU; see `_graphs`."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,21 @@ def candidates(job: Job, space: Space) -> Iterator[Candidate]:
             continue
         first = replace(plain, vpp=vpps[0])
         words = [p for p in space.precision if not broken_rules(job, replace(first, precision=p))]
-        ways = product(space.recompute or RECOMPUTE, space.dispatcher, space.graphs)
-        for recompute, dispatcher, graphs in ways:
-            way = replace(plain, recompute=recompute, dispatcher=dispatcher, graphs=graphs)
-            if not _broken_switches(job, way):
-                yield from (replace(way, precision=p, vpp=n) for p, n in product(words, vpps))
+        for recompute, dispatcher in product(space.recompute or RECOMPUTE, space.dispatcher):
+            way = replace(plain, recompute=recompute, dispatcher=dispatcher)
+            for one in _graphs(job, space, way):
+                yield from (replace(one, precision=p, vpp=n) for p, n in product(words, vpps))
+
+
+def _graphs(job: Job, space: Space, way: Candidate) -> Iterator[Candidate]:
+    """A way with the graphs of the space; with the best it can have where the space names none, and
+    beside one graph of the step, which takes memory, with the next best."""
+    for graphs in space.graphs or BEST_GRAPHS:
+        one = replace(way, graphs=graphs)
+        if not _broken_switches(job, one):
+            yield one
+            if not space.graphs and graphs != "full":
+                return
 
 
 def broken_rules(

@@ -217,7 +217,10 @@ def run_defaults(model_config: Qwen35Config, on_cpu: bool | None = None) -> dict
             "apply_rope_fusion": False,
             "no_persist_layer_norm": True,
         }
+    if model_config.is_moe:
+        defaults["moe_token_dispatcher_type"] = AUTO
     return defaults | {
+        "cuda_graph_impl": AUTO,
         "moe_permute_fusion": model_config.is_moe,
         "moe_router_fusion": model_config.is_moe,
         # the float32 copies of 248k logits per token cost more than several layers

@@ -13,10 +13,22 @@ from qwen35_mcore.model.spec_providers import experts_of_run
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-"""A value that this package adds to ``--moe-token-dispatcher-type`` and ``--cuda-graph-impl``."""
+"""A value that this package adds to ``--moe-token-dispatcher-type`` and ``--cuda-graph-impl``; the
+default of both on a GPU."""
 CAPACITY_FACTOR = 2.0
 """Rows of a rank's receive buffer over those of even routing. With two ranks it is all that can
 arrive; unused rows cost memory and no time."""
+
+
+NOT_BESIDE_NCCL_EP = (
+    "overlap_moe_expert_parallel_comm",
+    "moe_expert_capacity_factor",
+    "moe_router_padding_for_quantization",
+    "moe_router_padding_for_fp8",
+    "moe_shared_expert_overlap",
+    "moe_enable_deepep",
+)
+"""Flags that its exchange does not read, or that nobody has compared with it."""
 
 
 def cross_entropy_default() -> str:
@@ -42,14 +54,15 @@ def choose_dispatcher(args: Namespace) -> None:
     """Fill in who exchanges tokens between the experts' ranks, and how much a rank can take.
 
     The exchange is NCCL EP (megatron's flex dispatcher with backend ncclep) where it can run, since
-    nothing waits for the host then, else all-to-all.
+    nothing waits for the host then, else all-to-all. A rank that has every expert exchanges
+    nothing, and nothing is said of it.
     """
     if args.moe_token_dispatcher_type == AUTO:
         against = _against_nccl_ep(args)
         args.moe_token_dispatcher_type = "alltoall" if against else "flex"
         if not against:
             args.moe_flex_dispatcher_backend = "ncclep"
-        if args.rank == 0:
+        if args.rank == 0 and expert_ranks(args) > 1:
             name, why = (
                 ("all-to-all", against) if against else ("NCCL EP", "no layer waits for the host")
             )
@@ -76,9 +89,14 @@ def _against_nccl_ep(args: Namespace) -> str | None:
         return "each rank has every expert"
     if experts_of_run(args) != "grouped_mm":
         return "only grouped_mm experts read the counts on the device"
-    if ranks > here:
-        return f"the experts are spread over {ranks} ranks and a host has {here}"
-    for flag in ("overlap_moe_expert_parallel_comm", "moe_expert_capacity_factor"):
+    if here % ranks:
+        return f"{ranks} ranks share the experts, and a host has {here}"
+    for flag in NOT_BESIDE_NCCL_EP:
         if getattr(args, flag):
             return f"--{flag.replace('_', '-')} is set"
+    padded = args.dataloader_inter_document_masking and args.context_parallel_size > 1
+    if args.image_data or padded:
+        return "the microbatches differ in length, and its buffers are as long as the first"
+    if (args.eval_micro_batch_size or 0) > (args.micro_batch_size or 0):
+        return "its buffers are as long as a microbatch of training, and evaluation's is longer"
     return nccl_ep.unavailable()

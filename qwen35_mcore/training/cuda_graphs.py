@@ -1,7 +1,9 @@
 """Which CUDA graphs a run can have: one of the whole step, graphs of the layers' parts, or none.
 
-``--cuda-graph-impl auto`` takes the first that no rule of the tables below is against, and says
-once which it took and why. ``none`` is megatron's default and switches graphs off.
+``--cuda-graph-impl auto``, the default on a GPU, takes the first that no rule of the tables below
+is against, and says once which it took and why. ``none`` switches graphs off. Beside auto, flags
+that ask for certain graphs (``--cuda-graph-modules``, megatron's older ones) get these or are
+refused.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import cpu_mode
 from qwen35_mcore.model.spec_providers import experts_of_run
 from qwen35_mcore.training.choices import AUTO, expert_ranks, uses_nccl_ep
@@ -38,7 +42,7 @@ class Graphs:
     """A choice: megatron's ``--cuda-graph-impl`` and ``--cuda-graph-modules``, and the reason."""
 
     impl: str
-    modules: tuple[str, ...]
+    modules: tuple[Any, ...]
     why: str
 
 
@@ -51,15 +55,36 @@ def _states_passed(args: Namespace) -> bool:
     return args.context_parallel_size > 1 and args.gdn_context_parallel == "state_passing"
 
 
-def _host_counts_tokens(args: Namespace) -> bool:
+def host_counts_tokens(args: Namespace) -> bool:
+    """Whether each MoE layer waits for the host to learn how many tokens an expert has."""
     if not args.num_experts:
         return False
-    counted = expert_ranks(args) > 1 and not uses_nccl_ep(args)
-    return counted or experts_of_run(args) != "grouped_mm"
+    sorted_here = args.moe_token_dispatcher_type == "alltoall" and expert_ranks(args) == 1
+    on_device = sorted_here or uses_nccl_ep(args)
+    return not on_device or experts_of_run(args) != "grouped_mm"
 
 
-def _moe_recomputed(args: Namespace) -> bool:
-    return args.moe_layer_recompute or "moe" in (args.recompute_modules or ())
+def _host_counts_rows(args: Namespace) -> bool:
+    padded = args.moe_router_padding_for_quantization or args.moe_router_padding_for_fp8
+    return bool(args.num_experts) and (padded or args.moe_expert_capacity_factor is not None)
+
+
+def _recomputed(args: Namespace, module: str) -> bool:
+    """Whether megatron recomputes a module alone; ``core_attn`` is what it takes by default."""
+    if module == "moe" and args.moe_layer_recompute:
+        return True
+    selective = args.recompute_granularity == "selective"
+    selective = selective or args.recompute_activations or args.moe_layer_recompute
+    return selective and module in (args.recompute_modules or ("core_attn",))
+
+
+LOGGED_INSIDE = (
+    "save_activations_interval",
+    "save_dgrads_interval",
+    "save_tokens_per_expert_interval",
+    "log_max_attention_logit",
+)
+"""Flags that take tensors out of the layers, through hooks or attributes that no replay reaches."""
 
 
 ANY = (
@@ -72,7 +97,10 @@ ANY = (
         "only Transformer Engine's layers are captured",
     ),
     Rule(lambda args: args.skip_train, "the run does not train"),
-    Rule(lambda args: args.qwen35_vision, "images differ from microbatch to microbatch"),
+    Rule(
+        lambda args: args.qwen35_vision or bool(args.image_data),
+        "conversations and images differ in size from microbatch to microbatch",
+    ),
     Rule(
         lambda args: args.dataloader_inter_document_masking,
         "the documents of every microbatch have other lengths",
@@ -82,7 +110,7 @@ ANY = (
         "the number of microbatches changes while the run goes on",
     ),
     Rule(
-        lambda args: args.cpu_offloading_num_layers > 0 or args.fine_grained_activation_offloading,
+        lambda args: args.fine_grained_activation_offloading,
         "activations that are offloaded have no place of their own in a graph",
     ),
     Rule(
@@ -97,6 +125,19 @@ ANY = (
         "--overlap-moe-expert-parallel-comm runs two microbatches at once",
     ),
     Rule(
+        lambda args: any(getattr(args, flag) for flag in LOGGED_INSIDE),
+        "a replay shows nothing of its layers to --save-activations-interval, "
+        "--save-dgrads-interval, --save-tokens-per-expert-interval and --log-max-attention-logit",
+    ),
+    Rule(
+        lambda args: args.attention_dropout > 0 and _recomputed(args, "core_attn"),
+        "megatron captures no attention that drops out and is computed again",
+    ),
+    Rule(
+        lambda args: args.gdn_kernel == "torch" or importlib.util.find_spec("fla") is None,
+        "nobody has captured the torch kernels of GatedDeltaNet",
+    ),
+    Rule(
         _fragile_memory,
         "expandable segments need NCCL_GRAPH_REGISTER=0 beside graphs, as launch/env.sh sets it",
     ),
@@ -105,8 +146,20 @@ ANY = (
 
 WHOLE = (
     Rule(
-        _host_counts_tokens,
+        host_counts_tokens,
         "each MoE layer waits for the host to learn how many tokens an expert has",
+    ),
+    Rule(
+        _host_counts_rows,
+        "rows that the router drops or pads are counted on the host",
+    ),
+    Rule(
+        lambda args: args.moe_shared_expert_overlap,
+        "nobody has captured a step with --moe-shared-expert-overlap",
+    ),
+    Rule(
+        lambda args: args.moe_input_jitter_eps is not None and _recomputed(args, "moe"),
+        "megatron captures no MoE layer whose noise is computed again",
     ),
     Rule(
         lambda args: args.pipeline_model_parallel_size > 1,
@@ -121,8 +174,16 @@ WHOLE = (
         "--rerun-mode looks at losses and gradients on the host",
     ),
     Rule(
-        lambda args: args.timing_log_level > 1,
-        "--timing-log-level 2 waits for the device inside the step",
+        lambda args: args.timing_log_level > 0,
+        "--timing-log-level 1 and 2 wait for the device inside the step",
+    ),
+    Rule(
+        lambda args: args.check_for_large_grads,
+        "--check-for-large-grads looks at gradients on the host",
+    ),
+    Rule(
+        lambda args: args.cuda_graph_warmup_steps < 1,
+        "the first step has to run before one is captured, and --cuda-graph-warmup-steps is 0",
     ),
 )
 """Against one graph of the whole step."""
@@ -136,25 +197,72 @@ PARTS = (
 """Against graphs of parts: attention or GDN, the router and its preprocessing, or the MLP."""
 
 
+WHOLE_BY_NAME = {"full_iteration", "full_iteration_inference"}
+"""Older values of ``--cuda-graph-modules`` that are no parts of layers."""
+
+
 def choose_graphs(args: Namespace) -> None:
     """Fill in what ``--cuda-graph-impl auto`` stands for, and how a graphed step is checked.
 
     Inside one graph nothing can look at a loss or gradient. There the norm of all gradients is
     looked at behind the step (`mcore.patches.graphed_step`), unless
     ``--no-check-for-nan-in-loss-and-grad`` is given, too.
+
+    Raises:
+        ConfigError: ``--cuda-graph-modules`` where a rule is against graphs of parts.
     """
-    if args.cuda_graph_impl == AUTO:
-        graphs = decide(args)
-        args.cuda_graph_impl, args.cuda_graph_modules = graphs.impl, list(graphs.modules)
-        if args.rank == 0:
-            parts = ", ".join(graphs.modules)
-            what = {"full_iteration": "one of the whole step", "none": "none"}
-            name = what.get(graphs.impl, f"one for each of {parts}")
-            logger.info("CUDA graphs: %s, chosen because %s", name, graphs.why)
+    older = args.enable_cuda_graph or args.external_cuda_graph
+    named = args.cuda_graph_modules or args.cuda_graph_scope_deprecated
+    if args.cuda_graph_impl == AUTO and older:
+        args.cuda_graph_impl = "none"  # megatron reads the older flags, and wants no other
+    elif args.cuda_graph_impl == AUTO:
+        _take(args, _named_parts(args) or decide(args))
+    elif args.cuda_graph_impl == "none" and named and not (older or cpu_mode.is_needed()):
+        # a plan names them, and flags behind a plan win
+        args.cuda_graph_scope_deprecated = None
+        _take(args, Graphs("none", (), "--cuda-graph-impl says so"))
     whole = args.cuda_graph_impl == "full_iteration"
     args.check_behind_step = whole and args.check_for_nan_in_loss_and_grad
     if whole:
         args.check_for_nan_in_loss_and_grad = False
+
+
+def _take(args: Namespace, graphs: Graphs) -> None:
+    args.cuda_graph_impl, args.cuda_graph_modules = graphs.impl, list(graphs.modules)
+    if args.rank == 0:
+        what = {"full_iteration": "one of the whole step", "none": "none"}
+        name = what.get(graphs.impl, f"one for each of {', '.join(_names(graphs.modules))}")
+        logger.info("CUDA graphs: %s, chosen because %s", name, graphs.why)
+
+
+def _named_parts(args: Namespace) -> Graphs | None:
+    """Graphs of the parts that ``--cuda-graph-modules`` names, or its older name; None: neither."""
+    option = "--cuda-graph-modules" if args.cuda_graph_modules else "--cuda-graph-scope"
+    named = tuple(args.cuda_graph_modules or args.cuda_graph_scope_deprecated or ())
+    if not named:
+        return None
+    given = f"{option} {' '.join(_names(named))}"
+    if WHOLE_BY_NAME & set(_names(named)):
+        raise ConfigError(
+            f"{option} names parts of layers",
+            got=given,
+            fix=f"drop {option}, or pass --cuda-graph-impl full_iteration in its place",
+        )
+    against = _first(args, ANY + PARTS)
+    if against:
+        raise ConfigError(
+            f"{option} asks for CUDA graphs that this run cannot have: {against}",
+            got=given,
+            fix=f"drop {option}",
+        )
+    if not args.cuda_graph_modules:
+        args.cuda_graph_scope_deprecated = None
+    return Graphs("transformer_engine", named, f"{option} names them")
+
+
+def _names(modules: tuple[Any, ...]) -> list[str]:
+    """As on the command line; megatron parses them to an enum, but for older values."""
+    return [getattr(module, "name", module) for module in modules]
 
 
 def decide(args: Namespace) -> Graphs:
@@ -178,8 +286,8 @@ def _parts(args: Namespace) -> tuple[str, ...]:
     """What megatron can capture of this run's layers."""
     if not args.num_experts:
         return ("attn", "mlp")
-    if _moe_recomputed(args):
+    if _recomputed(args, "moe"):
         return ("attn",)  # the router is computed again with the experts
-    if args.moe_expert_capacity_factor is not None or args.moe_router_padding_for_quantization:
-        return ("attn", "moe_router")  # preprocessing waits for the host
+    if _host_counts_rows(args):
+        return ("attn", "moe_router")
     return ("attn", "moe_router", "moe_preprocess")

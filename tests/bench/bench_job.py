@@ -8,11 +8,12 @@
 
 A row is a job: layout, layers, microbatch and routing. A run is whose model trains it (`ours`,
 `native`), and after each + what is switched on: `parts` and `full` (CUDA graphs of parts, or one of
-the whole step), `auto` (what ours chooses of them), `aware` (the precision-aware optimizer with
-bf16 gradients and moments), `alltoall` (instead of the dispatcher that ours would choose), `fp8`,
-`hybrid` (the hybrid decoder, of ours alone). Every run is printed as it ends, and appended to the
---json file: the median step after the warm-up, tokens and model TFLOP/s per GPU, the peak of the
-fullest rank, the first and last loss. --profile profiles a late step of each run on rank 0.
+the whole step), `auto` (what ours chooses of them; without any of the three there are none),
+`aware` (the precision-aware optimizer with bf16 gradients and moments), `alltoall` (instead of the
+dispatcher that ours would choose), `fp8`, `hybrid` (the hybrid decoder, of ours alone). Every run
+is printed as it ends, and appended to the --json file: the median step after the warm-up, tokens
+and model TFLOP/s per GPU, the peak of the fullest rank, the first and last loss. --profile profiles
+a late step of each run on rank 0.
 
 Exit status: 0 every run trained, 1 one did not, 2 bad arguments.
 """
@@ -177,6 +178,8 @@ def flags(machine: Machine, row: Row, run: str, steps: int) -> list[str]:
         words.append("--moe-router-force-load-balancing")
     if "alltoall" not in switches:
         words += ["--moe-token-dispatcher-type", "alltoall" if model == "native" else AUTO]
+    if not {"parts", "full", "auto"} & set(switches):
+        words += ["--cuda-graph-impl", "none"]
     return [*words, *row.more, *(word for name in switches for word in SWITCHES[name].split())]
 
 

@@ -53,7 +53,7 @@ Train = Callable[..., Log]
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Runs the script in bf16 on a narrow model with the published head sizes, which the fused
-    kernels want; returns what it logged."""
+    kernels want, without CUDA graphs unless flags ask for them; returns what it logged."""
     folder = tmp_path_factory.mktemp("gpu_runs")
     (folder / "config.json").write_text(json.dumps(narrow_config().to_hf()))
     data = small_dataset()
@@ -62,7 +62,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
         log = tmp_path_factory.mktemp("log")
         command = [
             *(sys.executable, "-m", "qwen35_mcore.training.pretrain"),
-            *("--hf-config", folder, "--bf16"),
+            *("--hf-config", folder, "--bf16", "--cuda-graph-impl", "none"),
             *("--data-path", data, "--split", "80,10,10", "--seq-length", "256"),
             *("--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "1e-3"),
             *("--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-decay-iters", "10"),
@@ -133,6 +133,17 @@ def test_the_hybrid_decoder_trains_as_the_gpt_decoder_does(
     for name in ("lm loss", "mtp_1 loss", "grad-norm"):
         assert eager[name][HALF + 1] == pytest.approx(gpt[name][HALF + 1], rel=1e-3), name
         assert graphed[name][HALF + 2] == pytest.approx(eager[name][HALF + 2], rel=1e-2), name
+
+
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
+def test_a_graphed_run_is_saved_as_any_other(train: Train, gpu: bool, tmp_path: Path) -> None:
+    """A run without graphs goes on with its checkpoint, on a machine without a GPU, too."""
+    graphed = train(
+        "--cuda-graph-impl", "auto", "--cuda-graph-warmup-steps", "1", "--save", tmp_path
+    )
+    resumed = train("--load", tmp_path, "--ckpt-step", HALF, gpu=gpu)
+    at = HALF + 1
+    assert resumed["lm loss"][at] == pytest.approx(graphed["lm loss"][at], rel=1e-2)
 
 
 def test_a_graphed_step_that_turns_nan_ends_the_run(train: Train) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sys
 from argparse import Namespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import nccl_ep
 from qwen35_mcore.mcore.nccl_ep import FILL, ExchangeSize, shared_exchange
 from qwen35_mcore.mcore.patches import receive_overflow
 from qwen35_mcore.training import choices
+from qwen35_mcore.training.arguments import run_defaults
 from qwen35_mcore.training.choices import AUTO, CAPACITY_FACTOR, choose_dispatcher
+from qwen35_mcore.training.flags.flex_dispatcher import check_flex
 from tests.unit.test_run_checks import run
 
 
@@ -24,6 +29,13 @@ def moe_run(**more: Any) -> Namespace:
         "moe_expert_rank_capacity_factor": None,
         "overlap_moe_expert_parallel_comm": False,
         "moe_expert_capacity_factor": None,
+        "moe_router_padding_for_quantization": False,
+        "moe_router_padding_for_fp8": False,
+        "moe_shared_expert_overlap": False,
+        "moe_enable_deepep": False,
+        "dataloader_inter_document_masking": False,
+        "context_parallel_size": 1,
+        "eval_micro_batch_size": None,
         "expert_model_parallel_size": 4,
         "rank": 0,
     }
@@ -51,11 +63,19 @@ def test_nccl_ep_where_it_can_run(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"expert_model_parallel_size": 1}, "each rank has every expert"),
         ({"bf16": False}, "only grouped_mm experts"),
         ({"moe_experts": "te"}, "only grouped_mm experts"),
-        ({"expert_model_parallel_size": 16}, "spread over 16 ranks and a host has 8"),
+        ({"expert_model_parallel_size": 16}, "16 ranks share the experts, and a host has 8"),
         ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor is set"),
+        ({"moe_router_padding_for_fp8": True}, "--moe-router-padding-for-fp8 is set"),
+        ({"moe_shared_expert_overlap": True}, "--moe-shared-expert-overlap is set"),
+        ({"moe_enable_deepep": True}, "--moe-enable-deepep is set"),
+        ({"image_data": ["folder"]}, "the microbatches differ in length"),
+        (
+            {"dataloader_inter_document_masking": True, "context_parallel_size": 2},
+            "the microbatches differ in length",
+        ),
+        ({"eval_micro_batch_size": 2}, "evaluation's is longer"),
     ],
 )
 def test_all_to_all_elsewhere(
@@ -67,6 +87,61 @@ def test_all_to_all_elsewhere(
     assert args.moe_token_dispatcher_type == "alltoall"
     assert args.moe_expert_rank_capacity_factor is None
     assert reason in caplog.text
+
+
+def test_experts_that_are_spread_over_two_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 4 to 7 are on two hosts of six."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    args = moe_run()
+    choose_dispatcher(args)
+    assert args.moe_token_dispatcher_type == "alltoall"
+
+
+def test_nothing_is_said_where_nothing_is_exchanged(caplog: pytest.LogCaptureFixture) -> None:
+    args = moe_run(expert_model_parallel_size=1)
+    with caplog.at_level(logging.INFO):
+        choose_dispatcher(args)
+    assert args.moe_token_dispatcher_type == "alltoall"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("flavor", "on_cpu", "defaults"),
+    [
+        ("tiny-moe", False, (AUTO, AUTO)),
+        ("tiny-dense", False, ("alltoall", AUTO)),
+        ("tiny-moe", True, ("alltoall", None)),
+    ],
+)
+def test_both_are_left_open_on_a_gpu(flavor: str, on_cpu: bool, defaults: Any) -> None:
+    """On a CPU megatron's own default, no graphs, stays."""
+    found = run_defaults(get_flavor(flavor), on_cpu)
+    assert (found["moe_token_dispatcher_type"], found.get("cuda_graph_impl")) == defaults
+
+
+def test_a_buffers_size_without_its_dispatcher_is_refused() -> None:
+    args = moe_run(moe_token_dispatcher_type="alltoall", moe_expert_rank_capacity_factor=1.5)
+    with pytest.raises(ConfigError, match="fix: drop --moe-expert-rank-capacity-factor"):
+        check_flex(args)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_nccl_ep_needs_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(nccl_ep, "_nccl_version", lambda: nccl_ep.OLDEST_NCCL)
+    monkeypatch.setattr(nccl_ep.importlib.util, "find_spec", lambda name: name)
+    te = ModuleType("transformer_engine.pytorch")
+    te.ep = object()  # type: ignore[attr-defined]
+    built = ModuleType("transformer_engine_torch")
+    built.ep_prepare_and_dispatch = object()  # type: ignore[attr-defined]
+    package = ModuleType("transformer_engine")
+    for module in (package, te, built):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    why = nccl_ep.unavailable()
+    assert why == (None if capability >= (9, 0) else
+                   "it needs a GPU of compute capability 9.0, and this one has 8.0")  # fmt: skip
 
 
 def test_all_to_all_where_transformer_engine_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,21 +1,30 @@
-"""Which CUDA graphs a run gets with --cuda-graph-impl auto: every rule, and what a graph's step is
-checked by."""
+"""Which CUDA graphs a run on a GPU gets by default: every rule, that megatron takes what was
+chosen, and what a graph's step is checked by."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from qwen35_mcore.config.flavors import get_flavor
+from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.mcore import nccl_ep
 from qwen35_mcore.mcore.non_finite import NonFiniteError
-from qwen35_mcore.mcore.patches import graphed_step
-from qwen35_mcore.training.arguments import read_flags
-from qwen35_mcore.training.choices import AUTO
+from qwen35_mcore.mcore.patches import graphed_step, random_states
+from qwen35_mcore.training.arguments import read_flags, validated_config
+from qwen35_mcore.training.checks.run import check_flags
+from qwen35_mcore.training.choices import choose_dispatcher
 from qwen35_mcore.training.cuda_graphs import ANY, PARTS, WHOLE, choose_graphs, decide
 
 NCCL_EP = {
@@ -35,8 +44,13 @@ def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @functools.cache
 def parsed() -> Namespace:
-    words = ["--bf16", "--cuda-graph-impl", AUTO]
-    return read_flags(words, get_flavor("tiny-moe"), on_cpu=False)
+    return parsed_anew()
+
+
+def parsed_anew(*words: str) -> Namespace:
+    """A bf16 run on a GPU of these words."""
+    needed = ["--bf16", "--moe-token-dispatcher-type", "alltoall"]
+    return read_flags([*needed, *words], get_flavor("tiny-moe"), on_cpu=False)
 
 
 def run(**more: Any) -> Namespace:
@@ -61,17 +75,35 @@ AGAINST_WHOLE = [
     ({"tensor_model_parallel_size": 2} | NCCL_EP, "tensor or context parallelism"),
     ({"context_parallel_size": 2}, "tensor or context parallelism"),
     ({"rerun_mode": "validate_results"}, "--rerun-mode looks"),
-    ({"timing_log_level": 2}, "--timing-log-level 2 waits"),
+    ({"timing_log_level": 1}, "--timing-log-level 1 and 2 wait"),
+    ({"check_for_large_grads": True}, "--check-for-large-grads looks"),
+    ({"cuda_graph_warmup_steps": 0}, "--cuda-graph-warmup-steps is 0"),
+    ({"moe_token_dispatcher_type": "allgather"}, "how many tokens an expert has"),
+    ({"moe_shared_expert_overlap": True}, "--moe-shared-expert-overlap"),
 ]
+COUNTED_ROWS = [
+    {"moe_expert_capacity_factor": 1.5},
+    {"moe_router_padding_for_quantization": True},
+    {"moe_router_padding_for_fp8": True},
+]
+SELECTIVE = {"recompute_granularity": "selective"}
+NOISE = {"moe_input_jitter_eps": 0.1}
 AGAINST_PARTS = [({"recompute_granularity": "full"}, "computed again as a whole")]
 AGAINST_ANY = [
     ({"transformer_impl": "local"}, "only Transformer Engine's layers"),
     ({"skip_train": True}, "does not train"),
     ({"qwen35_vision": True}, "images differ"),
+    ({"image_data": ["folder"]}, "images differ"),
+    ({"save_activations_interval": 5}, "a replay shows nothing"),
+    ({"save_dgrads_interval": 5}, "a replay shows nothing"),
+    ({"save_tokens_per_expert_interval": 5}, "a replay shows nothing"),
+    ({"log_max_attention_logit": True}, "a replay shows nothing"),
+    ({"attention_dropout": 0.1, "recompute_activations": True}, "attention that drops out"),
+    ({"attention_dropout": 0.1} | SELECTIVE, "attention that drops out"),
+    ({"gdn_kernel": "torch"}, "the torch kernels"),
     ({"dataloader_inter_document_masking": True}, "documents of every microbatch"),
     ({"step_batch_size_schedule": "0:8 1B:16"}, "number of microbatches changes"),
     ({"decrease_batch_size_if_needed": True}, "number of microbatches changes"),
-    ({"cpu_offloading_num_layers": 1}, "activations that are offloaded"),
     ({"fine_grained_activation_offloading": True}, "activations that are offloaded"),
     (
         {"context_parallel_size": 2, "gdn_context_parallel": "state_passing"},
@@ -87,6 +119,23 @@ def test_parts_where_the_whole_step_cannot_be(more: dict[str, Any], why: str) ->
     found = decide(run(**more))
     assert (found.impl, found.modules) == ("transformer_engine", ROUTED)
     assert why in found.why
+
+
+@pytest.mark.parametrize("more", COUNTED_ROWS)
+def test_rows_that_the_host_counts(more: dict[str, Any]) -> None:
+    found = decide(run(**more))
+    assert (found.impl, found.modules) == ("transformer_engine", ("attn", "moe_router"))
+    assert "rows that the router drops or pads" in found.why
+
+
+@pytest.mark.parametrize(
+    "recomputed", [{"moe_layer_recompute": True}, SELECTIVE | {"recompute_modules": ["moe"]}]
+)
+def test_noise_that_is_computed_again(recomputed: dict[str, Any]) -> None:
+    assert decide(run(**NOISE)).impl == "full_iteration"
+    found = decide(run(**NOISE, **recomputed))
+    assert (found.impl, found.modules) == ("transformer_engine", ("attn",))
+    assert "whose noise is computed again" in found.why
 
 
 @pytest.mark.parametrize(("more", "why"), AGAINST_ANY)
@@ -119,6 +168,7 @@ def test_none_beside_memory_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_rule_has_a_case() -> None:
     cases = [why for _, why in (*AGAINST_WHOLE, *AGAINST_PARTS, *AGAINST_ANY)]
     cases += ["there is no CUDA device", "NCCL_GRAPH_REGISTER=0"]
+    cases += ["rows that the router drops or pads", "whose noise is computed again"]
     for rule in (*ANY, *WHOLE, *PARTS):
         assert any(case in rule.why for case in cases), rule.why
 
@@ -150,6 +200,52 @@ def test_a_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+def test_none_without_fla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fla" else name)
+    assert decide(run()).why == "nobody has captured the torch kernels of GatedDeltaNet"
+
+
+OLDER = ("enable_cuda_graph", "external_cuda_graph")
+
+
+@pytest.mark.parametrize("flag", OLDER)
+def test_megatrons_older_flags_are_left_to_it(flag: str) -> None:
+    args = run(**{flag: True})
+    choose_graphs(args)
+    assert (args.cuda_graph_impl, args.check_behind_step) == ("none", False)
+
+
+@pytest.mark.parametrize("name", ["cuda_graph_modules", "cuda_graph_scope_deprecated"])
+def test_modules_that_are_named_are_captured(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    option = "--cuda-graph-modules" if name == "cuda_graph_modules" else "--cuda-graph-scope"
+    args = parsed_anew(option, "attn")
+    with caplog.at_level(logging.INFO):
+        choose_graphs(args)
+    assert args.cuda_graph_impl == "transformer_engine"
+    assert [module.name for module in args.cuda_graph_modules] == ["attn"]
+    assert args.cuda_graph_scope_deprecated is None  # megatron takes one of the two
+    assert f"one for each of attn, chosen because {option} names them" in caplog.text
+    args = parsed_anew(option, "attn", "--recompute-granularity", "full")
+    with pytest.raises(ConfigError, match=f"computed again as a whole\n.*\n  fix: drop {option}$"):
+        choose_graphs(args)
+
+
+@pytest.mark.parametrize("option", ["--cuda-graph-modules", "--cuda-graph-scope"])
+def test_none_goes_before_modules(option: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As behind the flags of a plan, which name them."""
+    args = parsed_anew(option, "attn", "--cuda-graph-impl", "none")
+    with caplog.at_level(logging.INFO):
+        choose_graphs(args)
+    assert (args.cuda_graph_impl, args.cuda_graph_modules) == ("none", [])
+    assert args.cuda_graph_scope_deprecated is None
+    assert "CUDA graphs: none, chosen because --cuda-graph-impl says so" in caplog.text
+
+
+def test_the_whole_step_is_not_a_module() -> None:
+    with pytest.raises(ConfigError, match="pass --cuda-graph-impl full_iteration in its place"):
+        choose_graphs(parsed_anew("--cuda-graph-modules", "full_iteration"))
+
+
 @pytest.mark.parametrize("named", ["none", "local", "transformer_engine"])
 def test_what_is_named_stays(named: str) -> None:
     args = run(cuda_graph_impl=named)
@@ -164,6 +260,132 @@ def test_one_graph_is_checked_behind_the_step(asked: bool) -> None:
     choose_graphs(args)
     assert args.check_behind_step == asked
     assert not args.check_for_nan_in_loss_and_grad  # which megatron insists on
+
+
+NEEDED = (
+    *("--bf16", "--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "64"),
+    *("--train-iters", "3", "--lr", "1e-3", "--mock-data", "--no-rope-fusion"),
+)
+LAYOUTS = (
+    "--pipeline-model-parallel-size 2",
+    "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+    "--expert-model-parallel-size 4",
+    "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2",
+    "--tensor-model-parallel-size 2 --sequence-parallel",
+    "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
+    "--expert-model-parallel-size 2",
+    "--context-parallel-size 2",
+    "--context-parallel-size 2 --gdn-context-parallel state_passing",
+)
+RECOMPUTED = (
+    "--recompute-activations",
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "--moe-layer-recompute",
+    *(
+        f"--recompute-granularity selective --recompute-modules {modules}"
+        for modules in ("moe", "moe_act gdn_norm_out", "core_attn layernorm", "shared_experts")
+    ),
+)
+WARMUP = "--cuda-graph-warmup-steps 1"
+SWITCHES = (
+    *(f"--fp8-format hybrid --fp8-recipe {recipe}" for recipe in ("tensorwise", "delayed")),
+    "--cpu-offloading-num-layers 1",
+    "--fine-grained-activation-offloading --offload-modules core_attn",
+    "--moe-expert-capacity-factor 1.5",
+    "--moe-expert-capacity-factor 1.5 --moe-pad-expert-input-to-capacity",
+    "--fp8-format hybrid --moe-router-padding-for-quantization",
+    "--moe-input-jitter-eps 0.1",
+    "--moe-shared-expert-overlap",
+    "--moe-experts te",
+    "--moe-token-dispatcher-type allgather",
+    "--no-check-for-nan-in-loss-and-grad",
+    "--check-for-large-grads",
+    "--rerun-mode validate_results",
+    "--timing-log-level 2",
+    "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    "--use-distributed-optimizer --use-precision-aware-optimizer --main-grads-dtype bf16",
+    "--overlap-moe-expert-parallel-comm",
+    "--overlap-moe-expert-parallel-comm --delay-wgrad-compute",
+    "--use-megatron-fsdp",
+    "--optimizer muon",
+    "--decoder hybrid",
+    "--use-tp-pp-dp-mapping",
+    "--empty-unused-memory-level 2",
+    "--te-rng-tracker",
+    "--use-cpu-initialization",
+    "--no-gradient-accumulation-fusion",
+    "--dataloader-inter-document-masking",
+    "--skip-train",
+    WARMUP,
+    "--log-max-attention-logit",
+    "--eval-micro-batch-size 2",
+    "--loss-per-microbatch",
+    "--gdn-kernel torch",
+    "--override attention_dropout=0.1",
+)
+
+
+@pytest.fixture(scope="module")
+def _megatron_of_a_gpu() -> Iterator[None]:
+    """megatron's checks of a run on eight GPUs with everything installed."""
+    from megatron.core.transformer import transformer_config
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.training import arguments
+
+    place = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}
+    place |= {"NVTE_CPU_OFFLOAD_V1": "1"}
+    fused = ("permute", "permute_with_probs", "unpermute", "sort_chunks_by_index")
+    hopper = Namespace(major=9, minor=0)
+    patches = [mock.patch.dict(os.environ, place)]
+    for module in (arguments, transformer_config):
+        patches.append(mock.patch.object(module, "is_te_min_version", return_value=True))
+    for name in (*fused, "sort_chunks_by_index_with_probs"):
+        patches.append(mock.patch.object(moe_utils, f"fused_{name}"))
+    patches += [
+        mock.patch.object(nccl_ep, "unavailable", return_value=None),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=hopper),
+    ]
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def refused(words: list[str]) -> str:
+    """Why a run of these words is refused by the package or by megatron; empty: it is not."""
+    model_config = get_flavor("tiny-moe")
+    if "attention_dropout=0.1" in words:
+        model_config = model_config.changed(attention_dropout=0.1)
+    connections = "32" if "--use-megatron-fsdp" in words else "1"
+    try:
+        with mock.patch.dict(os.environ, {"CUDA_DEVICE_MAX_CONNECTIONS": connections}):
+            args = read_flags([*NEEDED, *words], model_config, on_cpu=False)
+            choose_dispatcher(args)
+            choose_graphs(args)
+            check_flags(args)
+            validated_config(args)
+    except (ConfigError, AssertionError, ValueError) as error:
+        return str(error) or repr(error)
+    return ""
+
+
+@pytest.mark.usefixtures("_megatron_of_a_gpu")
+@given(
+    layout=st.sampled_from(("", *LAYOUTS)),
+    recomputed=st.sampled_from(("", *RECOMPUTED)),
+    switches=st.lists(st.sampled_from(SWITCHES), max_size=3, unique=True),
+)
+@example("", "--moe-layer-recompute", ["--moe-input-jitter-eps 0.1"])
+@example("", "--recompute-activations", ["--override attention_dropout=0.1"])
+def test_no_run_is_refused_for_what_was_chosen(
+    layout: str, recomputed: str, switches: list[str]
+) -> None:
+    """What runs without graphs and with an all-to-all, runs where both are left to the package."""
+    others = [one for one in switches if one != WARMUP]
+    plain = ["--cuda-graph-impl none", "--moe-token-dispatcher-type alltoall", *others]
+    why = refused(" ".join([layout, recomputed, *switches]).split())
+    assert not why or refused(" ".join([layout, recomputed, *plain]).split())
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
@@ -182,3 +404,14 @@ def test_a_norm_that_is_not_finite_ends_the_run(
         step()
     args.check_behind_step = False
     step()
+
+
+@pytest.mark.parametrize("kind", ["torch_dist", "fsdp_dtensor", "plain"])
+def test_random_generators_are_saved_as_tensors(kind: str) -> None:
+    """As runs without graphs save them, so that either goes on with the other's."""
+    state = torch.Generator().manual_seed(7)
+    ranks: Any = [{random_states.STATES: {"model": state, "experts": state.get_state()}}]
+    formats = {"torch_dist": Namespace(data=ranks), "fsdp_dtensor": {"(0, 0)": ranks}}
+    random_states.PATCH.replace(lambda: formats.get(kind, ranks))()
+    for saved in ranks[0][random_states.STATES].values():
+        assert torch.equal(saved, state.get_state())

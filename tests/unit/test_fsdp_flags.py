@@ -8,6 +8,8 @@ from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.training.arguments import read_flags
 from qwen35_mcore.training.checks.run import check_flags
+from qwen35_mcore.training.choices import choose_dispatcher
+from qwen35_mcore.training.cuda_graphs import choose_graphs
 
 NEEDED = "--bf16 --micro-batch-size 1 --seq-length 64 --lr 1e-3 --train-iters 4 --mock-data"
 SHARD = "--data-parallel-sharding-strategy"
@@ -16,8 +18,10 @@ FSDP = f"--use-megatron-fsdp {SHARD} optim_grads_params"
 
 def check(words: str) -> None:
     """As a run on GPUs; this machine has none, so that graphs are refused for that, too."""
-    words = f"{NEEDED} {words}"
-    check_flags(read_flags(words.split(), get_flavor("tiny-moe"), on_cpu=False))
+    args = read_flags(f"{NEEDED} {words}".split(), get_flavor("tiny-moe"), on_cpu=False)
+    choose_dispatcher(args)
+    choose_graphs(args)
+    check_flags(args)
 
 
 @pytest.mark.parametrize("strategy", ["optim", "optim_grads", "optim_grads_params"])

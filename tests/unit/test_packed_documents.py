@@ -4,6 +4,7 @@ what packing does not go together with."""
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -90,6 +91,7 @@ def run(**more: Any) -> Namespace:
             "num_experts": 8,
             "moe_token_dispatcher_type": "alltoall",
             "cuda_graph_impl": "none",
+            "cuda_graph_modules": [],
             "calculate_per_token_loss": True,
             "ddp_average_in_collective": False,
         }
@@ -111,6 +113,22 @@ def test_what_needs_one_length(more: dict[str, Any], virtual_stages: int, messag
         check_packing(run(**more), virtual_stages)
     check_packing(run(**more, context_parallel_size=1), virtual_stages)
     check_packing(run(**more, dataloader_inter_document_masking=False), virtual_stages)
+
+
+@pytest.mark.parametrize(
+    ("impl", "modules", "captured"),
+    [
+        ("full_iteration", [], True),
+        ("transformer_engine", [], True),
+        ("transformer_engine", ["attn", "moe_router"], True),
+        ("transformer_engine", ["moe_router"], False),
+    ],
+)
+def test_a_graph_does_not_hold_documents(impl: str, modules: list[str], captured: bool) -> None:
+    args = run(context_parallel_size=1, cuda_graph_impl=impl, cuda_graph_modules=modules)
+    refused = pytest.raises(ConfigError, match="fix: pass --cuda-graph-impl none")
+    with refused if captured else nullcontext():
+        check_packing(args, 1)
 
 
 def test_a_mean_over_tokens_is_no_mean_over_ranks() -> None:

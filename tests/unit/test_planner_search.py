@@ -120,15 +120,39 @@ def test_what_training_refuses_is_no_plan(sizes: dict[str, Any], rule: str) -> N
     assert not list(candidates(job, space))
 
 
-def test_graphs_and_nccl_ep_are_tried_where_they_are_asked_for() -> None:
+def test_nccl_ep_and_no_graphs_are_tried_where_they_are_asked_for() -> None:
     job = replace(job_of("35b-a3b", 8, 64), gpu=get_gpu("h200-141g"))
-    ways = {"dispatcher": ("alltoall", "ncclep"), "graphs": ("none", "parts", "full")}
     sizes = {"tp": (1,), "cp": (1,), "micro_batch_size": (1,), "recompute": ("none",)}
-    best = search(job, Space(**sizes, **ways), top=1).best[0]
-    assert best.candidate.graphs != "none"
+    best = search(job, Space(**sizes, dispatcher=("alltoall", "ncclep")), top=1).best[0]
     usual = search(job, Space(**sizes), top=1).best[0]
-    assert best.step_s < 0.9 * usual.step_s
-    assert (usual.candidate.dispatcher, usual.candidate.graphs) == ("alltoall", "none")
+    plain = search(job, Space(**sizes, graphs=("none",)), top=1).best[0]
+    assert best.step_s <= usual.step_s < 0.95 * plain.step_s
+    assert (best.candidate.dispatcher, best.candidate.graphs) == ("ncclep", "parts")
+    assert (usual.candidate.dispatcher, usual.candidate.graphs) == ("alltoall", "parts")
+    assert plain.candidate.graphs == "none"
+
+
+@pytest.mark.parametrize(
+    ("flavor", "sizes", "graphs"),
+    [
+        ("2b", {}, {"none": ["full", "parts"], "full": ["full", "none"]}),
+        ("2b", {"pp": (2,)}, {"none": ["parts"], "full": ["none"]}),
+        ("35b-a3b", {"pp": (2,), "ep": (4,)}, {"none": ["parts"], "full": ["none"]}),
+        (
+            "35b-a3b",
+            {"ep": (8,), "dispatcher": ("ncclep",)},
+            {"none": ["full", "parts"], "full": ["full", "none"]},
+        ),
+    ],
+)
+def test_a_candidate_has_the_best_graphs_it_can_have(
+    flavor: str, sizes: dict[str, Any], graphs: dict[str, list[str]]
+) -> None:
+    """Beside one graph of the step, whose pool takes memory, the next best."""
+    ones = dict.fromkeys(("tp", "cp", "pp", "vpp", "etp", "micro_batch_size"), (1,))
+    for recompute, expected in graphs.items():
+        space = Space(**ones | sizes | {"recompute": (recompute,)})
+        assert [one.graphs for one in candidates(job_of(flavor, 8, 64), space)] == expected
 
 
 def test_pinned_sizes_are_kept() -> None:

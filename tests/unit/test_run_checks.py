@@ -23,6 +23,8 @@ def run(**more: Any) -> Namespace:
         "float32_main_params",
         "enable_cuda_graph",
         "external_cuda_graph",
+        "cuda_graph_modules",
+        "cuda_graph_scope_deprecated",
     )
     off += ("fp8", "fp4", "delay_wgrad_compute", "lr_warmup_iters", "lr_warmup_samples")
     off += ("train_samples", "lr_decay_iters", "lr_decay_samples", "data_path", "data_args_path")

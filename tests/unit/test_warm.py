@@ -106,7 +106,7 @@ def test_what_a_run_keeps_or_reads_is_left_out() -> None:
     assert "--mock-data" in flags
 
 
-@pytest.mark.parametrize(("gpus", "dispatcher"), [(2, "flex"), (1, "alltoall")])
+@pytest.mark.parametrize(("gpus", "dispatcher"), [(2, "flex"), (1, "auto")])
 def test_one_rank_exchanges_no_rows(gpus: int, dispatcher: str) -> None:
     words = shlex.split("""
         --flavor tiny-moe --expert-model-parallel-size 2 --seq-length 64 --micro-batch-size 1

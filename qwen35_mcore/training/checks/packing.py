@@ -14,6 +14,14 @@ def lengths_vary(args: Namespace) -> bool:
     return bool(args.dataloader_inter_document_masking and args.context_parallel_size > 1)
 
 
+def _documents_captured(args: Namespace) -> bool:
+    """Whether a graph holds what reads the documents' bounds: attention and GatedDeltaNet."""
+    modules = [getattr(module, "name", module) for module in args.cuda_graph_modules]
+    attention = args.cuda_graph_impl == "transformer_engine" and (not modules or "attn" in modules)
+    captured = attention or args.cuda_graph_impl == "full_iteration"
+    return bool(args.dataloader_inter_document_masking and captured)
+
+
 def check_packing(args: Namespace, virtual_stages: int) -> None:
     """Refuse what cannot run with packed documents, or not with the loss of every token.
 
@@ -28,6 +36,14 @@ def check_packing(args: Namespace, virtual_stages: int) -> None:
             "--ddp-average-in-collective averages over ranks, and the loss is a mean over tokens",
             allowed="--ddp-average-in-collective with --loss-per-microbatch",
             fix="drop --ddp-average-in-collective, or pass --loss-per-microbatch",
+        )
+    if args.cuda_graph_impl != "none" and (lengths_vary(args) or _documents_captured(args)):
+        raise ConfigError(
+            "documents of other lengths come with every microbatch, and CUDA graphs repeat the "
+            "first",
+            got=f"{PACKED} --cuda-graph-impl {args.cuda_graph_impl}",
+            allowed="--cuda-graph-impl none",
+            fix="pass --cuda-graph-impl none",
         )
     if not lengths_vary(args):
         return
@@ -54,12 +70,4 @@ def check_packing(args: Namespace, virtual_stages: int) -> None:
             got=f"{given} --moe-token-dispatcher-type allgather",
             allowed="--moe-token-dispatcher-type alltoall",
             fix="drop --moe-token-dispatcher-type",
-        )
-    if args.cuda_graph_impl != "none":
-        raise ConfigError(
-            "context-parallel ranks pad documents, so sequences differ in length, and CUDA graphs "
-            "need one length",
-            got=f"{given} --cuda-graph-impl {args.cuda_graph_impl}",
-            allowed="--cuda-graph-impl none",
-            fix="drop --cuda-graph-impl and --cuda-graph-modules",
         )

@@ -24,7 +24,8 @@ from qwen35_mcore.training.checks.numbers import check_numbers
 from qwen35_mcore.training.checks.packing import check_packing
 from qwen35_mcore.training.checks.vision import check_vision
 from qwen35_mcore.training.checks.written_folders import check_written_folders
-from qwen35_mcore.training.choices import expert_ranks, uses_nccl_ep
+from qwen35_mcore.training.choices import expert_ranks
+from qwen35_mcore.training.cuda_graphs import host_counts_tokens
 from qwen35_mcore.training.flags.flex_dispatcher import check_flex
 from qwen35_mcore.training.flags.fsdp import check_fsdp
 from qwen35_mcore.training.image_flags import TEXT_DATA
@@ -129,14 +130,17 @@ def check_muon(args: Namespace) -> None:
 
 
 def _check_graph_device(args: Namespace) -> None:
-    older = [n for n in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, n)]
-    if not cpu_mode.is_needed() or (args.cuda_graph_impl == "none" and not older):
+    given = [f"--cuda-graph-impl {args.cuda_graph_impl}"] if args.cuda_graph_impl != "none" else []
+    given += [_flag(n) for n in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, n)]
+    given += ["--cuda-graph-modules"] if args.cuda_graph_modules else []
+    given += ["--cuda-graph-scope"] if args.cuda_graph_scope_deprecated else []
+    if not cpu_mode.is_needed() or not given:
         return
     raise ConfigError(
         "CUDA graphs need a CUDA device, and this run is on the CPU",
-        got=" ".join(map(_flag, older)) or f"--cuda-graph-impl {args.cuda_graph_impl}",
+        got=given[0],
         allowed="--cuda-graph-impl none on a CPU",
-        fix="drop --cuda-graph-impl and --cuda-graph-modules, or run on a GPU",
+        fix=f"drop {', '.join(word.partition(' ')[0] for word in given)}, or run on a GPU",
     )
 
 
@@ -159,9 +163,9 @@ def _check_graph(args: Namespace, experts: str) -> None:
     """A step in one CUDA graph may nowhere wait for the host, as an all-to-all of tokens does."""
     if args.cuda_graph_impl != "full_iteration":
         return
-    apart = expert_ranks(args)
-    if experts == "grouped_mm" and (apart == 1 or uses_nccl_ep(args)):
+    if not host_counts_tokens(args):
         return
+    apart = expert_ranks(args)
     raise ConfigError(
         "one CUDA graph of the whole step needs grouped_mm experts, whole on their rank or behind "
         "NCCL EP: otherwise each MoE layer waits for the host to learn how many tokens an expert "
@@ -170,7 +174,7 @@ def _check_graph(args: Namespace, experts: str) -> None:
         f"{args.moe_token_dispatcher_type}, --moe-experts {args.moe_experts}, which is {experts} "
         "here",
         allowed="--moe-experts auto or grouped_mm, --bf16; expert and expert tensor parallelism of "
-        "1, or --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+        "1 and alltoall, or --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
         fix="drop --cuda-graph-impl, or spread the model over pipeline and data parallel ranks",
     )
 

@@ -209,11 +209,8 @@ OFFLOADING = (
 
 CUDA_GRAPHS = (
     free("tests/parity/test_gpu_runs.py", "cuda_graph_impl enable_cuda_graph external_cuda_graph"),
-    free(
-        "tests/parity/test_gpu_runs.py",
-        "cuda_graph_modules cuda_graph_warmup_steps",
-        needs=GRAPHS,
-    ),
-    free("it is --cuda-graph-modules", "cuda_graph_scope_deprecated", needs=GRAPHS),
+    free("tests/parity/test_gpu_runs.py", "cuda_graph_modules"),
+    free("it is --cuda-graph-modules", "cuda_graph_scope_deprecated"),
+    free("tests/parity/test_gpu_runs.py", "cuda_graph_warmup_steps", needs=GRAPHS),
     free("Megatron's own", "optimizer_cuda_graph", needs="gpu use_precision_aware_optimizer=False"),
 )

@@ -16,10 +16,18 @@ def check_flex(args: Namespace) -> None:
     """Check that the experts' ranks exchange tokens, and that the backend can be imported.
 
     Raises:
-        ConfigError: no expert or expert tensor parallelism, a missing package, or experts that the
-            backend cannot serve.
+        ConfigError: no expert or expert tensor parallelism, a missing package, experts that the
+            backend cannot serve, or the buffer's size without this dispatcher.
     """
     if args.moe_token_dispatcher_type != "flex":
+        if args.moe_expert_rank_capacity_factor is not None:
+            raise ConfigError(
+                "a receive buffer of fixed size is of the flex dispatcher, and another exchanges "
+                "the tokens of this run",
+                got=f"--moe-expert-rank-capacity-factor {args.moe_expert_rank_capacity_factor}, "
+                f"and {args.moe_token_dispatcher_type}",
+                fix="drop --moe-expert-rank-capacity-factor",
+            )
         return
     backend = args.moe_flex_dispatcher_backend
     tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
@@ -29,7 +37,8 @@ def check_flex(args: Namespace) -> None:
             "here one rank has them all",
             got="--moe-token-dispatcher-type flex --expert-model-parallel-size 1",
             allowed="flex with expert parallelism of 2 or more, or another dispatcher",
-            fix="drop --moe-token-dispatcher-type, or spread the experts over more ranks",
+            fix="drop --moe-token-dispatcher-type and --moe-flex-dispatcher-backend, or spread the "
+            "experts over more ranks",
         )
     package = PACKAGES[backend]
     if importlib.util.find_spec(package) is None:
@@ -37,7 +46,8 @@ def check_flex(args: Namespace) -> None:
             f"the flex dispatcher's backend {backend} needs the package {package}",
             got=f"--moe-flex-dispatcher-backend {backend}, and no {package}",
             allowed=", ".join(PACKAGES),
-            fix="drop --moe-token-dispatcher-type, or install the package (see its own guide)",
+            fix="drop --moe-token-dispatcher-type and --moe-flex-dispatcher-backend, or install "
+            "the package (see its own guide)",
         )
     if backend == "ncclep":
         _check_nccl_ep(args)

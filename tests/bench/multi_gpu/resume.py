@@ -131,7 +131,8 @@ def flags(machine: Machine, checkpoints: str) -> list[str]:
     if machine.on_gpus:
         words = ["--flavor", "35b-a3b", "--seq-length", "1024", "--bf16"]
         words += [word for change in CUT for word in ("--override", change)]
-        words += ["--attention-backend", "fused"]
+        words += ["--attention-backend", "fused", "--cuda-graph-impl", "none"]
+        words += ["--moe-token-dispatcher-type", "alltoall"]
     words += ["--expert-model-parallel-size", str(machine.ranks), "--use-distributed-optimizer"]
     words += ["--micro-batch-size", "1", "--global-batch-size", str(2 * machine.ranks)]
     words += ["--data-path", str(tokenize(machine)), "--split", "1,0,0", "--eval-iters", "0"]

@@ -31,7 +31,7 @@ def tracked_folder(root: Path) -> Path | None:
     """The folder that the tracker file names; None without a tracker, or when it says nothing."""
     try:
         text = (root / TRACKER).read_text(errors="replace").strip()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except OSError:
         return None
     if text == "release":
         return iteration_folder(root, text)

@@ -31,6 +31,10 @@ _BROKEN = (
     PIL.Image.DecompressionBombError,
 )
 """What Pillow raises for a file that is no image, or a damaged one."""
+_REFUSALS = (
+    *(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, TemplateError),
+)
+"""What a template or a processor raises for a conversation that it was not made for."""
 _WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 """Formats whose further frames are further pictures; others hold previews or layers so."""
 
@@ -157,10 +161,10 @@ class Chat:
         with_images = map_media(messages, images.__getitem__)
         try:
             output = self._apply_template(with_images, tools)
-        except (ValueError, TypeError, TemplateError) as error:
+        except _REFUSALS as error:
             raise DataError(
                 "the chat template or the processor refuses a conversation",
-                got=str(error).strip().partition("\n")[0],
+                got=str(error).strip().partition("\n")[0] or type(error).__name__,
             ) from error
         tokens = output["input_ids"].flatten()
         answers = (
@@ -175,7 +179,11 @@ class Chat:
     def check_tower(self, vision: VisionConfig) -> None:
         """Raise DataError where patches or tokens are not those that the tower takes."""
         if self.processor is None:
-            return
+            raise DataError(
+                f"{self.name!r} is of a text model, and the run trains a vision tower",
+                got="no preprocessor_config.json",
+                fix="name the folder that the model's config.json comes from",
+            )
         tower = {
             "patch_size": vision.patch_size,
             "merge_size": vision.spatial_merge_size,

@@ -323,6 +323,13 @@ def test_numbers_that_are_too_small() -> None:
     check_numbers(run(eval_iters=0, manual_gc_interval=0, log_interval=1, save_interval=None))
 
 
+def test_more_samples_than_can_be_listed() -> None:
+    for given in ({"train_iters": 10**9, "global_batch_size": 101}, {"train_samples": 10**12}):
+        with pytest.raises(ConfigError, match="allowed: up to 100,000,000,000"):
+            check_numbers(run(**given))
+    check_numbers(run(train_iters=10**9, global_batch_size=100))
+
+
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [

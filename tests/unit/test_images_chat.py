@@ -193,7 +193,7 @@ def test_a_damaged_processor_is_not_that_of_a_text_model(
     tmp_path: Path, name: str, content: str
 ) -> None:
     (make_processor(tmp_path) / name).write_text(content)
-    with pytest.raises(DataError, match="the image processor of .* could not be loaded"):
+    with pytest.raises(DataError, match=r"the image processor of .* could not be loaded"):
         Chat(str(tmp_path))
 
 

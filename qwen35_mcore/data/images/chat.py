@@ -31,9 +31,7 @@ _BROKEN = (
     PIL.Image.DecompressionBombError,
 )
 """What Pillow raises for a file that is no image, or a damaged one."""
-_REFUSALS = (
-    *(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, TemplateError),
-)
+_REFUSALS = (*(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, TemplateError),)
 """What a template or a processor raises for a conversation that it was not made for."""
 _WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 """Formats whose further frames are further pictures; others hold previews or layers so."""

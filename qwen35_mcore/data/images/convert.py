@@ -111,9 +111,7 @@ class _Preparer:
                 fix=error.fix,
             )
 
-    def _prepared(
-        self, record: Record, value: dict[str, Any], unused: Counter[str]
-    ) -> Prepared:
+    def _prepared(self, record: Record, value: dict[str, Any], unused: Counter[str]) -> Prepared:
         from qwen35_mcore.data.images.chat import check_kept, load_chat, open_image
 
         chat = load_chat(self.processor)

@@ -224,7 +224,7 @@ def _read_metadata(folder: Path) -> Any:
         if backend == "torch_dist":
             with open(path, "rb") as file:
                 metadata = SafeUnpickler(file).load()
-            metadata.storage_data.items()
+            metadata.storage_data.items(), metadata.state_dict_metadata.items()
             return metadata
     except Exception as error:
         raise CheckpointError(

@@ -125,8 +125,8 @@ class _Preparer:
             open_image(content, str(root / path))
             for path, content in zip(paths, contents, strict=True)
         ]
-        for path, content in zip(paths, contents, strict=True):
-            check_kept(content, str(root / path))
+        for path, read in zip(paths, contents, strict=True):
+            check_kept(read, str(root / path))
         names = [f"{number}.{kind}" for number, (_, kind) in enumerate(opened)]
         in_order = iter(names)
         stored = map_media(messages, lambda path: next(in_order))

@@ -17,13 +17,15 @@ _AT_LEAST = {
     **dict.fromkeys(("eval_micro_batch_size", "eval_global_batch_size"), 1),
     **dict.fromkeys(("num_dataset_builder_threads", "exit_duration_in_mins"), 1),
     **dict.fromkeys(("eval_iters", "num_workers", "start_eval_at_iter"), 0),
-    "mid_level_dataset_surplus": 0,
+    **dict.fromkeys(("mid_level_dataset_surplus", "lr_warmup_iters", "lr_warmup_samples"), 0),
+    "recompute_num_layers": 1,
     "muon_num_ns_steps": 1,
     **dict.fromkeys(("seed", "vocab_size", "distributed_timeout_minutes"), 1),
     **dict.fromkeys(("manual_gc_interval", "inference_logging_step_interval"), 0),  # 0: never
 }
 _FINITE = (
     *("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "clip_grad"),
+    "weight_decay",
     *("muon_extra_scale_factor", "mtp_loss_scaling_factor"),
     *("moe_aux_loss_coeff", "moe_z_loss_coeff", "embedding_init_method_std"),
 )

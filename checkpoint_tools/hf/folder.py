@@ -122,7 +122,7 @@ def _safetensors(folder: Path) -> CheckpointError | None:
     if indices:
         fix = f"if {indices[0]} is the one that you mean, rename it to {INDEX_NAME}"
     elif any(_SHARD.fullmatch(name) for name in found):
-        fix = f"fetch {INDEX_NAME}: without it nobody knows whether a shard is missing"
+        fix = f"fetch {INDEX_NAME}: without it a missing shard is not noticed"
     else:
         fix = f"if {found[0]} is the whole model, rename it to {SINGLE_NAME}"
     return CheckpointError(

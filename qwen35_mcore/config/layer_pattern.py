@@ -71,11 +71,6 @@ def interval_of(layer_types: Sequence[LayerKind]) -> int | None:
     return interval if periodic else None
 
 
-def is_periodic(layer_types: Sequence[LayerKind]) -> bool:
-    """Whether one interval describes the pattern."""
-    return interval_of(layer_types) is not None
-
-
 def linear_attention_freq(layer_types: Sequence[LayerKind]) -> int | list[int]:
     """Megatron's ``linear_attention_freq``: the interval, or one 1 (GDN) or 0 per decoder layer."""
     return interval_of(layer_types) or [int(kind is LayerKind.GDN) for kind in layer_types]

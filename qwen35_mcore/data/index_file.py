@@ -69,7 +69,7 @@ def read_index(prefix: Path | str) -> IndexFile:
     """Check that both files are whole and of one dataset of token ids.
 
     Raises:
-        DataError: the index is none, is cut, is of another version, holds something else than
+        DataError: the file is no index, is cut, is of another version, holds something else than
             integers, or describes a ``.bin`` of another size.
     """
     try:

@@ -32,7 +32,7 @@ def print_patches(rows: list[dict[str, Any]]) -> None:
     tested = "tested" if installed in TESTED_MEGATRON_CORE else "not tested"
     console.print(f"megatron-core {installed} ({tested}), {len(rows)} patches\n")
     for row in rows:
-        console.print(f"[bold]{row['name']}[/]: {row['state']} ({row['verdict']})")
+        console.print(f"[bold]{row['name']}[/]: {row['state']} ({row['verdict']})", soft_wrap=True)
         for key in ("why", "target", "file", "upstream"):
             if row[key] != NOT_REPORTED:
                 console.print(f"    {key}: {row[key]}", soft_wrap=True)

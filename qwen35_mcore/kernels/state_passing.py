@@ -43,7 +43,11 @@ class Zigzag:
         return rank, 2 * self.group.size() - 1 - rank
 
     def split(self, x_bs: Tensor) -> Tensor:
-        """``[b, s, ...]`` to ``[b p, t, ...]``: the parts as sequences of their own."""
+        """``[b, s, ...]`` to ``[b p, t, ...]``: the parts as sequences of their own.
+
+        Raises:
+            ValueError: s does not split into two parts.
+        """
         if x_bs.shape[1] % PARTS:
             raise ValueError(f"{x_bs.shape[1]} tokens are not two parts of equal length")
         return x_bs.unflatten(1, (PARTS, -1)).flatten(0, 1)
@@ -70,6 +74,9 @@ def causal_conv1d(
 
     Args:
         convolve: the convolution of sequences that begin with nothing before them.
+
+    Raises:
+        ValueError: a part is shorter than what the convolution looks back.
     """
     parts_btc = zigzag.split(x_bsc)
     before = taps - 1

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -53,16 +52,6 @@ class Qwen35TransformerConfig(TransformerConfig):
 
     hetereogenous_dist_checkpoint: bool = True
     """Layers differ, so each has its own checkpoint keys (megatron's spelling)."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Qwen35TransformerConfig:
-        """A copy with the same context of ``--cpu-offloading-num-layers``: it holds a CUDA stream,
-        which cannot be copied, and megatron copies the config of shared experts."""
-        context = getattr(self, "_cpu_offloading_context", None)
-        memo[id(context)] = context
-        made = copy.copy(self)
-        memo[id(self)] = made
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
 
     def __post_init__(self) -> None:
         self._check_base()

@@ -7,7 +7,8 @@ from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.layout import ParallelLayout
-from qwen35_mcore.parallel.rules import RULES, Case, Violation
+from qwen35_mcore.parallel.rules import RULES, Case
+from qwen35_mcore.parallel.violation import Violation
 
 
 def check_layout(

@@ -12,33 +12,10 @@ from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.layout import ParallelLayout
 from qwen35_mcore.parallel.stages import parse_pipeline_layout, stage_problems
+from qwen35_mcore.parallel.violation import Violation
 
 FP8_MULTIPLE = 16
 """Transformer Engine's FP8 products need every width to be a multiple of this."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Violation:
-    """One broken rule."""
-
-    rule: str
-    """Short name, stable: scripts may match it."""
-    reason: str
-    """Why the rule exists."""
-    value: str
-    """What was asked for."""
-    allowed: str
-    """What would pass."""
-    fix: str
-    """What to change."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rule}: {self.reason}\n"
-            f"      got: {self.value}\n"
-            f"      allowed: {self.allowed}\n"
-            f"      fix: {self.fix}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

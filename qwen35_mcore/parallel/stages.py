@@ -14,7 +14,6 @@ from itertools import groupby
 
 from qwen35_mcore.errors import ConfigError
 
-_LAYERS = "EtmL"
 _TOKEN = re.compile(
     r"\((?P<group>[^()]*)\)\*(?P<group_times>\d+)|(?P<one>[EtmL|])(?:\*(?P<one_times>\d+))?"
 )

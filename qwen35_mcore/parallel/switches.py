@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.parallel.layout import ParallelLayout
-from qwen35_mcore.parallel.rules import Violation
+from qwen35_mcore.parallel.violation import Violation
 
 
 def broken_switches(

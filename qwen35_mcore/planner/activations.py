@@ -16,6 +16,9 @@ _LOGITS = {"te": (2, 2), "native": (4, 2 + 4)}
 """Bytes a logit that every loss keeps, and those alive besides while one is made. Transformer
 Engine 2.20.2 keeps a bfloat16 copy of the logits, which its backward pass makes their gradient;
 megatron the float32 softmax, beside which logits and another float32 copy exist (measured)."""
+FEWEST_EXPERTS = 32
+"""From so many local experts on one kernel adds the gradients of their weights to the main ones
+(`kernels.grouped_linear`)."""
 DELTA_RULE_CHUNK = 64
 """Rows of the matrix that flash-linear-attention keeps for every chunk and value head."""
 
@@ -99,8 +102,8 @@ def mlp(batch: Microbatch) -> Kept:
 
 def moe(batch: Microbatch) -> Kept:
     """One mixture of experts. Of the routed ones input rows, gate and up, their product; and, in
-    the backward pass, the gradients of rows before they are summed up and those of one weight of
-    every expert. Of the shared one gate and up, their product, the output."""
+    the backward pass, the gradients of rows before they are summed up and, of few experts, those of
+    one weight of each. Of the shared one gate and up, their product, the output."""
     config, candidate = batch.model_config, batch.candidate
     hidden, width = config.hidden_size, config.moe_intermediate_size // candidate.etp
     rows, experts = batch.kept_rows, config.num_experts // candidate.ep
@@ -108,9 +111,10 @@ def moe(batch: Microbatch) -> Kept:
     routing = config.num_experts * (4 + 4 + 4 + 1 + 8)
     shared = (4 + _linear_input(batch)) * config.shared_expert_intermediate_size / candidate.tp
     dense = batch.own_tokens * (6 * hidden + routing) + batch.tokens * shared
-    second = rows * (2 * hidden + 2 * width) + 2 * experts * hidden * width
+    gradient = 2 * experts * hidden * width if experts < FEWEST_EXPERTS else 0
+    second = rows * (2 * hidden + 2 * width) + gradient
     # gate, up and product are free again by then, or as good as that
-    first = rows * (2 * hidden - 2 * width) + 2 * experts * hidden * 2 * width
+    first = rows * (2 * hidden - 2 * width) + 2 * gradient
     return Kept(
         dense + rows * (2 * hidden + 6 * width),
         max(first, second) + batch.own_tokens * 4 * hidden + dispatcher_buffer(batch),

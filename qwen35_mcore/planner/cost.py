@@ -14,7 +14,7 @@ from qwen35_mcore.config.flops import attention_layer_flops, gdn_layer_flops
 from qwen35_mcore.parallel.parameters import Parameters, feed_forward_parameters, mixer_parameters
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.activations import Kept
-from qwen35_mcore.planner.calibration.rows import Calibration, LayerRow, default_calibration
+from qwen35_mcore.planner.calibration.rows import Calibration, LayerRow, sources
 from qwen35_mcore.planner.candidate import Candidate, Microbatch
 from qwen35_mcore.planner.hardware import Gpu, get_gpu
 
@@ -137,14 +137,16 @@ def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) ->
         in_bf16 = replace(batch, candidate=replace(batch.candidate, precision="bf16"))
         forward, backward = seconds(part, in_bf16, gpu, calibration)
         return forward * FP8_OVER_BF16, backward * FP8_OVER_BF16
-    there = todo.ideal_s(found.gpu, precision)
-    eager = found.forward.on(forward, there[0]), found.backward.on(backward, there[1])
     # of a mixture of experts the graphs of parts launch the router, whose share nobody measured
     parts = part in ("gdn", "attention", "mlp")
     if not {"none": False, "parts": parts, "full": True}[batch.candidate.graphs]:
-        return eager
-    graphed = forward / found.forward.best, backward / found.backward.best
-    return min(eager[0], graphed[0]), min(eager[1], graphed[1])
+        return found.seconds(todo, gpu, precision)
+    graphed = measured(part, batch, calibration, graphed=True)
+    if graphed:
+        return graphed.seconds(todo, gpu, precision)
+    eager = found.seconds(todo, gpu, precision)
+    best = forward / found.forward.best, backward / found.backward.best
+    return min(eager[0], best[0]), min(eager[1], best[1])
 
 
 @dataclass(frozen=True)
@@ -197,24 +199,33 @@ class Measured:
     gpu: Gpu
     """The card of these."""
 
+    def seconds(self, todo: Work, gpu: Gpu, precision: str) -> Pair:
+        """Expected seconds of both passes on another card."""
+        forward, backward = todo.ideal_s(gpu, precision)
+        there = todo.ideal_s(self.gpu, precision)
+        return self.forward.on(forward, there[0]), self.backward.on(backward, there[1])
 
-def measured(part: str, batch: Microbatch, calibration: Calibration) -> Measured | None:
-    """The measurements at the nearest widths, the package's own where the calibration has none;
-    None without any."""
+
+def measured(
+    part: str, batch: Microbatch, calibration: Calibration, *, graphed: bool = False
+) -> Measured | None:
+    """The measurements at the nearest widths, launched by the host or as a CUDA graph, in the first
+    of `calibration.rows.sources` that has any; None without one."""
     config = batch.model_config
     experts = config.num_experts // batch.candidate.ep if part == "moe" else 0
-    return _measured(part, precision_of(part, batch), config.hidden_size, experts, calibration)
+    precision = precision_of(part, batch)
+    return _measured(part, precision, config.hidden_size, experts, calibration, graphed)
 
 
 @lru_cache(maxsize=1024)
 def _measured(
-    part: str, precision: str, hidden: int, experts: int, calibration: Calibration
+    part: str, precision: str, hidden: int, experts: int, calibration: Calibration, graphed: bool
 ) -> Measured | None:
-    there = bool(calibration.rows(part, precision))
-    source = calibration if there else default_calibration(calibration.gpu)
-    rows = source.rows(part, precision)
-    if not rows:
+    having = (one for one in sources(calibration) if one.rows(part, precision, graphed=graphed))
+    source = next(having, None)
+    if source is None:
         return None
+    rows = source.rows(part, precision, graphed=graphed)
 
     def distance(row: LayerRow) -> float:
         apart = abs(log(row.model_config.hidden_size / hidden))
@@ -222,15 +233,15 @@ def _measured(
 
     gpu = get_gpu(source.gpu)
     nearest = min(map(distance, rows))
-    points = {row: _points(row, gpu) for row in rows}
+    points = {row: _points(row, gpu, graphed) for row in rows}
     chosen = tuple(row for row in rows if distance(row) == nearest)
 
-    def curve(which: int, launch_s: float) -> Curve:
+    def curve(which: int, share: float) -> Curve:
         best = max(ideal / time for ideal, time in (pair[which] for pair in points.values()))
         own = tuple(sorted(points[row][which] for row in chosen))
-        return Curve(own, launch_s, best)
+        return Curve(own, 0.0 if graphed else LAUNCH_S[part] * share, best)
 
-    return Measured(curve(0, LAUNCH_S[part] / 3), curve(1, LAUNCH_S[part] * 2 / 3), chosen, gpu)
+    return Measured(curve(0, 1 / 3), curve(1, 2 / 3), chosen, gpu)
 
 
 def batch_of(row: LayerRow) -> Microbatch:
@@ -240,7 +251,8 @@ def batch_of(row: LayerRow) -> Microbatch:
     return Microbatch(row.model_config, alone, row.seq_length)
 
 
-def _points(row: LayerRow, gpu: Gpu) -> tuple[Pair, Pair]:
+def _points(row: LayerRow, gpu: Gpu, graphed: bool) -> tuple[Pair, Pair]:
     """(ideal, measured) of both passes."""
-    forward, backward = work(row.part, batch_of(row)).ideal_s(gpu, row.precision, WRITTEN)
-    return (forward, row.forward_s), (backward, row.backward_s)
+    ideal = work(row.part, batch_of(row)).ideal_s(gpu, row.precision, WRITTEN)
+    taken = row.graphed_s if graphed and row.graphed_s else (row.forward_s, row.backward_s)
+    return (ideal[0], taken[0]), (ideal[1], taken[1])

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from qwen35_mcore.errors import PlanError
-from qwen35_mcore.parallel.rules import Violation
 from qwen35_mcore.parallel.stages import parse_pipeline_layout
+from qwen35_mcore.parallel.violation import Violation
 from qwen35_mcore.planner.candidate import SWITCHES, Candidate, Job
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.prediction import Prediction, predict, predict_split

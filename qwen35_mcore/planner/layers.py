@@ -72,9 +72,15 @@ class Model:
         self.part = {kind: _part(job, alike, kind) for kind in dict.fromkeys(self.kinds)}
         self.workspace_bytes = max(part.kept.transient for part in self.part.values())
         """Most that a backward pass needs on top of what is kept."""
+        self.placeholder_bytes = memory.placeholder_bytes(
+            part.parameters for part in self.part.values()
+        )
+        """On every rank; embedding and output layer have one more."""
         self.overhead_bytes = memory.overhead_bytes(job.gpu, job.gpus) + self._apart_bytes()
-        self.capacity_bytes = job.usable_bytes - self.overhead_bytes - self.workspace_bytes
-        """What parameters and activations may take on a GPU."""
+        besides = self.overhead_bytes + self.workspace_bytes + self.placeholder_bytes
+        self.capacity_bytes = job.usable_bytes - besides
+        """What parameters and activations may take on a GPU, the placeholder of an embedding or an
+        output layer included."""
 
     def _apart_bytes(self) -> float:
         """Beside what the parts hold: as many rows as NCCL EP receives, for it to stage them, the
@@ -90,12 +96,21 @@ class Model:
             apart += memory.padding_bytes(whole, job, candidate)
         return apart
 
+    def table_placeholder_bytes(self, kinds: str) -> float:
+        """Of the gradient of an embedding or an output layer, on a rank that holds these parts."""
+        if not {"E", "L"} & set(kinds) or not self.part["L"].parameters.trained:
+            return 0.0
+        config = self.job.model_config
+        return memory.WEIGHT * config.vocab_size * config.hidden_size / self.candidate.tp
+
     @cached_property
     def chain(self) -> Chain:
         """The parts as the stage search takes them, MTP and loss together."""
         unit, whole = {}, len(self.kinds.rstrip("mL"))
         for kind, part in self.part.items():
             static = sum(memory.static_bytes(part.parameters, self.job, self.candidate))
+            if kind == "L" or self.candidate.pp > 1:  # else the embedding has that of the loss
+                static += self.table_placeholder_bytes(kind)
             # the loss is over when a layer's backward pass takes the workspace
             shared = self.workspace_bytes if kind == "L" else 0.0
             saved = max(0.0, part.kept.saved - shared)
@@ -157,8 +172,13 @@ def _terms(job: Job, batch: Microbatch, kind: str) -> Iterator[Term]:
                 trained = again + backward_s if job.images.trains_blocks else 0.0
                 yield Term(name, forward_s, trained)
         return
-    yield compute("gdn" if kind == "g" else "attention")
-    yield compute("moe" if config.is_moe else "mlp")
+    mixer = compute("gdn" if kind == "g" else "attention")
+    yield mixer
+    fed = compute("moe" if config.is_moe else "mlp")
+    if config.is_moe and candidate.graphs == "parts" and not activations.dispatcher_buffer(batch):
+        one_graph = replace(candidate, pp=1, recompute="none", graphs="full")
+        fed = _launched_under(mixer, fed, _compute(job, one_graph, "moe"))
+    yield fed
     yield Term("tp", 4 * each, 2 * each)  # of the mixer and the dense or shared feed-forward layer
     if config.is_moe:
         yield _dispatches(batch, groups, gpu)
@@ -179,6 +199,13 @@ def _terms(job: Job, batch: Microbatch, kind: str) -> Iterator[Term]:
         yield Term("tp", each, each)
         if candidate.pp > 1:
             yield compute("embedding")  # its own copy
+
+
+def _launched_under(mixer: Term, moe: Term, moe_in_a_graph: Term) -> Term:
+    """What a mixture of experts adds to the graph of a mixer: the host launches the experts while
+    the GPU replays that, unless it has to wait for the counts of an all-to-all."""
+    left = (launched - hidden for launched, hidden in zip(moe[1:], mixer[1:], strict=True))
+    return Term("compute", *map(max, left, moe_in_a_graph[1:]))
 
 
 def _dispatches(batch: Microbatch, groups: dict[str, Group], gpu: Gpu) -> Term:

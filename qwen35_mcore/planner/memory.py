@@ -9,7 +9,7 @@ Parts of a model have the names of `parallel.parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from qwen35_mcore.parallel.parameters import Parameters
 from qwen35_mcore.planner import activations
@@ -79,6 +79,14 @@ def muon_shares(
     for expert, ranks in enumerate(_ranks(job, candidate) if job.optimizer == "muon" else ()):
         held = [getattr(one, what) for one in parameters.matrices if one.expert == expert]
         yield ranks, sum(held) / ranks, max(held, default=0.0)
+
+
+def placeholder_bytes(parts: Iterable[Parameters]) -> float:
+    """Of layers, the gradients without content that autograd is given in place of those that layers
+    add to the main gradient themselves (`kernels.main_gradient`): Transformer Engine keeps one for
+    every shape of a weight."""
+    weights = {(one.expert, one.elements) for part in parts for one in part.matrices}
+    return WEIGHT * sum(elements for _, elements in weights)
 
 
 def padding_bytes(parameters: Parameters, job: Job, candidate: Candidate) -> float:

@@ -11,16 +11,13 @@ from qwen35_mcore.parallel.parameters import Parameters
 from qwen35_mcore.parallel.schedule import Shape, Simulation
 from qwen35_mcore.parallel.stages import write_pipeline_layout
 from qwen35_mcore.planner import memory
+from qwen35_mcore.planner.calibration.rows import newton_schulz_flops
 from qwen35_mcore.planner.candidate import Candidate, Job
 from qwen35_mcore.planner.communication import Group, gather
 from qwen35_mcore.planner.cost import ASSUMED_EFFICIENCY
 from qwen35_mcore.planner.layers import Model, Part
-from qwen35_mcore.planner.memory import MOMENT, WEIGHT, gradient_bytes
+from qwen35_mcore.planner.memory import WEIGHT, gradient_bytes
 from qwen35_mcore.planner.stages import Cuts, Splits
-
-_NEWTON_SCHULZ_BYTES = 5 * 4 * 2 + 10 * 4
-"""Bytes an element of a matrix that Muon updates, beside its state: each of five steps reads the
-bfloat16 matrix three times and writes it; ten float32 passes normalize, round and scale it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class StageMemory:
     optimizer: float
     activations: float
     workspace: float
-    """Gradients within a layer, dispatcher buffers."""
+    """Gradients within a layer, dispatcher buffers, placeholders of weights' gradients."""
     overhead: float
 
     @property
@@ -127,7 +124,10 @@ class Prediction:
 
     def rank_parts(self, rank: int) -> list[Part]:
         """Everything that a pipeline rank holds."""
-        return [self.model.part[kind] for kind in "".join(self._kinds[rank :: self.candidate.pp])]
+        return [self.model.part[kind] for kind in self._rank_kinds(rank)]
+
+    def _rank_kinds(self, rank: int) -> str:
+        return "".join(self._kinds[rank :: self.candidate.pp])
 
     def rank_parameters(self, rank: int) -> Parameters:
         """What a pipeline rank holds of the model's parameters."""
@@ -135,10 +135,13 @@ class Prediction:
 
     def memory(self) -> list[StageMemory]:
         """The fullest moment of every pipeline rank."""
-        besides, gathered = (self.model.workspace_bytes, self.model.overhead_bytes), []
+        model, gathered = self.model, []
         for rank, held in enumerate(self.splits.rank_bytes(self.cuts)):
             static = memory.static_bytes(self.rank_parameters(rank), self.job, self.candidate)
-            gathered.append(StageMemory(*static, held - sum(static), *besides))
+            table = model.table_placeholder_bytes(self._rank_kinds(rank))
+            workspace = model.workspace_bytes + model.placeholder_bytes + table
+            activations = held - sum(static) - table
+            gathered.append(StageMemory(*static, activations, workspace, model.overhead_bytes))
         return gathered
 
     @cached_property
@@ -199,14 +202,12 @@ class Prediction:
         gradient, state = gradient_bytes(job), memory.state_bytes(job, self.candidate)
         moved = (2 * (gradient + state) + WEIGHT) * memory.own_share(*held)
         moved += gradient * held[0].trained
-        elements, flops = (
-            sum(max(even, largest) for _, even, largest in memory.muon_shares(*held, what))
-            for what in ("elements", "flops")
-        )
-        moved += (_NEWTON_SCHULZ_BYTES - 2 * MOMENT) * elements
-        tflops = job.calibration.newton_schulz_tflops
-        rate = tflops * 1e12 if tflops else job.gpu.bf16_flops * ASSUMED_EFFICIENCY
-        return moved / job.gpu.bytes_per_s / ASSUMED_EFFICIENCY + flops / rate
+        # the measured rate of Muon has its bytes in it: gradient and state of the matrices
+        even = sum(even for _, even, _ in memory.muon_shares(*held))
+        moved -= (gradient + 2 * state) * even
+        flops = sum(max(even, most) for _, even, most in memory.muon_shares(*held, "flops"))
+        update_s = flops / newton_schulz_flops(job.calibration, job.gpu) if flops else 0.0
+        return moved / job.gpu.bytes_per_s / ASSUMED_EFFICIENCY + update_s
 
 
 def predict(job: Job, candidate: Candidate) -> Prediction:

@@ -15,8 +15,8 @@ from operator import attrgetter
 
 from qwen35_mcore.errors import PlanError
 from qwen35_mcore.parallel.check import check_layout, too_many_stages
-from qwen35_mcore.parallel.rules import Violation
 from qwen35_mcore.parallel.switches import broken_switches
+from qwen35_mcore.parallel.violation import Violation
 from qwen35_mcore.planner.candidate import RECOMPUTE, SWITCHES, Candidate, Job
 from qwen35_mcore.planner.hardware import GIB
 from qwen35_mcore.planner.layers import Model, holds_parameters

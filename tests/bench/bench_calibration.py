@@ -3,9 +3,9 @@
     python -m tests.bench.bench_calibration --output qwen35_mcore/planner/calibration/h100-80g.json
 
 Layers are timed alone, forward and backward, launched by the host and replayed as CUDA graphs, with
-what autograd keeps between the two. Runs are
-training steps of cut models through megatron's schedule, DDP and distributed optimizer on one GPU;
-their peaks are what the planner's memory model is compared with.
+what autograd keeps between the two. Runs are training steps of cut models through megatron's
+schedule, DDP and distributed optimizer on one GPU; their peaks are what the planner's memory model
+is compared with.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 
 from qwen35_mcore.config.model_config import Qwen35Config
+from qwen35_mcore.kernels import main_gradient
 from qwen35_mcore.model.build import build_model
 from qwen35_mcore.model.spec_providers import get_spec_provider
 from qwen35_mcore.model.specs import gated_attention_spec, gated_delta_net_spec, layer_spec
@@ -245,7 +246,11 @@ def measure_run(
 
 def release(model: Any, optimizer: Any) -> None:
     """Free what a run holds: hooks inside autograd keep DDP, and so all of it, out of the garbage
-    collector's sight."""
+    collector's sight. The placeholders of gradients go, too, which the next run would find."""
+    from transformer_engine.pytorch.module import base
+
+    main_gradient._placeholder.cache_clear()
+    base._dummy_wgrads.clear()
     tensors = []
     for buffer in model.buffers + model.expert_parallel_buffers:
         tensors += [buffer.param_data, buffer.grad_data]

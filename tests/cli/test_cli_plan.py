@@ -105,9 +105,10 @@ def test_two_gib_stay_free_unless_another_headroom_is_asked_for(tmp_path: Path) 
     free = (card - used) / GIB
     good = run(*SMALL, "--explain", layout, "--headroom", f"{free - 0.01:.2f}")
     assert good.returncode == 0, good.stdout
-    bad = run(*SMALL, "--explain", layout, "--headroom", f"{free + 0.1:.2f}")
+    too_much = f"{free + 0.1:.1f}"
+    bad = run(*SMALL, "--explain", layout, "--headroom", too_much)
     assert bad.returncode == 1
-    assert f"{free + 0.1:.1f} stay free (--headroom)" in bad.stdout
+    assert f"{too_much} stay free (--headroom)" in bad.stdout
 
 
 def test_a_job_that_fits_without_headroom_is_told_so() -> None:
@@ -296,6 +297,7 @@ LAYER = {
         {"schema": 1, "layers": [LAYER | {"precision": "fp8-tensorwise"}], "gpu": "a100"},
         {"schema": 1, "layers": [{"part": "gdn"}]},
         {"schema": 1, "layers": [LAYER], "newton_schulz_tflops": "fast"},
+        {"schema": 1, "layers": [LAYER], "newton_schulz_tflops": -1.0},
         *(
             {"schema": 1, "layers": [LAYER | wrong]}
             for wrong in (
@@ -303,6 +305,8 @@ LAYER = {
                 {"backward_ms": float("inf")},
                 {"forward_ms": 0},
                 {"backward_ms": -1.0},
+                {"graphed_forward_ms": 1.0},
+                {"graphed_forward_ms": 1.0, "graphed_backward_ms": 0.0},
                 {"seq_length": 0},
                 {"seq_length": float("inf")},
                 {"seq_length": 10**400},

@@ -22,7 +22,7 @@ from tests.helpers.random_configs import configs
 from tests.helpers.toys import NEXT, toy_config
 
 experts = st.sampled_from(["packed", "per_expert"])
-layouts = st.sampled_from(["qwen35", "mcore"])
+formats = st.sampled_from(["qwen35", "mcore"])
 
 
 def random_side(table: list[Row], side: str) -> dict[str, torch.Tensor]:
@@ -36,11 +36,11 @@ def random_side(table: list[Row], side: str) -> dict[str, torch.Tensor]:
 
 
 @examples(60)
-@given(config=configs(), experts=experts, layout=layouts)
+@given(config=configs(), experts=experts, checkpoint_format=formats)
 def test_every_element_is_in_exactly_one_box_on_both_sides(
-    config: Qwen35Config, experts: Any, layout: Any
+    config: Qwen35Config, experts: Any, checkpoint_format: Any
 ) -> None:
-    for row in rows(config, Naming.default(config, experts), layout):
+    for row in rows(config, Naming.default(config, experts), checkpoint_format):
         for side in ("hf", "mcore"):
             counts = [torch.zeros(spec.shape, dtype=torch.int32) for spec in getattr(row, side)]
             for copy in row.copies():

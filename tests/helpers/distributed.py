@@ -183,6 +183,7 @@ def _serve(connection: Connection, gpu: int | None, log: Path | None) -> None:
         torch.cuda.set_device(gpu)
         _import_kernels()
         take_first_configurations()
+        torch.manual_seed(0)  # megatron draws the gates of shared experts on the CPU
     torch.set_num_threads(1)
     backend = "gloo" if gpu is None else "nccl"
     while True:

@@ -141,8 +141,8 @@ def test_advice_about_what_a_flag_needs(flag: str, row: Row) -> None:
         ),
         (["--hybrid-layer-pattern", "GE"], ["pass --decoder hybrid as well, or drop --hybrid-lay"]),
         (
-            ["--decoder", "hybrid", "--cpu-offloading-num-layers", "2"],
-            ["--cpu-offloading-num-layers needs --decoder gpt", "or drop --cpu-offloading"],
+            ["--cpu-offloading-num-layers", "2"],
+            ["copies of their experts' weights", "pass --fine-grained-activation-offloading"],
         ),
         (
             ["--decoder", "hybrid", "--fp8-format", "e4m3", "--first-last-layers-bf16"],

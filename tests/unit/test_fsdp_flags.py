@@ -55,7 +55,7 @@ def test_float32_main_parameters() -> None:
         ),
         (f"{FSDP} --moe-experts te", ["Transformer Engine's experts", "fix: drop --moe-experts"]),
         (f"{FSDP} --overlap-moe-expert-parallel-comm", ["parts of a layer"]),
-        (f"{FSDP} --cpu-offloading-num-layers 2", ["parameters that are freed"]),
+        (f"{FSDP} --fine-grained-activation-offloading", ["parameters that are freed"]),
         (f"{FSDP} --use-precision-aware-optimizer", ["needs a run without --use-megatron-fsdp"]),
         (f"{FSDP} --decoder hybrid", ["got: --decoder hybrid", "whole layers"]),
         (f"{FSDP} --optimizer-cpu-offload", ["--optimizer-cpu-offload is not supported"]),

@@ -19,13 +19,8 @@ from tests.helpers.conversations import ask, chat_template, make_processor, save
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_processor(tmp_path_factory.mktemp("processor"))
-
-
-@pytest.fixture(scope="module")
-def chat(folder: Path) -> Chat:
-    return Chat(str(folder))
+def chat(processor: Path) -> Chat:
+    return Chat(str(processor))
 
 
 def encode(chat: Chat, messages: Messages, root: Path, **options: Any) -> Encoded:
@@ -44,19 +39,19 @@ def answers(chat: Chat, encoded: Encoded) -> list[str]:
     return [chat.tokenizer.decode(run) for run in runs]
 
 
-def image_processor(folder: Path) -> Any:
+def image_processor(processor: Path) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return Qwen2VLImageProcessorPil.from_pretrained(folder)
+    return Qwen2VLImageProcessorPil.from_pretrained(processor)
 
 
-def test_images_are_what_transformers_makes(chat: Chat, folder: Path, tmp_path: Path) -> None:
+def test_images_are_what_transformers_makes(chat: Chat, processor: Path, tmp_path: Path) -> None:
     """Two images, one of them resized, in one message."""
     sizes = [(16, 24), (37, 21)]
     paths = [save_digit(tmp_path / f"{n}.png", n, size) for n, size in enumerate(sizes)]
     encoded = encode(chat, ask(3, "0.png", "1.png"), tmp_path)
     pictures = [PIL.Image.open(path).convert("RGB") for path in paths]
-    expected = image_processor(folder)(pictures, return_tensors="pt")
+    expected = image_processor(processor)(pictures, return_tensors="pt")
     assert encoded.media.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(encoded.media[key], value), key
@@ -75,7 +70,7 @@ def test_images_are_what_transformers_makes(chat: Chat, folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("size", [(16, 16), (20, 28)], ids=["as it is", "resized"])
 def test_frames_are_resized_and_normalized_as_images(
-    chat: Chat, folder: Path, tmp_path: Path, size: tuple[int, int]
+    chat: Chat, processor: Path, tmp_path: Path, size: tuple[int, int]
 ) -> None:
     """Each half of a patch is the patch of one frame; an odd last frame fills both halves."""
     paths = [save_digit(tmp_path / f"{n}.png", n, size) for n in range(3)]
@@ -85,7 +80,9 @@ def test_frames_are_resized_and_normalized_as_images(
     encoded = encode(chat, messages, tmp_path)
     (frames, rows, columns), tokens = encoded.media["video_grid_thw"][0].tolist(), encoded.tokens
     assert frames == 2
-    single = image_processor(folder)([PIL.Image.open(path) for path in paths], return_tensors="pt")
+    single = image_processor(processor)(
+        [PIL.Image.open(path) for path in paths], return_tensors="pt"
+    )
     assert single["image_grid_thw"].tolist() == [[1, rows, columns]] * 3
     halves = encoded.media["pixel_values_videos"].view(2, rows * columns, 3, 2, -1)
     images = single["pixel_values"].view(3, rows * columns, 3, 2, -1)

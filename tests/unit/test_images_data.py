@@ -13,16 +13,10 @@ from qwen35_mcore.data.images.convert import ImagesReport, convert
 from qwen35_mcore.errors import DataError
 from tests.helpers.conversations import (
     ask,
-    make_processor,
     save_digit,
     write_conversations,
     write_digits,
 )
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_processor(tmp_path_factory.mktemp("processor"))
 
 
 def run(corpus: Path, output: Path, processor: Path, **options: Any) -> ImagesReport:

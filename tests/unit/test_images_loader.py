@@ -8,75 +8,35 @@ import multiprocessing
 import shutil
 import tarfile
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qwen35_mcore.config.vision import VisionConfig
-from qwen35_mcore.data.images.chat import MEDIA, Chat, Encoded, load_chat, open_image
-from qwen35_mcore.data.images.convert import convert
-from qwen35_mcore.data.images.loader import ImageLoader, check_folder, image_datasets
+from qwen35_mcore.data.images.chat import MEDIA, Encoded, load_chat, open_image
+from qwen35_mcore.data.images.loader import ImageLoader, check_folder
 from qwen35_mcore.errors import DataError
 from qwen35_mcore.model.vision.rope import rope_index
-from tests.helpers.conversations import (
-    ask,
-    make_processor,
-    save_digit,
-    write_conversations,
-    write_digits,
+from tests.helpers.conversations import ask, make_processor, write_conversations, write_digits
+from tests.helpers.image_loaders import (
+    ROWS,
+    SEQ,
+    documents,
+    keys,
+    loaders,
+    tower,
+    training,
+    write_data,
 )
 
-SEQ, ROWS, COUNT = 256, 2, 24
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_processor(tmp_path_factory.mktemp("processor"))
+COUNT = 24
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, processor: Path) -> Path:
     folder = tmp_path_factory.mktemp("data")
     return write_data(write_digits(folder, COUNT), folder / "out", processor, split="20,4,0")
-
-
-def write_data(corpus: Path, output: Path, processor: Path, **options: Any) -> Path:
-    convert(inputs=[corpus], output_dir=output, processor=str(processor), **options)
-    return output
-
-
-def tower(chat: Chat) -> VisionConfig:
-    assert chat.processor is not None
-    return VisionConfig(
-        out_hidden_size=64,
-        patch_size=4,
-        image_token_id=chat.processor.image_token_id,
-        video_token_id=chat.processor.video_token_id,
-    )
-
-
-def loaders(data: Path, processor: Path, **options: Any) -> tuple[ImageLoader, ImageLoader | None]:
-    return image_datasets(
-        **{
-            "train": data,
-            "processor": str(processor),
-            "vision": None if "vision" in options else tower(load_chat(str(processor))),
-            "rope_index": rope_index,
-            "seq_length": SEQ,
-            "micro_batch_size": ROWS,
-            "num_workers": 0,
-            "shuffle_buffer": 4,
-            "packing_buffer": 6,
-            **options,
-        }
-    )
-
-
-def training(data: Path, processor: Path, **options: Any) -> ImageLoader:
-    return loaders(data, processor, **options)[0]
 
 
 def stored(data: Path, processor: Path, part: str = "train") -> dict[tuple[int, ...], Encoded]:
@@ -91,28 +51,6 @@ def stored(data: Path, processor: Path, part: str = "train") -> dict[tuple[int, 
             encoded = chat.encode(content["messages"], images)
             found[tuple(encoded.tokens.tolist())] = encoded
     return found
-
-
-def documents(batch: dict[str, Any]) -> list[tuple[int, slice]]:
-    """Row and place of every document of a batch; padding is none."""
-    places = []
-    for row, padding in enumerate(batch["padding_mask"]):
-        length = int((~padding).sum())
-        assert not padding[:length].any()
-        bounds = [0, length]
-        if batch["cu_seqlens"] is not None:
-            bounds = [b for b in dict.fromkeys(batch["cu_seqlens"][row].tolist()) if b <= length]
-        places += [(row, slice(*pair)) for pair in pairwise(bounds) if length]
-    return places
-
-
-def keys(batches: list[dict[str, Any]]) -> list[tuple[int, ...]]:
-    """The tokens of every document."""
-    return [
-        tuple(batch["tokens"][row, place].tolist())
-        for batch in batches
-        for row, place in documents(batch)
-    ]
 
 
 def epoch(loader: ImageLoader, samples: int) -> list[dict[str, Any]]:
@@ -291,103 +229,6 @@ def test_a_blend_of_folders(tmp_path: Path, data: Path, processor: Path) -> None
 
 
 # what cannot be read
-
-
-def damaged(folder: Path, processor: Path) -> Path:
-    """Six samples, of which one has a broken image, one none, one too many tokens, and one has a
-    broken text."""
-    for number in range(6):
-        save_digit(folder / f"{number}.png", number)
-    conversations = [ask(n, f"{n}.png", text="x" * (400 if n == 3 else 4)) for n in range(6)]
-    out = write_data(
-        write_conversations(folder / "c.jsonl", conversations), folder / "out", processor
-    )
-    [path] = out.glob("*.tar")
-    shutil.copy(path, folder / "whole.tar")
-    with tarfile.open(folder / "whole.tar") as whole, tarfile.open(path, "w") as tar:
-        for member in whole:
-            content = bytearray(whole.extractfile(member).read())  # type: ignore[union-attr]
-            if member.name == "000000001.0.png":
-                content[30:] = bytes(len(content) - 30)
-            if member.name == "000000002.0.png":
-                member.name = "000000002.9.png"
-            if member.name == "000000005.json":
-                content[:1] = b"x"
-            with (folder / "content").open("wb+") as file:
-                file.write(content)
-                file.seek(0)
-                tar.addfile(member, file)
-    return out
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_bad_samples_of_a_run(
-    tmp_path: Path, processor: Path, workers: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = damaged(tmp_path, processor)
-    loader = training(data, processor, num_workers=workers, bad_samples="skip", packing=workers > 0)
-    read = keys([next(loader) for _ in range(12)])
-    assert len(set(read)) == 2
-    said = capsys.readouterr().err
-    for line, what in (
-        (2, "the image 1.png cannot be opened"),
-        (3, "the shard has no 0.png of the sample"),
-        (4, "more tokens than a sequence holds\n  got: 4"),
-    ):
-        assert f"{tmp_path / 'c.jsonl'}:{line}" in said
-        assert what in said
-    assert "key 000000005: the text of a sample is damaged" in said
-    assert said.count("warning: a sample of the training data is left out") == loader.left_out
-    assert f", {loader.left_out} so far on this rank" in said
-    strict = training(data, processor, num_workers=workers)
-    with pytest.raises(DataError, match=r"c\.jsonl:[234] |key 0+5: ") as caught:
-        [next(strict) for _ in range(12)]
-    assert str(caught.value).endswith("or leave such samples out with --bad-samples skip")
-    assert str(caught.value).count("\n") <= 4
-
-
-def test_tokens_that_do_not_fit_the_images_are_a_bad_sample(
-    data: Path, processor: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encode = Chat.encode
-
-    def with_one_token_less(chat: Chat, *args: Any) -> Encoded:
-        encoded = encode(chat, *args)
-        image = encoded.tokens == tower(chat).image_token_id
-        first = image & (image.cumsum(0) == 1)
-        return encoded._replace(tokens=encoded.tokens.masked_fill(first, 0))
-
-    monkeypatch.setattr(Chat, "encode", with_one_token_less)
-    loader = training(data, processor)
-    with pytest.raises(DataError, match=r"jsonl:\d+ .*other numbers of image tokens") as caught:
-        [next(loader) for _ in range(8)]
-    assert str(caught.value).endswith("or leave such samples out with --bad-samples skip")
-
-
-def test_what_nobody_foresaw_ends_the_run(
-    data: Path, processor: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Energon leaves such samples out, and prints why between the lines of the log."""
-    monkeypatch.setattr(Chat, "encode", lambda *_: {}["nothing"])
-    with pytest.raises(KeyError, match="nothing"):
-        next(training(data, processor, bad_samples="skip"))
-
-
-def test_a_run_of_bad_samples_alone_ends(
-    tmp_path: Path, processor: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qwen35_mcore.data.images.samples._MOST_IN_A_ROW", 10)
-    corpus = write_conversations(tmp_path / "c.jsonl", [ask(1), ask(2)])
-    data = write_data(corpus, tmp_path / "out", processor)
-    loader = training(data, processor, seq_length=8, bad_samples="skip")
-    with pytest.raises(DataError, match="more tokens than a sequence holds"):
-        next(loader)
-
-
-def test_images_need_a_tower(data: Path, processor: Path) -> None:
-    loader = training(data, processor, vision=None, rope_index=None)
-    with pytest.raises(DataError, match="the model has no vision tower"):
-        [next(loader) for _ in range(8)]
 
 
 def test_a_position_of_other_settings(data: Path, processor: Path) -> None:

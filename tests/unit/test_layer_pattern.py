@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from qwen35_mcore.config.layer_pattern import (
     LayerKind,
     interval_of,
-    is_periodic,
     linear_attention_freq,
     mtp_pattern,
     pattern_from_interval,
@@ -49,7 +48,6 @@ def test_a_depth_that_is_no_multiple_of_the_interval() -> None:
 )
 def test_megatron_value(pattern: tuple[LayerKind, ...], freq: int | list[int]) -> None:
     assert linear_attention_freq(pattern) == freq
-    assert is_periodic(pattern) is isinstance(freq, int)
 
 
 @given(patterns)

@@ -93,7 +93,7 @@ def test_the_stages_are_better_than_even_ones() -> None:
     assert fits.step_s < 0.75 * even
 
     too_large = search(
-        job_of("35b-a3b", 16, 512), Space(pp=(4,), micro_batch_size=(8,)), top=1
+        job_of("35b-a3b", 16, 512), Space(pp=(2,), micro_batch_size=(8,)), top=1
     ).best[0]
     assert too_large.even_split_step_s is None
     even_cuts = too_large.splits.even()

@@ -53,23 +53,3 @@ def test_routing_to_one_expert(pool: WorkerPool) -> None:
     [message] = pool.run(refusal, 1, run={}, num_experts_per_tok=1)
     assert message is not None
     assert "gives the router no gradient" in message
-
-
-def test_a_copy_shares_the_context_of_offloading(pool: WorkerPool) -> None:
-    """And nothing else that can change."""
-    assert pool.run(copied, 1) == [(True, False, True)]
-
-
-def copied() -> tuple[bool, bool, bool]:
-    """Whether a copy has the same context, the same list of modules, and an equal one."""
-    import copy
-    import threading
-
-    from qwen35_mcore.model.transformer_config import transformer_config
-
-    config = transformer_config(toy_config(), **LOCAL, recompute_modules=["core_attn"])
-    config._cpu_offloading_context = threading.Lock()  # as little a thing to copy as a stream
-    made = copy.deepcopy(config)
-    same_context = made._cpu_offloading_context is config._cpu_offloading_context
-    same_modules = made.recompute_modules is config.recompute_modules
-    return same_context, same_modules, made.recompute_modules == config.recompute_modules

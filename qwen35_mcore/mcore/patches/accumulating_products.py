@@ -19,7 +19,8 @@ from qwen35_mcore.mcore.patches.verdict import Verdict, shows
 
 
 def add_product(x_ti: Tensor, dy_to: Tensor, main_grad_oi: Tensor) -> None:
-    """``main_grad += dy^T @ x``, in one kernel where Transformer Engine can."""
+    """``main_grad += dy^T @ x``: ``[o, i]`` of ``[t, o]`` and ``[t, i]``, in one kernel where
+    Transformer Engine can."""
     if x_ti.is_cuda and x_ti.dtype == torch.bfloat16 and _has_transformer_engine():
         from transformer_engine.pytorch.cpp_extensions import general_gemm
 

@@ -123,7 +123,8 @@ class GroupedExperts(MegatronModule):
     ) -> dict[str, Any]:
         """megatron's keys: one shard per expert, and one per gate and up half of the first weight.
 
-        Small shards let a run with another expert parallelism read only what it needs.
+        Small shards let a run with another expert parallelism read only what it needs. Raises
+        ValueError for offsets: layers have keys of their own.
         """
         if sharded_offsets:
             raise ValueError("layers are stored under keys of their own, got sharded_offsets")

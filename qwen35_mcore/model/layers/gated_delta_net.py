@@ -140,7 +140,8 @@ class GatedDeltaNet(KeepFloat32, McoreGatedDeltaNet):
         packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``[s / (sp * cp), b, hidden]`` to the same shape, and the output bias (None)."""
+        """``[s / (sp * cp), b, hidden]`` to the same shape, and the output bias (None). Raises
+        NotImplementedError for inference."""
         if inference_context is not None:
             raise NotImplementedError(
                 "GatedDeltaNet has no inference cache yet: this package trains; export the "

@@ -62,7 +62,7 @@ class WordAndImageEmbedding(WordEmbedding):
 
 
 def mark_images(tokens: Tensor, vision: VisionConfig) -> Tensor:
-    """Tokens with an id below zero for image and video tokens, whichever of the outputs it is."""
+    """Tokens ``[...]`` int64 with -1 in place of image and video tokens."""
     is_image = (tokens == vision.image_token_id) | (tokens == vision.video_token_id)
     return tokens.masked_fill(is_image, -1)
 

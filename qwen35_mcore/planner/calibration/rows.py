@@ -1,7 +1,7 @@
 """Measured times that turn operation and byte counts into seconds.
 
 A calibration is a JSON file that ``python -m tests.bench.bench_calibration`` writes on one GPU.
-Without one, and for parts that a file lacks, the measurement of one H100 in this folder stands in.
+What it lacks is taken from the files in this folder (`sources`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import PlanError, Qwen35Error
-from qwen35_mcore.planner.hardware import PRECISIONS, get_gpu
+from qwen35_mcore.planner.hardware import PRECISIONS, Gpu, get_gpu
 
 SCHEMA = 1
 PARTS = ("gdn", "attention", "moe", "mlp", "output")
@@ -24,7 +24,7 @@ PARTS = ("gdn", "attention", "moe", "mlp", "output")
 MEASURED = Path(__file__).parent
 """Files that the package brings, by name of the GPU."""
 _STANDARD = "h100-80g"
-"""The GPU whose file stands in for every other's."""
+"""The GPU whose file stands in first for another's."""
 _FROM_ROOT = "qwen35_mcore/planner/calibration"
 _LARGEST = 2**40
 """Of any number in a file."""
@@ -41,6 +41,8 @@ class LayerRow:
     precision: str
     forward_s: float
     backward_s: float
+    graphed_s: tuple[float, float] | None = None
+    """Both passes replayed as a CUDA graph, where measured."""
     saved_bytes: int | None = None
     """Bytes kept between the two passes, where measured."""
     cross_entropy: str = "native"
@@ -55,12 +57,13 @@ class Calibration:
     gpu: str
     layers: tuple[LayerRow, ...]
     newton_schulz_tflops: float | None = None
-    """Of Muon's update: "tflops" of "muon medium", which nobody measured, from
-    ``python -m tests.bench.bench_muon --case 35b-a3b,4,32``."""
+    """Of Muon's update of matrices, all that it reads and writes included: "tflops" of "muon
+    medium" from ``python -m tests.bench.bench_muon --case 35b-a3b,4,32``."""
 
-    def rows(self, part: str, precision: str) -> tuple[LayerRow, ...]:
-        """Rows of one part in one precision."""
-        return tuple(r for r in self.layers if r.part == part and r.precision == precision)
+    def rows(self, part: str, precision: str, *, graphed: bool = False) -> tuple[LayerRow, ...]:
+        """Rows of one part in one precision; only those measured as a CUDA graph, too."""
+        rows = (r for r in self.layers if r.part == part and r.precision == precision)
+        return tuple(row for row in rows if row.graphed_s or not graphed)
 
 
 def model_of(flavor: str, overrides: Mapping[str, Any]) -> Qwen35Config:
@@ -82,6 +85,21 @@ def default_calibration(gpu: str) -> Calibration:
     return replace(read_calibration(file), source=f"{_FROM_ROOT}/{file.name}")
 
 
+@lru_cache
+def sources(calibration: Calibration) -> tuple[Calibration, ...]:
+    """A calibration, and what stands in for what it lacks, the first one first: this package's file
+    for the same GPU, that of the H100, the others by name."""
+    others = sorted(file.stem for file in MEASURED.glob("*.json"))
+    return (calibration, *map(default_calibration, (calibration.gpu, _STANDARD, *others)))
+
+
+def newton_schulz_flops(calibration: Calibration, gpu: Gpu) -> float:
+    """Operations a second of Muon's update on a GPU: the share of the peak that was measured."""
+    source = next(one for one in sources(calibration) if one.newton_schulz_tflops)
+    assert source.newton_schulz_tflops
+    return source.newton_schulz_tflops * 1e12 * gpu.bf16_flops / get_gpu(source.gpu).bf16_flops
+
+
 def read_calibration(path: Path) -> Calibration:
     """Read a calibration file. Raises PlanError for no such file, no JSON, another schema, no layer
     measured, or an entry that cannot be used: a GPU, a word, a size or a time."""
@@ -99,7 +117,8 @@ def read_calibration(path: Path) -> Calibration:
         raise _unusable(path, f'needs "schema": {SCHEMA} and at least one row in "layers"', got)
     gpu = _read(content.get("gpu", _STANDARD), path, lambda name: get_gpu(str(name)))
     rows = (_read(row, path, lambda row: layer_row(row, gpu.precisions)) for row in layers)
-    muon = _read(content.get("newton_schulz_tflops"), path, lambda rate: rate and float(rate))
+    muon = content.get("newton_schulz_tflops")
+    muon = None if muon is None else _read(muon, path, lambda rate: _in_range(float(rate)))
     return Calibration(str(path), gpu.name, tuple(rows), muon)
 
 
@@ -130,12 +149,28 @@ def layer_row(row: Mapping[str, Any], precisions: tuple[str, ...] = PRECISIONS) 
         precision=row["precision"],
         forward_s=float(row["forward_ms"]) / 1e3,
         backward_s=float(row["backward_ms"]) / 1e3,
+        graphed_s=_graphed_s(row),
         saved_bytes=row.get("saved_bytes"),
         cross_entropy=row.get("cross_entropy", "native"),
     )
     if one.part not in PARTS or one.precision not in precisions:
         raise ValueError(f"allowed: part {', '.join(PARTS)}; precision {', '.join(precisions)}")
-    numbers = (one.seq_length, one.micro_batch_size, one.forward_s, one.backward_s)
-    if not all(0 < number <= _LARGEST for number in numbers):  # NaN neither
-        raise ValueError(f"allowed: sizes and times above 0 and up to {_LARGEST}")
+    times = (one.forward_s, one.backward_s, *(one.graphed_s or ()))
+    numbers = (one.seq_length, one.micro_batch_size, *times)
+    for number in numbers:
+        _in_range(number)
     return one
+
+
+def _in_range(number: float) -> float:
+    if not 0 < number <= _LARGEST:  # NaN neither
+        raise ValueError(f"allowed: numbers above 0 and up to {_LARGEST}")
+    return number
+
+
+def _graphed_s(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    names = ("graphed_forward_ms", "graphed_backward_ms")
+    if not any(name in row for name in names):
+        return None
+    forward, backward = (float(row[name]) / 1e3 for name in names)
+    return forward, backward

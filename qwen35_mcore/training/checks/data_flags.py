@@ -49,7 +49,8 @@ def split_data(args: Namespace) -> dict[str, SplitData]:
 
     Raises:
         DataError: two sources at once, a file of prefixes that cannot be read, a blend without
-            datasets or with weights that are none, or a ``--split`` that is none or not used.
+            datasets or with weights that are not positive, a malformed ``--split``, or one that has
+            nothing to divide.
     """
     source = _source(args)
     if source in ("data_path", "data_args_path"):

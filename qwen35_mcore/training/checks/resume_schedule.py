@@ -1,7 +1,7 @@
 """Whether the schedule of learning rate and weight decay goes on as the checkpoint's would have.
 
-Two schedules are compared by what they give from here to the end of the run, so a difference that
-cannot matter any more stops nobody.
+Two schedules are compared by their values from here to the end of the run: differences before that
+are allowed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every flag of megatron's parser: who decides it, whether it works, and why it is refused.
 
-The rows are data, one file a subject; `table` joins them. Imports the standard library and `errors`
-only.
+The rows are data, one file a subject; `table` joins them. Imports the standard library, `errors`
+and `model.spec_providers`.
 """
 
 from qwen35_mcore.training.flags.check import check_classes_while_parsing

@@ -183,10 +183,11 @@ RECOMPUTATION = (
 )
 
 OFFLOADING = (
-    free(
-        "Transformer Engine's own; HybridStack offloads no layer",
+    unsupported(
+        "whole layers come back with copies of their experts' weights, which have no gradient to "
+        "add to",
         "cpu_offloading_num_layers cpu_offloading_retain_pinned_cpu_buffers",
-        needs="decoder=gpt gpu",
+        fix="pass --fine-grained-activation-offloading with --offload-modules",
     ),
     free("Megatron's own", "fine_grained_activation_offloading", needs="gpu"),
     free(

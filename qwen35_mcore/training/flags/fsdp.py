@@ -86,11 +86,6 @@ def _beside(args: Namespace) -> list[tuple[str, str, str]]:
             "drop --overlap-moe-expert-parallel-comm",
         ),
         (
-            "--cpu-offloading-num-layers" if args.cpu_offloading_num_layers else "",
-            _OFFLOADING,
-            "drop --cpu-offloading-num-layers",
-        ),
-        (
             "--fine-grained-activation-offloading"
             if args.fine_grained_activation_offloading
             else "",

@@ -247,7 +247,7 @@ def _carried(checkpoint: MegatronCheckpoint, reference: Path | None) -> Carried 
 def _config(checkpoint: MegatronCheckpoint, carried: Carried | None) -> Qwen35Config:
     try:
         config = recorded_config(checkpoint)
-    except (ValueError, ConfigError) as error:
+    except ConfigError as error:
         raise CheckpointError(
             "the checkpoint's own config is malformed", got=f"{checkpoint.folder}: {error}"
         ) from error

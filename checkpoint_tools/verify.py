@@ -251,7 +251,7 @@ def _config(path: Path) -> Qwen35Config | None:
         if is_hf_folder(path):
             return Qwen35Config.from_hf(path)
         return recorded_config(MegatronCheckpoint(path))
-    except (ConfigError, ValueError):
+    except ConfigError:
         return None
 
 

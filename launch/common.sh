@@ -107,9 +107,9 @@ run_flags() {
         return
     fi
     local word words
-    read -ra words <<<"$DATA"
+    read -rd '' -a words <<<"$DATA" || true # of all its lines
     for word in "${words[@]}"; do
-        [[ $word =~ ^[0-9.]+$ || (-e $word.bin && -e $word.idx) ]] || die "DATA names no dataset" \
+        [[ $word =~ ^[0-9.]+([eE][-+]?[0-9]+)?$ || (-e $word.bin && -e $word.idx) ]] || die "DATA names no dataset" \
             "got: $word" "allowed: a prefix with a .bin and an .idx file" \
             "fix: tokenize text with \`qwen35 data tokenize ... --output-prefix $word\`"
     done

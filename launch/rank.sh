@@ -14,7 +14,7 @@ export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
 # shellcheck source=launch/env.sh
 source "$REPO/launch/env.sh"
-read -ra prefix <<<"$CONTAINER"
+read -rd '' -a prefix <<<"$CONTAINER"
 
 # SIGTERM is ignored until Megatron listens for it, so that an early one ends nothing.
 trap '' TERM

@@ -116,7 +116,7 @@ def read_carried(folder: Path) -> Carried:
         naming = Naming(**content["naming"])
         dtypes = {name: DTYPES[dtype] for name, dtype in content["dtypes"].items()}
         names = tuple(content["carried"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             "what the import carried through is not beside the checkpoint",
             got=f"{folder / _DESCRIPTION}: {error}",

@@ -18,7 +18,7 @@ from checkpoint_tools.table.row import Row, TensorSpec
 from checkpoint_tools.table.transforms import Copy, LazyTensor, common_dtype, split_rows
 from checkpoint_tools.table.vision import MCORE_VISION_PREFIX
 from qwen35_mcore.config.model_config import Qwen35Config
-from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.errors import CheckpointError, ConfigError
 
 DtypeChoice = Literal["original", "checkpoint", "float32"]
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -98,10 +98,17 @@ def recorded_config(checkpoint: MegatronCheckpoint) -> Qwen35Config | None:
     """The config of the model that was trained, None where the run recorded none.
 
     Raises:
-        ConfigError, ValueError: it is malformed.
+        ConfigError: it is malformed.
     """
     recorded = checkpoint.argument("qwen35_hf_config")
-    return Qwen35Config.from_hf(json.loads(recorded)) if recorded else None
+    if not recorded:
+        return None
+    try:
+        return Qwen35Config.from_hf(dict(json.loads(recorded)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            "the checkpoint's own config is malformed", got=f"{checkpoint.folder}: {error}"
+        ) from error
 
 
 def stored_format(checkpoint: MegatronCheckpoint) -> Format:

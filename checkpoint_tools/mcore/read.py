@@ -181,8 +181,9 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
             fix=_what_is_here(path),
         )
     name = tracker.read_text(errors="replace").strip()
-    folder = path / (f"iter_{int(name):07d}" if name.isdecimal() else RELEASE)
-    if name != RELEASE and not name.isdecimal():
+    is_number = name.isdecimal() and len(name) <= 18
+    folder = path / (f"iter_{int(name):07d}" if is_number else RELEASE)
+    if name != RELEASE and not is_number:
         raise CheckpointError(
             "the tracker file is malformed",
             got=f"{tracker}: {name[:80]}",
@@ -223,7 +224,7 @@ def _read_metadata(folder: Path) -> Any:
         if backend == "torch_dist":
             with open(path, "rb") as file:
                 metadata = SafeUnpickler(file).load()
-            metadata.storage_data.items()
+            metadata.storage_data.items(), metadata.state_dict_metadata.items()
             return metadata
     except Exception as error:
         raise CheckpointError(

@@ -113,7 +113,7 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("cannot read the config", got=f"{file}: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("the config is not valid JSON", got=f"{file}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError("the config must be a JSON object", got=str(file))

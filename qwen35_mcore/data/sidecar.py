@@ -111,14 +111,24 @@ def read_sidecar(prefix: Path | str) -> Sidecar | None:
         value = json.loads(path.read_bytes())
         if value["format"] != _FORMAT:
             raise ValueError(f"format {value['format']}")
+        _check_types(value)
         return Sidecar(**value | {"tokenizer": _resolved(path, value["tokenizer"])})
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
             f"{path} does not describe a dataset",
             got=str(error),
             allowed=f"the file that tokenizing writes, format {_FORMAT}",
             fix="move the file away; if it was the dataset's, tokenize again with --overwrite",
         ) from error
+
+
+def _check_types(value: dict[str, object]) -> None:
+    """Raise TypeError where a value is of another type than `Sidecar` says."""
+    for field in dataclasses.fields(Sidecar):
+        given = value.get(field.name, field.default)
+        if type(given).__name__ not in str(field.type).replace("None", "NoneType").split(" | "):
+            raise TypeError(f"{field.name} {given!r} is not of type {field.type}")
+    np.dtype(str(value["dtype"]))
 
 
 def check_dataset(

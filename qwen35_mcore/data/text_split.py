@@ -29,7 +29,9 @@ class TextSplit:
             limit: bytes of a line or document that are read at most; what is cut off there is
                 longer than allowed, which is left to the caller to see.
         """
-        return _by_size(stream, self.size) if self.size else _by_blank_lines(stream, limit)
+        if self.size:
+            return _by_size(stream, min(self.size, limit))
+        return _by_blank_lines(stream, limit)
 
 
 def parse_text_split(text: str) -> TextSplit | None:

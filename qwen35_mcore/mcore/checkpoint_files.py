@@ -19,6 +19,7 @@ from qwen35_mcore.process.sync import sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
+_LONGEST_NUMBER = 18  # of an iteration, in digits
 
 
 def iteration_folder(root: Path, iteration: int | str) -> Path:
@@ -29,12 +30,13 @@ def iteration_folder(root: Path, iteration: int | str) -> Path:
 def tracked_folder(root: Path) -> Path | None:
     """The folder that the tracker file names; None without a tracker, or when it says nothing."""
     try:
-        text = (root / TRACKER).read_text().strip()
-    except FileNotFoundError:
+        text = (root / TRACKER).read_text(errors="replace").strip()
+    except OSError:
         return None
     if text == "release":
         return iteration_folder(root, text)
-    return iteration_folder(root, int(text)) if text.isdecimal() else None
+    number = text.isdecimal() and len(text) <= _LONGEST_NUMBER
+    return iteration_folder(root, int(text)) if number else None
 
 
 def damage(folder: Path) -> str | None:
@@ -44,12 +46,12 @@ def damage(folder: Path) -> str | None:
             return f"{folder / name} is missing"
     try:
         stored = FileSystemReader(str(folder)).read_metadata().storage_data
+        ends: dict[str, int] = {}
+        for info in stored.values():
+            end = info.offset + info.length
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), end)
     except Exception as error:
         return f"{folder / '.metadata'} cannot be read: {error}"
-    ends: dict[str, int] = {}
-    for info in stored.values():
-        end = info.offset + info.length
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), end)
     for name, end in ends.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else -1

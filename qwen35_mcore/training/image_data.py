@@ -64,9 +64,7 @@ def _loaders_of_this_rank(args: Namespace) -> tuple[ImageLoader | None, ImageLoa
             got=f"--image-data {args.image_data} --eval-iters {args.eval_iters}",
             fix="pass --image-valid-data FOLDER or --eval-iters 0",
         )
-    for name, loader in (("train", train), ("valid", valid)):
-        if loader is not None and position.get(name) is not None:
-            loader.restore_state(position[name])
+    _restore(train, valid, position)
     save_position(
         lambda: {
             "seed": seed,
@@ -75,6 +73,30 @@ def _loaders_of_this_rank(args: Namespace) -> tuple[ImageLoader | None, ImageLoa
         }
     )
     return train, valid
+
+
+def _restore(train: ImageLoader, valid: ImageLoader | None, position: dict[str, Any]) -> None:
+    """Go on where the checkpoint's loaders were. Other validation data begin anew."""
+    if position.get("train") is not None:
+        try:
+            train.restore_state(position["train"])
+        except DataError as error:
+            raise DataError(
+                error.what,
+                got=error.got,
+                allowed=error.allowed,
+                fix="put the data back that the checkpoint was trained on, or pass another --seed: "
+                "the data then begin anew",
+            ) from error
+    if valid is not None and position.get("valid") is not None:
+        try:
+            valid.restore_state(position["valid"])
+        except DataError as error:
+            if mpu.get_data_parallel_rank() == 0 and mpu.get_pipeline_model_parallel_rank() == 0:
+                print(
+                    f"> validation begins anew: {error.got} (the checkpoint's: {error.allowed})",
+                    flush=True,
+                )
 
 
 def _image_datasets(args: Namespace, seed: int) -> tuple[ImageLoader, ImageLoader | None]:

@@ -63,6 +63,17 @@ def test_layout_args_are_read_as_words_and_never_run(tmp_path: Path, text: str) 
     assert done.stdout.splitlines() == words
 
 
+def test_words_on_several_lines(tmp_path: Path) -> None:
+    """As an editor breaks a long blend: no line of it is lost."""
+    for name in ("a", "b"):
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"{name}{suffix}").touch()
+    script = "source common.sh; SAVE=s LOAD=s SAVE_INTERVAL=1 TENSORBOARD=t PRETRAINED=; run_flags"
+    blend = f"\n0.3 {tmp_path}/a\n  7e-1 {tmp_path}/b\n"
+    done = bash(f"{script}; printf '%s\\n' \"${{paths[@]}}\"", DATA=blend)
+    assert done.stdout.split()[-5:] == ["--data-path", *blend.split()]
+
+
 def test_layout_args_that_an_editor_on_windows_saved(tmp_path: Path) -> None:
     (tmp_path / "layout.args").write_bytes(b"\xef\xbb\xbf--bf16\r\n\r\n# a\r\n--lr '1' # b\r\n")
     done = bash(f"source common.sh; read_preset {tmp_path}; printf '%s|' \"${{layout[@]}}\"")

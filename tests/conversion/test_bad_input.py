@@ -9,12 +9,15 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from checkpoint_tools.inspect_ckpt import inspect_folder
+from checkpoint_tools.mcore.exported import recorded_config
+from qwen35_mcore.errors import ConfigError
 from tests.helpers.ckpt_cli import ckpt, ckpt_process, ok, refused
 from tests.helpers.hf_toy import INDEX, pack_experts, rewrite
 
@@ -169,6 +172,13 @@ def test_a_real_process_says_the_same(copy_of: Callable[[str], Path], tmp_path: 
     refused(ckpt_process("import", source, tmp_path / "m"), "truncated", SHARD)
 
 
+@pytest.mark.parametrize("text", ["{", "5", "[1]", '{"model_type": "llama"}'])
+def test_a_recorded_config_that_is_damaged(text: str) -> None:
+    checkpoint: Any = SimpleNamespace(argument=lambda name: text, folder=Path("run"))
+    with pytest.raises(ConfigError):
+        recorded_config(checkpoint)
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     refused(ckpt("import", tmp_path / "nothing", tmp_path / "m"), "no such folder")
     refused(ckpt("export", tmp_path / "nothing", tmp_path / "hf"), "no such folder")
@@ -217,6 +227,10 @@ MEGATRON_DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "tracker that is no text": (
         overwrite("latest_checkpointed_iteration.txt", b"\xff\xfe"),
+        ("the tracker file is malformed", "/release"),
+    ),
+    "tracker of a huge number": (
+        overwrite("latest_checkpointed_iteration.txt", b"9" * 5000),
         ("the tracker file is malformed", "/release"),
     ),
     "tracker with rubbish": (

@@ -110,6 +110,23 @@ def test_data_that_cannot_go_on_begin_anew_and_say_so(
 
 
 @pytest.mark.exhaustive
+def test_other_data_under_the_same_name(model: Path, data: Path, tmp_path: Path) -> None:
+    """Training data are refused with a way to go on that works; validation begins anew."""
+    folder, other = (shutil.copytree(data, tmp_path / name) for name in ("data", "other"))
+    alike = (other / ".nv-meta/index.uuid").read_text()[::-1]
+    (other / ".nv-meta/index.uuid").write_text(alike)
+    run(model, folder, 1, *saved_in(tmp_path), "--exit-interval", 1)
+    resumed = run(model, folder, 1, *saved_in(tmp_path), "--image-valid-data", other)
+    assert "> validation begins anew: data " in resumed.output()
+    (folder / ".nv-meta/index.uuid").write_text(alike)
+    longer = [*saved_in(tmp_path), "--train-iters", 3]
+    refused = start(model, folder, 1, *longer)
+    assert refused.wait() == [2]
+    assert "fix: put the data back" in refused.output()
+    assert "iteration        3/" in run(model, folder, 1, *longer, "--seed", 5).output()
+
+
+@pytest.mark.exhaustive
 def test_conversations_without_images_train_the_text_model(model: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     lines = write_digits(tmp_path / "all", 48).read_text().splitlines()

@@ -223,7 +223,13 @@ def test_batch_and_length_in_samples(tmp_path: Path) -> None:
 def test_data_and_order(half: Path) -> None:
     """Another seed, length of sequences, split and evaluation: said, and trained."""
     changed = ["--seed", "5", "--seq-length", "32", "--split", "90,5,5", "--eval-interval", "3"]
+    changed += ["--mtp-loss-scaling-factor", "0.3", "--eod-mask-loss"]
     done = run(half, *CONSTANT, "--train-iters", "4", *changed)
+    for part in (
+        "--mtp-loss-scaling-factor 0.3 (the checkpoint's: 0.1): from here on the run minimises",
+        "--eod-mask-loss True (the checkpoint's: False): from here on other tokens count",
+    ):
+        assert part in done.output()
     said = re.search(r"> data: (.*)", done.output())
     assert said is not None
     for part in ("--seed 5 (the checkpoint's: 1234)", "--seq-length 32", "--split 90,5,5"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import CheckpointError, ConfigError
-from qwen35_mcore.training.checks.checkpoint import check_start
+from qwen35_mcore.mcore.checkpoint_files import TRACKER, tracked_folder
+from qwen35_mcore.training.checks.checkpoint import Start, check_start
 from qwen35_mcore.training.checks.checkpoint_flags import check_checkpoint_flags
+from qwen35_mcore.training.checks.resume import check_resume
 
 
 def arguments(**changes: Any) -> Namespace:
@@ -87,3 +91,35 @@ def test_pretrained_weights_beside_a_run_that_goes_on(
         assert "drop --finetune to go on from iter_0000004" in str(caught.value)
     else:
         assert "goes on from iter_0000004; --pretrained-checkpoint P" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", [b"9" * 5000, b"\xff\xfe", b"-2", b"2.0", b"", "folder", "link"]
+)
+def test_a_tracker_that_names_no_iteration(tmp_path: Path, content: bytes | str) -> None:
+    tracker = tmp_path / TRACKER
+    if content == "folder":
+        tracker.mkdir()
+    elif content == "link":
+        tracker.symlink_to(TRACKER)
+    else:
+        assert isinstance(content, bytes)
+        tracker.write_bytes(content)
+    assert tracked_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["2\r\n", "  2 \n\n", "0000002"])
+def test_white_space_in_a_tracker(tmp_path: Path, text: str) -> None:
+    (tmp_path / TRACKER).write_bytes(text.encode())
+    assert tracked_folder(tmp_path) == tmp_path / "iter_0000002"
+
+
+def test_other_positions_than_the_checkpoints_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = get_flavor("tiny-moe")
+    other = replace(config, rope_parameters=replace(config.rope_parameters, rope_theta=5e5))
+    saved = {"args": Namespace(qwen35_hf_config=json.dumps(config.to_hf()))}
+    start = Start(Path("release"), saved, iteration=0, loads_optimizer=False)
+    for model in (config, other):
+        given = {"qwen35_hf_config": json.dumps(model.to_hf()), "rank": 0}
+        check_resume(arguments(**given), start)
+    assert capsys.readouterr().out.count("> rope_parameters: ") == 1

@@ -192,6 +192,8 @@ class TestFiles:
         ("content", "message"),
         [
             (b"{", "not valid JSON"),
+            (b"[" * 100_000, "not valid JSON"),
+            (b'{"model_type": ' + b"9" * 5000 + b"}", "not valid JSON"),
             (b"[]", "must be a JSON object"),
             (b"\xff\xfe", "cannot read the config"),
         ],

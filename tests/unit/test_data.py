@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -310,6 +311,19 @@ class TestSidecar:
             data.check_dataset(prefix, vocab_size=1)
         Path(f"{prefix}.bin").write_bytes(whole)
         assert data.check_dataset(prefix, vocab_size=1) is None
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            *({"vocab_size": "257"}, {"vocab_size": None}, {"tokens": {}}, {"eod_id": "256"}),
+            *({"dtype": "uint99"}, {"append_eod": 1}, {"tokenizer": ["byte"]}, {"documents": True}),
+        ],
+    )
+    def test_values_of_other_types(self, prefix: Path, change: dict[str, object]) -> None:
+        path = Path(f"{prefix}.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(DataError, match="does not describe a dataset"):
+            data.check_dataset(prefix, vocab_size=257, eod_id=EOD)
 
 
 def test_import_is_light() -> None:

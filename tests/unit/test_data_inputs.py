@@ -158,6 +158,11 @@ class TestTextSplit:
         for piece in pieces[:-1]:
             assert piece.endswith("\n") or len(piece.encode()) > size - 4
 
+    def test_pieces_larger_than_memory(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("one\ntwo")
+        tokenize([tmp_path / "a.txt"], tmp_path / "out", split_text="bytes:" + "9" * 15)
+        assert texts_of(tmp_path / "out") == ["one\ntwo"]
+
     def test_any_number_of_workers(self, tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
         path.write_text("line of text\n" * 300_000)

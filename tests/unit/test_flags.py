@@ -226,6 +226,14 @@ def test_a_flag_of_a_newer_megatron_is_refused() -> None:
         newer.parse_args(["--of-tomorrow"])
 
 
+def test_a_list_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    twice = ["--data-path", "a", "--lr", "1", "--data-path", "b", "c", "--lr", "2"]
+    assert parser().parse_args(twice).data_path == ["b", "c"]
+    assert capsys.readouterr().out == (
+        "> --data-path is given 2 times, and the last counts: --data-path b c\n"
+    )
+
+
 def test_a_class_has_a_reason() -> None:
     assert class_of("softmax_type").kind is Kind.DECIDED
     assert class_of("reset_attention_mask").kind is Kind.NO_EFFECT

@@ -119,6 +119,8 @@ def test_tools_reach_the_template(chat: Chat, tmp_path: Path) -> None:
 def test_a_text_model_has_no_processor(tmp_path: Path) -> None:
     chat = Chat(str(make_processor(tmp_path / "processor", images=False)))
     assert chat.processor is None
+    with pytest.raises(DataError, match="is of a text model, and the run trains a vision tower"):
+        chat.check_tower(VisionConfig(out_hidden_size=64))
     assert answers(chat, encode(chat, ask(7), tmp_path)) == ["It is a 7.<|im_end|>"]
     save_digit(tmp_path / "1.png", 1)
     with pytest.raises(DataError, match="a conversation holds an image"):
@@ -180,6 +182,16 @@ def test_a_processor_of_another_model(chat: Chat, change: dict[str, int], said: 
     with pytest.raises(DataError, match="is not the one of the model") as caught:
         chat.check_tower(VisionConfig(**fitting | change))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+@pytest.mark.parametrize("content", ["{]", "[1]"])
+def test_a_damaged_processor_is_not_that_of_a_text_model(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    (make_processor(tmp_path) / name).write_text(content)
+    with pytest.raises(DataError, match=r"the image processor of .* could not be loaded"):
+        Chat(str(tmp_path))
 
 
 @pytest.mark.parametrize(

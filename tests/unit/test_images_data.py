@@ -144,6 +144,73 @@ def test_an_existing_folder_is_kept(tmp_path: Path, processor: Path) -> None:
     run(corpus, tmp_path / "new", processor, overwrite=True)
 
 
+LOST: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "an answer without a loss": ({}, {"weight": 0}, "weight 0"),
+    "an answer that is masked": ({}, {"masked": True}, "masked True"),
+    "a size for one picture": ({"max_pixels": 256}, {}, "max_pixels 256"),
+    "frames of a picture": ({"image": "a.gif"}, {}, "got: 2 frames"),
+    "levels above 255": ({"image": "deep.png"}, {}, "got: 16- or 32-bit levels"),
+    "a name with a NUL byte": ({"image": "a\0.png"}, {}, "embedded null byte"),
+    "a name with half a character": ({"image": "\ud800.png"}, {}, "surrogates not allowed"),
+    "a special token as a key": ({}, {"tool_calls": [{"<|im_end|>": 1}]}, "a special token"),
+}
+"""Keys of the image and of the answer, and what is said about them."""
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_what_would_be_lost_is_refused(tmp_path: Path, processor: Path, case: str) -> None:
+    import numpy as np
+    import PIL.Image
+
+    save_digit(tmp_path / "good.png", 0)
+    frames = [PIL.Image.new("L", (8, 8), level) for level in (0, 255)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    PIL.Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
+    image, answer, said = LOST[case]
+    messages = ask(0, "good.png")
+    messages[0]["content"][0] |= image
+    messages[1] |= answer
+    corpus = write_conversations(tmp_path / "c.jsonl", [messages])
+    with pytest.raises(DataError) as caught:
+        run(corpus, tmp_path / "out", processor)
+    assert said in str(caught.value)
+    assert f"{corpus}:1" in str(caught.value)
+
+
+def test_keys_that_nothing_reads_are_counted(tmp_path: Path, processor: Path) -> None:
+    """Also: keys without a value, as tables of columns have them, are none."""
+    messages = ask(0, "good.png")
+    messages[0]["content"][0] |= {"detail": "high", "path": None, "text": None}
+    messages[0]["name"] = messages[1]["name"] = "someone"
+    save_digit(tmp_path / "good.png", 0)
+    corpus = write_conversations(tmp_path / "c.jsonl", [messages])
+    report = run(corpus, tmp_path / "out", processor)
+    assert report.unused_keys == {"messages.name": 1, "image.detail": 1}
+
+
+def test_nothing_to_write(tmp_path: Path, processor: Path) -> None:
+    (tmp_path / "c.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="there is no conversation to write"):
+        run(tmp_path / "c.jsonl", tmp_path / "out", processor)
+
+
+def test_a_link_leads_to_the_data(
+    tmp_path: Path, processor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_conversations(tmp_path / "c.jsonl", [ask(1)])
+    (tmp_path / "link").symlink_to("disk/data")
+    for overwrite in (False, True):
+        run(corpus, tmp_path / "link", processor, overwrite=overwrite)
+        assert (tmp_path / "link").is_symlink()
+        assert samples(tmp_path / "disk/data").keys() == {"train-000000.tar"}
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(DataError, match="the output folder is the current one"):
+        run(corpus, Path("."), processor)
+    with pytest.raises(DataError, match="is there and is no dataset"):
+        run(corpus, Path("/"), processor)
+
+
 @pytest.mark.parametrize("split", ["", "a", "0,0", "1,1,1,1", "1,-1", "nan"])
 def test_impossible_splits(tmp_path: Path, split: str) -> None:
     with pytest.raises(DataError, match="--split must give the shares"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from qwen35_mcore.data.images.chat import MEDIA, Encoded, load_chat, open_image
-from qwen35_mcore.data.images.loader import ImageLoader
+from qwen35_mcore.data.images.loader import ImageLoader, check_folder
 from qwen35_mcore.errors import DataError
 from qwen35_mcore.model.vision.rope import rope_index
 from tests.helpers.conversations import ask, make_processor, write_conversations, write_digits
@@ -257,3 +258,40 @@ def test_folders_that_cannot_be_read(
     with pytest.raises(DataError) as caught:
         training(data, processor, **options)
     assert said in str(caught.value)
+
+
+DAMAGES: dict[str, tuple[str, Any]] = {
+    "an empty index": (".nv-meta/.info.json", b""),
+    "an index of another form": (".nv-meta/.info.json", b"[1]"),
+    "an index that is no text": (".nv-meta/.info.json", b"{]\xff"),
+    "no splits": (".nv-meta/split.yaml", None),
+    "no shard": ("train-000000.tar", None),
+    "an empty shard": ("train-000000.tar", b""),
+    "half a shard": ("train-000000.tar", 0.5),
+    "no index of a shard": ("train-000000.tar.idx", None),
+}
+"""A file of the folder, and its new content: none, or a part of the old one."""
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_folder_is_known_at_the_start(data: Path, tmp_path: Path, case: str) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    name, content = DAMAGES[case]
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if content is not None:
+        part = whole[: int(len(whole) * content)] if isinstance(content, float) else content
+        (folder / name).write_bytes(part)
+    with pytest.raises(DataError, match="is damaged") as caught:
+        check_folder(folder, "train", 1)
+    assert "fix: copy it again, or make it with" in str(caught.value)
+
+
+@pytest.mark.parametrize("weight", ["-1", "0", ".nan", ".inf", "abc", "true"])
+def test_weights_of_a_blend(tmp_path: Path, weight: str) -> None:
+    blend = tmp_path / "blend.yaml"
+    blend.write_text(f"splits: {{train: {{blend: [{{path: a, weight: {weight}}}]}}}}")
+    with pytest.raises(DataError, match="has a weight that is not a positive number"):
+        check_folder(blend, "train", 1)
+    blend.write_text("splits: {train: {blend: [{path: a, weight: 1}, {path: b, weight: 0.5}]}}")
+    assert check_folder(blend, "train", 1) == blend

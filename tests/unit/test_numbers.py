@@ -13,19 +13,29 @@ from qwen35_mcore.training.checks.numbers import check_numbers
 
 
 def test_numbers_that_are_too_small() -> None:
-    for name in ("log_interval", "eval_interval", "save_interval", "exit_interval", "train_iters"):
+    intervals = ("log_interval", "eval_interval", "save_interval", "exit_interval")
+    for name in (*intervals, "train_iters", "recompute_num_layers"):
         for value in (0, -1):
             with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is too small"):
                 check_numbers(Namespace(**{name: value}))
-    with pytest.raises(ConfigError, match="--eval-iters -1"):
-        check_numbers(Namespace(eval_iters=-1))
+    for name in ("eval_iters", "lr_warmup_iters"):
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} -1"):
+            check_numbers(Namespace(**{name: -1}))
     check_numbers(Namespace(eval_iters=0, manual_gc_interval=0, log_interval=1, save_interval=None))
+
+
+def test_more_samples_than_can_be_listed() -> None:
+    for given in ({"train_iters": 10**9, "global_batch_size": 101}, {"train_samples": 10**12}):
+        with pytest.raises(ConfigError, match="allowed: up to 100,000,000,000"):
+            check_numbers(Namespace(**given))
+    check_numbers(Namespace(train_iters=10**9, global_batch_size=100))
 
 
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
         ("lr", [0.0, 1.0], [-1.0, math.inf, math.nan]),
+        ("weight_decay", [0.0, 0.1], [-1.0, math.inf, math.nan]),
         ("clip_grad", [0.0, 5.0], [-1.0, math.nan]),
         ("adam_beta1", [0.0, 0.9], [-0.1, 1.0, 2.0, math.nan]),
         ("sgd_momentum", [0.0, 0.9], [1.0]),

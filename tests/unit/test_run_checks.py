@@ -167,6 +167,9 @@ def test_processes_that_do_not_know_their_rank(name: str, monkeypatch: pytest.Mo
         ({"MASTER_ADDR": ""}, "no MASTER_ADDR"),
         ({"RANK": "x"}, "RANK=x"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({"WORLD_SIZE": ""}, "no WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 of WORLD_SIZE=0"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 of WORLD_SIZE=2"),
     ],
 )
 def test_a_part_of_a_launchers_variables(

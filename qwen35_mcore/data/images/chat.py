@@ -27,10 +27,14 @@ MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_th
 _START, _END, _HEADER = "<|im_start|>", "<|im_end|>", "assistant\n"
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 _BROKEN = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error),
     PIL.Image.DecompressionBombError,
 )
 """What Pillow raises for a file that is no image, or a damaged one."""
+_REFUSALS = (*(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, TemplateError),)
+"""What a template or a processor raises for a conversation that it was not made for."""
+_WITH_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
+"""Formats whose further frames are further pictures; others hold previews or layers so."""
 
 
 class Encoded(NamedTuple):
@@ -66,6 +70,31 @@ def open_image(content: bytes, name: str) -> tuple[PIL.Image.Image, str]:
         ) from error
 
 
+def check_kept(content: bytes, name: str) -> None:
+    """Check that the model would see all of an image that `open_image` opens.
+
+    Raises:
+        DataError: it has several frames, of which transformers takes the first, or levels that are
+            not bytes, which Pillow cuts off at 255.
+    """
+    image = PIL.Image.open(io.BytesIO(content))
+    frames = getattr(image, "n_frames", 1) if image.format in _WITH_FRAMES else 1
+    if frames > 1:
+        raise DataError(
+            f"the image {name} has several frames, and the model would see the first alone",
+            got=f"{frames} frames",
+            allowed='one; frames in files of their own are a part of type "video"',
+            fix="write the frame that is meant, or each of them, to a file of its own",
+        )
+    if image.mode.startswith(("I", "F")):
+        raise DataError(
+            f"the image {name} has levels that would be cut off at 255",
+            got=f"{'floating-point' if image.mode == 'F' else '16- or 32-bit'} levels",
+            allowed="8 bits a channel",
+            fix="scale it to 8 bits first",
+        )
+
+
 @functools.cache
 def load_chat(name: str) -> Chat:
     """The chat format of a Hugging Face folder or name. Raises DataError: see `Chat`."""
@@ -82,6 +111,7 @@ class Chat:
     Attributes:
         tokenizer: transformers' tokenizer.
         processor: transformers' processor; None for a text model.
+        words: those of the template, among them each key of a message that it reads.
 
     Raises:
         DataError: the tokenizer or the processor cannot be loaded, there is no chat template, or
@@ -98,6 +128,7 @@ class Chat:
             )
         self.processor = load_processor(name, self.tokenizer)
         self._marked = bool(_MARKS_ANSWERS.search(self.tokenizer.chat_template))
+        self.words = frozenset(re.findall(r"\w+", self.tokenizer.chat_template))
         special = [
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
         ]
@@ -128,10 +159,10 @@ class Chat:
         with_images = map_media(messages, images.__getitem__)
         try:
             output = self._apply_template(with_images, tools)
-        except (ValueError, TypeError, TemplateError) as error:
+        except _REFUSALS as error:
             raise DataError(
                 "the chat template or the processor refuses a conversation",
-                got=str(error).strip().partition("\n")[0],
+                got=str(error).strip().partition("\n")[0] or type(error).__name__,
             ) from error
         tokens = output["input_ids"].flatten()
         answers = (
@@ -146,7 +177,11 @@ class Chat:
     def check_tower(self, vision: VisionConfig) -> None:
         """Raise DataError where patches or tokens are not those that the tower takes."""
         if self.processor is None:
-            return
+            raise DataError(
+                f"{self.name!r} is of a text model, and the run trains a vision tower",
+                got="no preprocessor_config.json",
+                fix="name the folder that the model's config.json comes from",
+            )
         tower = {
             "patch_size": vision.patch_size,
             "merge_size": vision.spatial_merge_size,

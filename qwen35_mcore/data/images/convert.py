@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen35_mcore.data.images.messages import checked_messages, map_media
+from qwen35_mcore.data.images.messages import checked_messages, map_media, unread_keys
 from qwen35_mcore.data.images.rules import BadSamples, check_length
 from qwen35_mcore.data.images.shards import (
     Prepared,
@@ -99,7 +100,7 @@ class _Preparer:
                     fix="choose the key that holds the messages with --json-key",
                 )
             unused.update(value.keys() - {self.key, "tools"})
-            return self._prepared(record, value)
+            return self._prepared(record, value, unused)
         except DataError as error:
             if error.what.startswith(record.where):
                 return error
@@ -110,10 +111,12 @@ class _Preparer:
                 fix=error.fix,
             )
 
-    def _prepared(self, record: Record, value: dict[str, Any]) -> Prepared:
-        from qwen35_mcore.data.images.chat import load_chat, open_image
+    def _prepared(self, record: Record, value: dict[str, Any], unused: Counter[str]) -> Prepared:
+        from qwen35_mcore.data.images.chat import check_kept, load_chat, open_image
 
+        chat = load_chat(self.processor)
         messages = checked_messages(value[self.key])
+        unused.update(set(unread_keys(value[self.key], chat.words)))
         root = Path(record.path).parent if self.root is None else self.root
         paths: list[str] = []
         map_media(messages, paths.append)
@@ -122,12 +125,14 @@ class _Preparer:
             open_image(content, str(root / path))
             for path, content in zip(paths, contents, strict=True)
         ]
+        for path, read in zip(paths, contents, strict=True):
+            check_kept(read, str(root / path))
         names = [f"{number}.{kind}" for number, (_, kind) in enumerate(opened)]
         in_order = iter(names)
         stored = map_media(messages, lambda path: next(in_order))
         tools = value.get("tools")
         images = {name: image for name, (image, _) in zip(names, opened, strict=True)}
-        encoded = load_chat(self.processor).encode(stored, images, tools)
+        encoded = chat.encode(stored, images, tools)
         check_length(encoded, self.most, "--max-length")
         content = {
             "messages": stored,
@@ -141,10 +146,10 @@ class _Preparer:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL byte, half of a surrogate pair
         raise DataError(
             f"the image {path} cannot be read",
-            got=str(error.strerror),
+            got=str(getattr(error, "strerror", None) or error),
             fix="check the path; relative paths start at the jsonl file, or at --image-root",
         ) from error
 
@@ -193,7 +198,7 @@ def convert(
     """
     started = time.perf_counter()
     check_workers(workers)
-    folder = Path(output_dir)
+    folder = Path(os.path.realpath(output_dir))  # a link keeps leading to the data
     check_target(folder, overwrite=overwrite)
     shares = parse_split(split)
     sources = _sources(inputs, folder)

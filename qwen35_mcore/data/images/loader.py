@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from qwen35_mcore.config.vision import VisionConfig
 from qwen35_mcore.data.images.rules import BadSamples, Positions
 from qwen35_mcore.errors import DataError
 
 Batch = dict[str, Any]
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 
 
 class ImageLoader:
@@ -246,10 +251,12 @@ def check_folder(path: Path | str, part: str, ranks: int) -> Path:
     """The path of a dataset that has samples of a split for all ranks and their workers.
 
     Raises:
-        DataError: there is no such dataset, or not as many samples.
+        DataError: there is no such dataset, or not as many samples; its index is damaged, a shard
+            is cut, or a blend has weights that are none.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".yaml":
+        _check_blend(path)
         return path
     if not (path / ".nv-meta" / ".info.json").is_file():
         raise DataError(
@@ -258,8 +265,7 @@ def check_folder(path: Path | str, part: str, ranks: int) -> Path:
             allowed="a folder that `qwen35 data images` wrote, or a .yaml of Megatron-Energon's",
             fix="make it with `qwen35 data images`",
         )
-    counts = _read_yaml(path / ".nv-meta" / ".info.json")["shard_counts"]
-    samples = sum(counts[shard] for shard in _parts(path).get(part, ()))
+    samples = _samples(path, part)
     if samples < ranks:
         raise DataError(
             f"{path} has fewer samples of the split {part} than there are readers",
@@ -268,6 +274,62 @@ def check_folder(path: Path | str, part: str, ranks: int) -> Path:
             fix="use fewer workers or ranks, or make the data with a larger share in --split",
         )
     return path
+
+
+def _samples(path: Path, part: str) -> int:
+    """Samples of a split of a folder. Raises DataError where its index or a shard is damaged."""
+    try:
+        counts = _read_yaml(path / ".nv-meta" / ".info.json")["shard_counts"]
+        shards = _parts(path).get(part, ())
+        for shard in shards:
+            _check_whole(path / shard)
+        return sum(counts[shard] for shard in shards)
+    except (OSError, *_MALFORMED, yaml.YAMLError) as error:
+        raise DataError(
+            f"the folder {path} is damaged",
+            got=" ".join(f"{type(error).__name__}: {error}".split()),
+            fix="copy it again, or make it with `qwen35 data images ... --overwrite`",
+        ) from error
+
+
+def _check_whole(shard: Path) -> None:
+    """Compare a shard with its index, which ends with the size. Raises ValueError, OSError."""
+    offsets = Path(f"{shard}.idx").read_bytes()[-8:]
+    size, expected = shard.stat().st_size, int.from_bytes(offsets, "little")
+    if not size or size < expected:
+        raise ValueError(f"{shard} has {size} of {expected} bytes")
+
+
+def _check_blend(path: Path) -> None:
+    """Check the weights of a metadataset, which Energon takes as they are.
+
+    Raises:
+        DataError: it cannot be read, or has a weight that is not a positive number.
+    """
+    try:
+        weights = list(_weights(_read_yaml(path)))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read", got=str(error)) from error
+    except (ValueError, yaml.YAMLError):  # Energon, which reads it next, says what is wrong
+        return
+    for weight in weights:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (number and math.isfinite(weight) and weight > 0):
+            raise DataError(
+                f"{path} has a weight that is not a positive number",
+                got=repr(weight),
+                allowed="finite numbers above 0",
+                fix="correct the weight, or leave the dataset out",
+            )
+
+
+def _weights(value: Any) -> Iterator[Any]:
+    """Every weight of a blend, at any depth."""
+    if isinstance(value, dict):
+        yield from (value[key] for key in value if key == "weight")
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _weights(each)
 
 
 def _parts(path: Path) -> dict[str, list[str]]:
@@ -291,8 +353,6 @@ def _digest(path: Path) -> str:
 
 
 def _read_yaml(path: Path) -> Any:
-    import yaml
-
     return yaml.safe_load(path.read_bytes())
 
 

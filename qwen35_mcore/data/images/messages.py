@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from qwen35_mcore.errors import DataError
@@ -13,6 +13,18 @@ ALLOWED = (
     '[{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": '
     '"What is this?"}]}, {"role": "assistant", "content": "A cat."}]'
 )
+
+_KEYS = {
+    "image": ("type", "image", "path", "url"),
+    "video": ("type", "video", "path", "url", "fps"),
+}
+_OTHER_PICTURES = (
+    *("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"),
+    *("nframes", "min_frames", "max_frames", "video_start", "video_end"),
+)
+"""Keys of Qwen's own tools (qwen_vl_utils) for one picture."""
+_COUNTED = {"weight": 1, "loss": True, "train": True, "training": True, "masked": False}
+"""Keys of other trainers that say whether an answer counts in the loss, and the value for yes."""
 
 
 def checked_messages(given: Any) -> Messages:
@@ -55,19 +67,37 @@ def videos(messages: Messages) -> Iterator[dict[str, Any]]:
 
 
 def texts(value: Any) -> Iterator[str]:
-    """Every string in messages or tools."""
+    """Every string in messages or tools, keys too: a template can write them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from (text for key in value for text in texts(value[key]))
+        yield from (text for pair in value.items() for part in pair for text in texts(part))
     elif isinstance(value, list):
         yield from (text for each in value for text in texts(each))
+
+
+def unread_keys(messages: Messages, words: Collection[str]) -> Iterator[str]:
+    """Keys that nothing reads, of messages that `checked_messages` takes, such as
+    ``messages.name``.
+
+    Args:
+        messages: as the user wrote them.
+        words: of the chat template.
+    """
+    for message in messages:
+        yield from (f"messages.{key}" for key in message if key not in words)
+        parts = message.get("content")
+        for part in parts if isinstance(parts, list) else ():
+            known = _KEYS.get(part["type"], words)
+            yield from (f"{part['type']}.{key}" for key in part if part[key] and key not in known)
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise DataError("a message needs a role", got=role, allowed=ALLOWED)
+    if role == "assistant":
+        _check_counted(message)
     if content is None or isinstance(content, str):
         return message
     if not isinstance(content, list):
@@ -85,8 +115,22 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"content": parts}
 
 
+def _check_counted(message: dict[str, Any]) -> None:
+    """Refuse an answer that other trainers' keys take out of the loss."""
+    for key, counted in _COUNTED.items():
+        if message.get(key, counted) not in (counted, None):
+            raise DataError(
+                "an answer asks for another weight in the loss than the others have",
+                got=f"{key} {message[key]!r}",
+                allowed=f"{key} {counted!r}, or no such key: every answer is trained on",
+                fix="remove the key to train on it, or leave the conversation out",
+            )
+
+
 def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("image", "video"):
+        _refuse_other_pictures(part)
     if kind == "text" and isinstance(part.get("text"), str):
         return dict(part)
     if kind == "image":
@@ -101,9 +145,20 @@ def _part(part: Any) -> dict[str, Any]:
     )
 
 
+def _refuse_other_pictures(part: dict[str, Any]) -> None:
+    asked = [key for key in _OTHER_PICTURES if part.get(key)]
+    if asked:
+        raise DataError(
+            f"a part of type {part['type']} asks for another size or choice than the processor's",
+            got=", ".join(f"{key} {part[key]!r}" for key in asked),
+            allowed="the sizes of preprocessor_config.json, and every frame of a list",
+            fix="change the files and remove the keys, or set the sizes in the processor's folder",
+        )
+
+
 def _only(part: dict[str, Any], kind: str) -> Any:
     """What a part names, under any of transformers' keys."""
-    named = [part[key] for key in (kind, "path", "url") if key in part]
+    named = [part[key] for key in (kind, "path", "url") if part.get(key) is not None]
     if len(named) != 1:
         raise DataError(
             f"a part of type {kind} must name one file",

@@ -7,6 +7,7 @@ data do not depend on what else is installed.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+from qwen35_mcore.data.tokenizer_files import PROCESSOR_FILES
 from qwen35_mcore.data.tokenizers import where_to_load
 from qwen35_mcore.errors import DataError
 
@@ -66,15 +68,23 @@ def load_processor(name: str, tokenizer: Any) -> PillowProcessor | None:
         tokenizer: transformers' tokenizer of the same folder, which has the chat template.
 
     Raises:
-        DataError: the image processor is not that of Qwen3.5.
+        DataError: the image processor is not that of Qwen3.5, or cannot be loaded.
     """
     source, is_local = where_to_load(name)
     try:
         images = AutoImageProcessor.from_pretrained(
             source, local_files_only=is_local, backend="pil"
         )
-    except OSError:
-        return None
+        frames = PillowVideoProcessor.from_pretrained(source, local_files_only=is_local)
+    except Exception as error:  # of many kinds, for a file that is damaged or of another model
+        if isinstance(error, OSError) and not _has_processor(source):
+            return None
+        raise DataError(
+            f"the image processor of {name!r} could not be loaded",
+            got=str(error).strip().partition("\n")[0],
+            allowed=" and ".join(PROCESSOR_FILES[:2]) + " as the model was published with",
+            fix="download these files again",
+        ) from error
     if not isinstance(images, Qwen2VLImageProcessorPil):
         raise DataError(
             f"the image processor of {name!r} is not Qwen3.5's",
@@ -82,7 +92,6 @@ def load_processor(name: str, tokenizer: Any) -> PillowProcessor | None:
             allowed="Qwen2VLImageProcessor",
             fix="name the folder of a Qwen3.5 or Qwen3.6 checkpoint",
         )
-    frames = PillowVideoProcessor.from_pretrained(source, local_files_only=is_local)
     frames.cap_pixels_per_frame = bool(frames.cap_pixels_per_frame)  # None warns in every process
     return PillowProcessor(
         image_processor=images,
@@ -90,3 +99,8 @@ def load_processor(name: str, tokenizer: Any) -> PillowProcessor | None:
         video_processor=frames,
         chat_template=tokenizer.chat_template,
     )
+
+
+def _has_processor(folder: str) -> bool:
+    """Whether a folder has what it should be loaded from; of a name on the hub nobody knows."""
+    return any((Path(folder) / name).exists() for name in PROCESSOR_FILES)

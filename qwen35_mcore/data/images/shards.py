@@ -77,6 +77,12 @@ def parse_split(text: str) -> dict[str, float]:
 def check_target(folder: Path, *, overwrite: bool) -> None:
     """Raise DataError if writing to ``folder`` would replace what is no dataset, or one without
     ``overwrite``."""
+    if folder == Path.cwd():
+        raise DataError(
+            "the output folder is the current one, which a dataset would replace",
+            got=str(folder),
+            fix="name a folder in it",
+        )
     partial = _partial(folder)
     if partial.exists() and not overwrite:
         raise DataError(
@@ -145,6 +151,13 @@ class ShardWriter:
 
     def commit(self) -> None:
         """Publish the dataset. Raises DataError where a part with a share has no sample."""
+        if not self.counts:
+            raise DataError(
+                "there is no conversation to write",
+                got="lines that are blank or left out, or none",
+                allowed="at least one that can be used",
+                fix="see the warnings, if there are any, or name another jsonl file",
+            )
         empty = [part for part in self._split if not self.counts[part]]
         if empty:
             raise DataError(
@@ -220,4 +233,4 @@ class ShardWriter:
 
 
 def _partial(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.partial")
+    return Path(f"{folder}.partial")

@@ -40,9 +40,13 @@ def run_alone_without_a_launcher() -> None:
 
 def _wrong_of_a_rank() -> list[str]:
     given = {name: os.environ.get(name, "") for name in OF_A_LAUNCHER}
-    missing = [f"no {name}" for name in ("MASTER_ADDR", "MASTER_PORT") if not given[name]]
+    needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [f"no {name}" for name in needed if not given[name]]
     numbers = {name: text for name, text in given.items() if text and name != "MASTER_ADDR"}
-    return missing + [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()]
+    wrong = [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()]
+    if not missing and not wrong and int(given["RANK"] or 0) >= int(given["WORLD_SIZE"]):
+        wrong = [f"RANK={given['RANK']} of WORLD_SIZE={given['WORLD_SIZE']}"]
+    return missing + wrong
 
 
 def _wrong_of_a_process_alone() -> list[str]:

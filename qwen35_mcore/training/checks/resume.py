@@ -6,12 +6,14 @@ in one line at the start, or is refused before any process group forms, with a w
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 from qwen35_mcore.training.checks.checkpoint import Start
 from qwen35_mcore.training.checks.resume_schedule import check_schedule
@@ -45,6 +47,7 @@ def check_resume(args: Namespace, start: Start | None) -> None:
     Raises:
         CheckpointError: for the first change in `CHANGES` that cannot work.
     """
+    _say(args, _other_positions(args, start))
     if start is None or not start.resumes:
         _say(args, _start_anew(args, start))
         return
@@ -241,6 +244,7 @@ CHANGES = (
         (
             *("data_path", "data_args_path", "per_split_data_args_path", "mock_data", "split"),
             *("train_data_path", "valid_data_path", "test_data_path", "seed", "seq_length"),
+            "dataloader_type",
         ),
         says="the run goes on at the same number of samples, in another order or other data; what "
         "was trained on may come again",
@@ -260,6 +264,19 @@ CHANGES = (
         "loss",
         ("calculate_per_token_loss",),
         says="from here on tokens weigh otherwise where their masks differ",
+    ),
+    Change(
+        "terms of the loss",
+        (
+            *("mtp_loss_scaling_factor", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
+            "moe_router_load_balancing_type",
+        ),
+        says="from here on the run minimises another loss",
+    ),
+    Change(
+        "documents",
+        ("eod_mask_loss", "dataloader_inter_document_masking"),
+        says="from here on other tokens count, or attend to each other",
     ),
     Change(
         "precision",
@@ -287,6 +304,22 @@ CHANGES = (
 )
 """Every change has a test: in tests/distributed/test_resume_changes.py, of images in
 test_vision_runs.py and test_conversation_runs.py beside it."""
+
+
+def _other_positions(args: Namespace, start: Start | None) -> str:
+    """A run may start from a model of other positions, as for longer contexts."""
+    if start is None:
+        return ""
+    ours, saved = (
+        Qwen35Config.from_hf(json.loads(text)).rope_parameters
+        for text in (args.qwen35_hf_config, start.saved.qwen35_hf_config)
+    )
+    if ours == saved:
+        return ""
+    return (
+        f"rope_parameters: {ours.to_hf()} (the checkpoint's: {saved.to_hf()}): the model reads "
+        "positions otherwise than it learnt to"
+    )
 
 
 def _start_anew(args: Namespace, start: Start | None) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -58,10 +60,21 @@ def check_classes_while_parsing(
     def parse_args(args: Any = None, namespace: Any = None) -> Namespace:
         words = sys.argv[1:] if args is None else list(args)
         line = CommandLine(parse(words, namespace), parse([]), _options(parser), on_cpu)
+        _say_which_counts(parser, words, line.args)
         _check_classes(line, {f: word for f, word in _given(parser, words) if f in classed})
         return line.args
 
     parser.parse_args = parse_args  # type: ignore[method-assign, assignment]
+
+
+def _say_which_counts(parser: ArgumentParser, words: list[str], args: Namespace) -> None:
+    """A list that is given twice looks like one of both, and argparse takes the last."""
+    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+    given = Counter(word for word in _given(parser, words) if word[0] in lists)
+    for (flag, as_written), times in given.items():
+        if times > 1 and os.environ.get("RANK", "0") == "0":
+            value = _command(as_written, getattr(args, flag))
+            print(f"> {as_written} is given {times} times, and the last counts: {value}")
 
 
 def _check_classes(line: CommandLine, given: dict[str, str]) -> None:

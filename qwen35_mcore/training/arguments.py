@@ -180,7 +180,7 @@ def _parse_override(item: str) -> tuple[str, Any]:
         )
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # numbers of too many digits, lists too deep
         value = text
     return key, tuple(value) if isinstance(value, list) else value
 

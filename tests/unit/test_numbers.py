@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qwen35_mcore.errors import ConfigError
+from qwen35_mcore.training.arguments import choose_model
 from qwen35_mcore.training.checks.numbers import check_numbers
 
 
@@ -29,6 +30,12 @@ def test_more_samples_than_can_be_listed() -> None:
         with pytest.raises(ConfigError, match="allowed: up to 100,000,000,000"):
             check_numbers(Namespace(**given))
     check_numbers(Namespace(train_iters=10**9, global_batch_size=100))
+
+
+@pytest.mark.parametrize("text", ["num_experts=" + "9" * 5000, "layer_types=" + "[" * 5000])
+def test_overrides_that_json_cannot_hold(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"{text.partition('=')[0]} must be"):
+        choose_model("tiny-moe", None, [text])
 
 
 @pytest.mark.parametrize(

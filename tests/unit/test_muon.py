@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -100,6 +101,7 @@ def flags(**more: Any) -> Namespace:
         "muon_tp_mode": "duplicated",
         "num_query_groups": 2,
         "tensor_model_parallel_size": 4,
+        "qwen35_hf_config": json.dumps(get_flavor("tiny-moe").to_hf()),
     }
     return Namespace(**given | more)
 

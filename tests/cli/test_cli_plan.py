@@ -288,6 +288,7 @@ LAYER = {
     "content",
     [
         "{",
+        "[" * 100_000,
         {"schema": 2},
         {"schema": 1},
         {"schema": 1, "layers": []},

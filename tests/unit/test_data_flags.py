@@ -202,7 +202,9 @@ class TestFilesOfDatasets:
             *["", "[]", '{"train": ["big"]}', '{"train": 5, "valid": null, "test": null}'],
             '{"train": ["big"], "valid": null, "test": null, "tests": null}',
             '{"train": [null], "valid": null, "test": null}',
+            "[" * 100_000,
         ],
+        ids=lambda content: content[:50],
     )
     def test_malformed(self, tmp_path: Path, content: str) -> None:
         file = tmp_path / "data.json"

@@ -74,7 +74,7 @@ class Samples(TaskEncoder):
         stored, files = sample.sequence
         try:
             content = json.loads(stored)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             damaged = DataError(
                 "the text of a sample is damaged", got=str(error), fix="copy the data again"
             )

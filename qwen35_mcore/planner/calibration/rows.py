@@ -108,7 +108,7 @@ def read_calibration(path: Path) -> Calibration:
     except OSError as error:
         got, fix = f"{path}: {error.strerror}", "correct the path, or leave out --calibration"
         raise PlanError("cannot read the calibration file", got=got, fix=fix) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unusable(path, "is not valid JSON", error) from error
     content = content if isinstance(content, dict) else {}
     schema, layers = content.get("schema"), content.get("layers")

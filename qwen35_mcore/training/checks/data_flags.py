@@ -186,7 +186,7 @@ def _per_split_file(flag: str, path: str) -> dict[str, list[str] | None]:
     """Datasets per split; a split's value is a list, one string of the same, or null."""
     try:
         value = json.loads(_read(flag, path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{flag}: {path} is not JSON", got=str(error), fix=_PER_SPLIT_FIX
         ) from error

@@ -36,8 +36,8 @@ def plan(
         float | None,
         typer.Option(
             metavar="GIB",
-            help="Memory that a plan leaves free on each GPU. Default: 2: measured peaks were up to "
-            "0.6 GiB above their prediction (two H200), and uneven routing takes more.",
+            help="Memory that a plan leaves free on each GPU. Default: 2, because "
+            "measured peaks were up to 0.6 GiB above their prediction, and uneven routing takes more.",
         ),
     ] = None,
     seq_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,

@@ -37,7 +37,8 @@ def plan(
         typer.Option(
             metavar="GIB",
             help="Memory that a plan leaves free on each GPU. Default: 2, because "
-            "measured peaks were up to 0.6 GiB above their prediction, and uneven routing takes more.",
+            "measured peaks were up to 0.6 GiB above their prediction, and uneven routing takes "
+            "more.",
         ),
     ] = None,
     seq_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,

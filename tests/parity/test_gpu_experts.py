@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
 from qwen35_mcore.kernels.weighted_swiglu import weighted_swiglu
+from qwen35_mcore.model.layers.vocabulary import add_rows
 from tests.helpers.one_gpu import one_rank, relative
 
 __all__ = ["one_rank"]  # a fixture
@@ -104,6 +105,32 @@ def test_product_of_the_output_layer_is_added(main: torch.dtype) -> None:
     exact = sums.double() + dy.double().t() @ x.double()
     add_product(x, dy, sums)
     assert relative(sums, exact) < (1e-6 if main == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("main", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_the_embedding_are_added(main: torch.dtype) -> None:
+    """A third of the tokens are the same one. Captured, and replayed with other tokens: right, and
+    the same bits every time."""
+    generator = torch.Generator("cuda").manual_seed(5)
+    tokens, vocabulary = 4096, 5000
+    batches = torch.randint(vocabulary, (2, tokens), device="cuda", generator=generator)
+    batches[0, : tokens // 3], batches[1, ::3] = 7, 4999
+    rows = torch.randn(tokens, 256, device="cuda", generator=generator).bfloat16()
+    before = torch.randn(vocabulary, 256, device="cuda", generator=generator).to(main)
+    ids, sums, graph = batches[0].clone(), before.clone(), torch.cuda.CUDAGraph()
+    add_rows(sums, ids, rows)
+    with torch.cuda.graph(graph):
+        add_rows(sums, ids, rows)
+    for batch in batches:
+        exact, found = before.double().index_add(0, batch, rows.double()), []
+        for _ in range(3):
+            ids.copy_(batch)
+            sums.copy_(before)
+            graph.replay()
+            found.append(sums.clone())
+        assert relative(found[0], exact) < (1e-6 if main == torch.float32 else 3e-3)
+        assert torch.equal(found[1], found[0])
+        assert torch.equal(found[2], found[0])
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])

@@ -79,8 +79,23 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         ids, weight = ctx.saved_tensors
-        main_grad = weight.main_grad
-        rows = dy.flatten(0, -2).to(main_grad.dtype)
-        # unlike index_add_ it adds up a repeated token's rows in the same order every time
-        main_grad.index_put_((ids.flatten(),), rows, accumulate=True)
+        add_rows(weight.main_grad, ids.flatten(), dy.flatten(0, -2))
         return None, mark_added(weight)
+
+
+def add_rows(table: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Add ``rows`` ``[t, h]`` to the rows ``ids`` (int64 ``[t]``) of ``table`` ``[v, h]``, those of
+    a repeated id first among themselves: in float32, and in the same order every time.
+
+    torch's kernel for that fills a table of its own, so it gets one of t rows, one for each id that
+    occurs. index_put_ adds the rows of an id one by one, and takes as long as the most frequent
+    token is frequent.
+    """
+    ordered, order = ids.sort(stable=True)
+    place = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)  # among the ids that occur
+    sums = torch.ops.aten.embedding_dense_backward(
+        rows.float(), place.scatter(0, order, place), len(ids), -1, False
+    )
+    # rows behind the last place are zeros, and may be added anywhere
+    target = torch.arange(len(ids), device=ids.device) % len(table)
+    table.index_add_(0, target.scatter_(0, place, ordered), sums.to(table.dtype))

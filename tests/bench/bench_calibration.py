@@ -113,22 +113,22 @@ def time_layer(part: str, flavor: str, experts: int | None, batch: int, precisio
         with get_fp8_context(config):
             return forward(x)
 
-    gradient = torch.randn_like(run())
-    run().backward(gradient)
-    x.grad = None
-    for p in module.parameters():
-        p.grad = None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    y = run()
-    saved = torch.cuda.memory_allocated() - before
-    del y
+    with torch.no_grad():
+        gradient = torch.randn_like(run())
 
     def both() -> None:
         run().backward(gradient)
 
     stream, _ = graphs.first_steps(both)
     with torch.cuda.stream(stream):
+        x.grad = None
+        for p in module.parameters():
+            p.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        y = run()
+        saved = torch.cuda.memory_allocated() - before
+        del y
         eager = _milliseconds(run, both)
     graphed = _milliseconds(graphs.whole(run, stream), graphs.whole(both, stream))
     return {

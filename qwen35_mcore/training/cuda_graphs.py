@@ -202,11 +202,12 @@ WHOLE_BY_NAME = {"full_iteration", "full_iteration_inference"}
 
 
 def choose_graphs(args: Namespace) -> None:
-    """Fill in what ``--cuda-graph-impl auto`` stands for, and how a graphed step is checked.
+    """Fill in what ``--cuda-graph-impl auto`` stands for, and where a step is checked for NaN.
 
-    Inside one graph nothing can look at a loss or gradient. There the norm of all gradients is
-    looked at behind the step (`mcore.patches.graphed_step`), unless
-    ``--no-check-for-nan-in-loss-and-grad`` is given, too.
+    On a GPU the norm of all gradients is looked at behind the step (`mcore.patches.checked_step`),
+    unless ``--no-check-for-nan-in-loss-and-grad`` is given: megatron's checks inside the step wait
+    for the device at each loss and each bucket of gradients, and one graph allows none.
+    ``--rerun-mode`` needs megatron's.
 
     Raises:
         ConfigError: ``--cuda-graph-modules`` where a rule is against graphs of parts.
@@ -221,9 +222,10 @@ def choose_graphs(args: Namespace) -> None:
         # a plan names them, and flags behind a plan win
         args.cuda_graph_scope_deprecated = None
         _take(args, Graphs("none", (), "--cuda-graph-impl says so"))
-    whole = args.cuda_graph_impl == "full_iteration"
-    args.check_behind_step = whole and args.check_for_nan_in_loss_and_grad
-    if whole:
+    waits = cpu_mode.is_needed() or args.rerun_mode != "disabled"
+    behind = not waits or args.cuda_graph_impl == "full_iteration"
+    args.check_behind_step = behind and args.check_for_nan_in_loss_and_grad
+    if behind:
         args.check_for_nan_in_loss_and_grad = False
 
 

@@ -21,7 +21,7 @@ from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import nccl_ep
 from qwen35_mcore.mcore.non_finite import NonFiniteError
-from qwen35_mcore.mcore.patches import graphed_step, random_states
+from qwen35_mcore.mcore.patches import checked_step, random_states
 from qwen35_mcore.training.arguments import read_flags, validated_config
 from qwen35_mcore.training.checks.run import check_flags
 from qwen35_mcore.training.choices import choose_dispatcher
@@ -212,7 +212,7 @@ OLDER = ("enable_cuda_graph", "external_cuda_graph")
 def test_megatrons_older_flags_are_left_to_it(flag: str) -> None:
     args = run(**{flag: True})
     choose_graphs(args)
-    assert (args.cuda_graph_impl, args.check_behind_step) == ("none", False)
+    assert args.cuda_graph_impl == "none"
 
 
 @pytest.mark.parametrize("name", ["cuda_graph_modules", "cuda_graph_scope_deprecated"])
@@ -250,16 +250,25 @@ def test_the_whole_step_is_not_a_module() -> None:
 def test_what_is_named_stays(named: str) -> None:
     args = run(cuda_graph_impl=named)
     choose_graphs(args)
-    assert (args.cuda_graph_impl, args.check_behind_step) == (named, False)
-    assert args.check_for_nan_in_loss_and_grad
+    assert args.cuda_graph_impl == named
 
 
+@pytest.mark.parametrize("graphs", ["auto", "none", "transformer_engine", "full_iteration"])
 @pytest.mark.parametrize("asked", [True, False])
-def test_one_graph_is_checked_behind_the_step(asked: bool) -> None:
-    args = run(check_for_nan_in_loss_and_grad=asked)
+def test_a_step_on_a_gpu_is_checked_from_behind(graphs: str, asked: bool) -> None:
+    args = run(cuda_graph_impl=graphs, check_for_nan_in_loss_and_grad=asked)
     choose_graphs(args)
     assert args.check_behind_step == asked
-    assert not args.check_for_nan_in_loss_and_grad  # which megatron insists on
+    assert not args.check_for_nan_in_loss_and_grad  # megatron's checks, which wait inside the step
+
+
+@pytest.mark.parametrize("where", ["cpu", "rerun"])
+def test_megatron_checks_the_step_elsewhere(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "cpu":
+        monkeypatch.setattr("qwen35_mcore.mcore.cpu_mode.is_needed", lambda: True)
+    args = run(rerun_mode="validate_results" if where == "rerun" else "disabled")
+    choose_graphs(args)
+    assert (args.check_behind_step, args.check_for_nan_in_loss_and_grad) == (False, True)
 
 
 NEEDED = (
@@ -394,11 +403,11 @@ def test_a_norm_that_is_not_finite_ends_the_run(
 ) -> None:
     args = Namespace(check_behind_step=True, iteration=0, curr_iteration=6, rank=0, save=None)
     args.global_batch_size, args.consumed_train_samples = 8, 48
-    monkeypatch.setattr(graphed_step, "get_args", lambda: args)
+    monkeypatch.setattr(checked_step, "get_args", lambda: args)
     monkeypatch.setattr("qwen35_mcore.mcore.non_finite.get_args", lambda: args)
     norms = iter([2.0, None, norm, norm])
-    step = graphed_step.PATCH.replace(lambda: ({}, 0, False, False, 0, next(norms), None, 0))
-    assert step()[graphed_step.GRADIENT_NORM] == 2.0
+    step = checked_step.PATCH.replace(lambda: ({}, 0, False, False, 0, next(norms), None, 0))
+    assert step()[checked_step.GRADIENT_NORM] == 2.0
     step()
     with pytest.raises(NonFiniteError, match="iteration 7 on rank 0: the norm of all gradients"):
         step()

@@ -1,10 +1,11 @@
-"""Notice NaN in a step that is one CUDA graph.
+"""Notice NaN behind a step on a GPU.
 
-Depends on megatron-core 0.19: with ``--cuda-graph-impl full_iteration`` it insists on
-``--no-check-for-nan-in-loss-and-grad``, because its checks wait for the device inside the step. The
-norm of all gradients is on the host behind every step, since megatron takes its maximum over the
-model's ranks there; nothing waits for it a second time. A loss that is NaN or infinite makes it so.
-By then the weights in memory are lost, but no later step and no checkpoint follows.
+Depends on megatron-core 0.19: its checks wait for the device inside the step, once for each loss
+and each bucket of gradients, and with ``--cuda-graph-impl full_iteration`` it insists on
+``--no-check-for-nan-in-loss-and-grad``. The norm of all gradients is on the host behind every step,
+since megatron takes its maximum over the model's ranks there; nothing waits for it a second time. A
+loss that is NaN or infinite makes it so. By then the weights in memory are lost, but no later step
+and no checkpoint follows.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ def _probe() -> Verdict:
 
 
 PATCH = Patch(
-    name="check of a graphed step",
+    name="check behind a step",
     target="megatron.training.training:train_step",
-    why="a step in one CUDA graph trains on after NaN: megatron allows no check there",
+    why="megatron's checks for NaN wait for the device inside the step, and one CUDA graph of the "
+    "step allows none",
     replace=_checked,
     probe=_probe,
 )

@@ -41,6 +41,7 @@ BASE_CLASSES = {
     "MoELayer": "",
     "MultiTokenPredictionLayer": "_get_embeddings",
     "SelfAttention": "get_query_key_value_tensors",
+    "SharedExpertMLP": "",
     "TopKRouter": "_apply_global_aux_loss attach_and_log_load_balancing_loss "
     "reset_global_aux_loss_tracker routing",
     "TransformerConfig": "",
@@ -87,6 +88,7 @@ _HOMES = {
     "ShardedObject": "megatron.core.dist_checkpointing.mapping",
     "ShardedTensor": "megatron.core.dist_checkpointing.mapping",
     "ShardedTensorFactory": "megatron.core.dist_checkpointing.mapping",
+    "SharedExpertMLP": "megatron.core.transformer.moe.shared_experts",
     "TESpecProvider": "megatron.core.extensions.transformer_engine_spec_provider",
     "TopKRouter": "megatron.core.transformer.moe.router",
     "TransformerBlock": "megatron.core.transformer.transformer_block",

@@ -31,6 +31,7 @@ from qwen35_mcore.model.layers.gated_delta_net import GatedDeltaNet
 from qwen35_mcore.model.layers.moe import Qwen35MoELayer
 from qwen35_mcore.model.layers.mtp import MTPLayer
 from qwen35_mcore.model.layers.router import Router
+from qwen35_mcore.model.layers.shared_expert import SharedExpert
 
 
 def gated_delta_net_spec(spec_provider: Any) -> ModuleSpec:
@@ -62,11 +63,13 @@ def gated_attention_spec(spec_provider: Any) -> ModuleSpec:
 
 
 def moe_spec(config: TransformerConfig, spec_provider: Any) -> Any:
-    """megatron's MoE with its shared expert; router and layer are subclasses of ours."""
+    """megatron's MoE; layer, router and shared expert are subclasses of ours."""
     spec = get_moe_module_spec_for_backend(
         spec_provider, config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
-    submodules = dataclasses.replace(spec.keywords["submodules"], router=Router)
+    native = spec.keywords["submodules"]
+    shared = functools.partial(SharedExpert, **native.shared_experts.keywords)
+    submodules = dataclasses.replace(native, router=Router, shared_experts=shared)
     return functools.partial(Qwen35MoELayer, submodules=submodules)
 
 

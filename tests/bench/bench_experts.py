@@ -4,7 +4,7 @@
 
 35b-a3b widths in bfloat16, even routing. The weight gradient goes to a float32 main gradient, by
 grouped_mm and an addition and by one kernel of ours; the floor is what 790 TFLOP/s or 3 TB/s allow,
-whichever takes longer.
+whichever takes longer. Then their activation, and the shared expert's gate.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen35_mcore.kernels.expert_gradient_triton import add_weight_gradient
+from qwen35_mcore.kernels.sigmoid_gate import sigmoid_gate
 from qwen35_mcore.kernels.weighted_swiglu import weighted_swiglu
 from tests.bench.common import BANDWIDTH, RATE_TFLOPS, arguments, median_ms, report
 
@@ -26,12 +27,14 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=32768)
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 32, 64, 256])
+    parser.add_argument("--tokens", type=int, default=4096, help="Of the shared expert.")
     parser.add_argument("--unused", type=float, default=1.0, help="Unused rows, per used one.")
     args = parser.parse_args()
     for experts in args.experts:
         for name, out, into in (("gate and up", 2 * WIDTH, HIDDEN), ("down", HIDDEN, WIDTH)):
             products(name, experts, args.rows, int(args.rows * (1 + args.unused)), out, into, args)
         activation(args.rows, int(args.rows * (1 + args.unused)), args)
+    gate(args.tokens, args)
 
 
 def products(name: str, experts: int, used: int, rows: int, out: int, into: int, args: Any) -> None:
@@ -81,6 +84,22 @@ def activation(used: int, rows: int, args: Any) -> None:
     moved = 2.0 * used * WIDTH * (2 + 1 + 2 + 1 + 2)
     row = {"layer": "activation, both ways", "rows": used, "of": rows}
     report(row | {"floor_ms": moved / BANDWIDTH * 1e3} | median_ms(both), args.json)
+
+
+def gate(tokens: int, args: Any) -> None:
+    def random(width: int) -> torch.Tensor:
+        return torch.randn(tokens, 1, width, device="cuda", dtype=torch.bfloat16)
+
+    x, logits, dy = random(HIDDEN).requires_grad_(), random(1).requires_grad_(), random(HIDDEN)
+    by = {"one kernel each way": sigmoid_gate, "torch": lambda x, logits: x * logits.sigmoid()}
+    for name, formula in by.items():
+
+        def both(formula: Callable[..., Any] = formula) -> None:
+            torch.autograd.grad(formula(x, logits), (x, logits), dy)
+
+        row = {"layer": "shared expert's gate, both ways", "rows": tokens, "what": name}
+        floor = 2.0 * tokens * HIDDEN * (2 + 3) / BANDWIDTH * 1e3
+        report(row | {"floor_ms": floor} | median_ms(both), args.json)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ FULL_RECOMPUTE = {
 }
 SELECTIVE_RECOMPUTE = {
     "recompute_granularity": "selective",
-    "recompute_modules": ["core_attn", "moe_act", "gdn_norm_out"],
+    "recompute_modules": ["core_attn", "moe_act", "shared_experts", "gdn_norm_out"],
 }
 GATES_APART = {"gdn_gates_apart": True}  # as FP8 runs have them
 STATES = {"gdn_context_parallel": "state_passing"}

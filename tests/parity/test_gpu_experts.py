@@ -1,4 +1,5 @@
-"""On a GPU: experts behind a half-empty receive buffer, gradients that layers add, the loss."""
+"""On a GPU: experts behind a half-empty receive buffer, the shared expert's gate, gradients that
+layers add, the loss."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
+from qwen35_mcore.kernels.sigmoid_gate import sigmoid_gate
 from qwen35_mcore.kernels.weighted_swiglu import weighted_swiglu
 from qwen35_mcore.model.layers.vocabulary import add_rows
 from tests.helpers.one_gpu import one_rank, relative
@@ -73,6 +75,47 @@ def test_experts_behind_a_half_empty_buffer(counts: tuple[int, ...], fused: bool
     for got, exact in zip(found, run(torch.float64, used, poison=False), strict=True):
         assert got.isfinite().all()
         assert relative(got, exact) < 8e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 1, 2048), (77, 3, 3000), (5, 1, 40), (0, 2, 64)], ids=str)
+@pytest.mark.parametrize("order", ["whole", "batch first", "expanded"])
+def test_gate_of_the_shared_expert(
+    dtype: torch.dtype, shape: tuple[int, int, int], order: str
+) -> None:
+    """Against float64; the same to the last bit when it is run again, eagerly or as a graph."""
+    generator = torch.Generator("cuda").manual_seed(5)
+
+    def random(width: int) -> Tensor:
+        t = torch.randn(*shape[:2], width, device="cuda", generator=generator).to(dtype)
+        return t.transpose(0, 1).contiguous().transpose(0, 1) if order == "batch first" else t
+
+    inputs = [random(shape[2]).requires_grad_(), random(1).requires_grad_()]
+    dy = random(1).expand(shape) if order == "expanded" else random(shape[2])
+
+    def run() -> list[Tensor]:
+        y = sigmoid_gate(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+    found = run()
+    reference = [t.detach().double().requires_grad_() for t in inputs]
+    y = reference[0] * reference[1].sigmoid()
+    exact = [y.detach(), *torch.autograd.grad(y, reference, dy.double())]
+    for got, wanted in zip(found, exact, strict=True):
+        assert got.dtype == dtype
+        assert got.shape == wanted.shape
+        if wanted.numel():
+            assert relative(got, wanted) < (5e-6 if dtype == torch.float32 else 4e-3)
+    if not shape[0]:
+        return
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, again, replayed in zip(found, run(), captured, strict=True):
+        assert torch.equal(got, again)
+        assert torch.equal(got, replayed)
 
 
 @pytest.mark.parametrize("main", [torch.float32, torch.bfloat16], ids=str)

@@ -17,7 +17,7 @@ from tests.bench.compile_ahead import prepare_to_move, pretend
 counts = pretend()
 import torch
 from qwen35_mcore.kernels.fused_triton import epilogue, prologue
-from qwen35_mcore.kernels import swiglu_triton
+from qwen35_mcore.kernels import sigmoid_gate_triton, swiglu_triton
 from qwen35_mcore.kernels.expert_gradient_triton import add_weight_gradient
 from qwen35_mcore.config.shapes import GdnShape
 
@@ -32,6 +32,7 @@ for cu_seqlens in (None, torch.tensor([0, 200, 256], dtype=torch.int32)):
     (q.sum() + k.sum() + y.sum() + a.sum() + b.sum()).backward()
 ends = torch.tensor([100, 256], dtype=torch.int32)
 swiglu_triton.weighted_swiglu(empty(256, 1024), torch.zeros(256), ends[-1:]).sum().backward()
+sigmoid_gate_triton.sigmoid_gate(empty(256, 1, 2048), empty(256, 1, 1)).sum().backward()
 add_weight_gradient(empty(256, 1024), empty(256, 2048), ends, torch.zeros(2, 1024, 2048))
 print(*sorted(counts))
 prepare_to_move(Path(sys.argv[1]) / ".triton" / "cache", "/home/there")
@@ -44,6 +45,8 @@ KERNELS = {
     "_epilogue_backward",
     "_swiglu_forward",
     "_swiglu_backward",
+    "_gate_forward",
+    "_gate_backward",
     "_add_products",
 }
 

@@ -14,6 +14,7 @@ import torch
 from qwen35_mcore.kernels import expert_gradient_triton
 from qwen35_mcore.kernels import grouped_linear as layer
 from qwen35_mcore.kernels.grouped_linear import grouped_linear
+from qwen35_mcore.kernels.sigmoid_gate import sigmoid_gate
 from qwen35_mcore.kernels.weighted_swiglu import weighted_swiglu
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,30 @@ print("equal")
 """
 
 
+GATE = """
+import json, sys, torch
+from qwen35_mcore.kernels import sigmoid_gate_triton
+from qwen35_mcore.kernels.sigmoid_gate import sigmoid_gate
+def in_memory(t, order):
+    return t.transpose(0, 1).contiguous().transpose(0, 1) if order == "batch first" else t
+def run(gate, dtype, order, x, logits, dy):
+    x, logits = (in_memory(t.to(dtype), order).requires_grad_() for t in (x, logits))
+    y = gate(x, logits)
+    dy = dy[..., :1].expand_as(y) if order == "expanded" else dy
+    y.backward(in_memory(dy.to(dtype), order))
+    return y.detach(), x.grad, logits.grad
+for length, batch, hidden, order in json.loads(sys.argv[1]):
+    torch.manual_seed(0)
+    tensors = [torch.randn(length, batch, width) for width in (hidden, 1, hidden)]
+    exact = run(sigmoid_gate, torch.float64, order, *tensors)
+    got = run(sigmoid_gate_triton.sigmoid_gate, torch.float32, order, *tensors)
+    for a, b in zip(got, exact):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        assert ((a - b).norm() <= 1e-6 * b.norm()).item(), (order, (a - b).norm())
+print("equal")
+"""
+
+
 def interpret(script: str, *arguments: object) -> None:
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETER + script, json.dumps(arguments)],
@@ -79,6 +104,27 @@ def interpret(script: str, *arguments: object) -> None:
 def test_activation(rows: int, width: int, end: int) -> None:
     """Of all rows, of some, and of none; widths that are no multiple of a block."""
     interpret(ACTIVATION, rows, width, end)
+
+
+def test_gate_of_the_shared_expert() -> None:
+    """Tokens and widths that are no multiple of a block; tensors that are not dense in memory."""
+    cases = [(3, 3, 40, "batch first"), (1, 1, 1500, "whole"), (4, 2, 1024, "expanded")]
+    interpret(GATE, *cases)
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_gate_without_a_gpu(tokens: int) -> None:
+    """The formula, in x's dtype, and every gradient by finite differences."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 2, 6, dtype=torch.float64, requires_grad=True)
+    logits = (3 * torch.randn(tokens, 2, 1, dtype=torch.float64)).requires_grad_()
+    gated = sigmoid_gate(x, logits)
+    assert torch.allclose(gated, x / (1 + (-logits).exp()), rtol=1e-14, atol=0)
+    assert torch.autograd.gradcheck(sigmoid_gate, (x, logits))
+    rounded = sigmoid_gate(x.bfloat16(), logits.bfloat16())
+    exact = sigmoid_gate(x.bfloat16().double(), logits.bfloat16().double())
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(rounded.double(), exact, rtol=2**-8, atol=0)  # one rounding
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,18 @@ from __future__ import annotations
 
 import re
 import shutil
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from qwen35_mcore.errors import CheckpointError
+from qwen35_mcore.mcore import cpu_mode
+from qwen35_mcore.training.checks.checkpoint import Start
+from qwen35_mcore.training.checks.random_states import check_device_of_states
 from qwen35_mcore.training.checks.resume import CHANGES
 from tests.helpers.kinds import kinds
 from tests.helpers.pretrain_runs import Run, script_server, small_dataset
@@ -45,7 +52,7 @@ def error_of(folder: Path, *more: str) -> str:
     assert failed.wait() == [2], failed.output()
     assert "Traceback" not in failed.output()
     assert "initializing torch distributed" not in failed.output()
-    return failed.output().rpartition("error: ")[2]
+    return failed.output().rpartition("\nerror: ")[2]
 
 
 def in_folder(folder: Path) -> list[str]:
@@ -240,6 +247,75 @@ def test_data_and_order(half: Path) -> None:
 def test_random_states(half: Path) -> None:
     added = ["--train-iters", "4", "--data-parallel-random-init"]
     assert "fix: drop --data-parallel-random-init" in error_of(half, *CONSTANT, *added)
+
+
+class GeneratorOfAGPU:
+    """In a file it is a generator, which only a machine with a GPU can read."""
+
+    def __reduce__(self) -> Any:
+        return torch.Generator, (torch.device("cuda"),)
+
+
+def states_of_a_gpu(script: Any, tracked: Any = None) -> None:
+    """The run saves 16 bytes for each random state, as a GPU has them: seed and offset."""
+    from megatron.training import checkpointing
+
+    generate = checkpointing.generate_state_dict
+    state = torch.zeros(16, dtype=torch.uint8)
+
+    def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
+        saved = generate(*args, **kwargs)
+        for states in saved["rng_state"].data:
+            trackers = dict.fromkeys(states["rng_tracker_states"], tracked or state)
+            states |= {"cuda_rng_state": state, "rng_tracker_states": trackers}
+        return saved
+
+    checkpointing.generate_state_dict = generate_state_dict
+
+
+def generators_of_a_gpu(script: Any) -> None:
+    states_of_a_gpu(script, GeneratorOfAGPU())
+
+
+@pytest.mark.parametrize(
+    ("before", "what"),
+    [
+        (states_of_a_gpu, "holds the random states of a GPU, and this run is on a CPU"),
+        pytest.param(
+            generators_of_a_gpu,
+            "the random states of the checkpoint cannot be read",
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_a_checkpoint_of_a_gpu(
+    straight: Path, tmp_path: Path, before: Callable[[Any], None], what: str
+) -> None:
+    """Refused before the model is built; as the error says, all but random states goes on."""
+    half = flags(*in_folder(tmp_path), *CONSTANT, "--train-iters", "2")
+    assert script_server().start(half, before=before).wait() == [0]
+    message = error_of(tmp_path, *CONSTANT, "--train-iters", "4")
+    assert what in message
+    assert "fix: pass --no-load-rng to start from the states of --seed" in message
+    run(tmp_path, *CONSTANT, "--train-iters", "4", "--no-load-rng")
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_a_checkpoint_of_a_cpu_on_a_gpu(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run does not load is not asked for: with the flag, and at another layout."""
+    folder = straight / "iter_0000002"
+    start = Start(folder, checkpoint_common(folder), 2, loads_optimizer=True)
+    layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    args = Namespace(no_load_rng=False, **layout)
+    check_device_of_states(args, start)
+    monkeypatch.setattr(cpu_mode, "is_needed", lambda: False)
+    with pytest.raises(
+        CheckpointError, match=r"states of a CPU, and this run is on a GPU"
+    ) as found:
+        check_device_of_states(args, start)
+    assert "pass --no-load-rng" in str(found.value)
+    for other in ({"no_load_rng": True}, {"tensor_model_parallel_size": 2}):
+        check_device_of_states(Namespace(**vars(args) | other), start)
 
 
 def test_every_flag_of_the_table_is_in_a_checkpoint(straight: Path) -> None:

@@ -137,13 +137,23 @@ def test_the_hybrid_decoder_trains_as_the_gpt_decoder_does(
 
 @pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
 def test_a_graphed_run_is_saved_as_any_other(train: Train, gpu: bool, tmp_path: Path) -> None:
-    """A run without graphs goes on with its checkpoint, on a machine without a GPU, too."""
+    """A run without graphs goes on with its checkpoint, on a machine without a GPU, too, but for
+    the random states."""
     graphed = train(
         "--cuda-graph-impl", "auto", "--cuda-graph-warmup-steps", "1", "--save", tmp_path
     )
-    resumed = train("--load", tmp_path, "--ckpt-step", HALF, gpu=gpu)
+    load = ["--load", tmp_path, "--ckpt-step", HALF]
+    if not gpu:
+        refused_on_the_other_machine(train, "GPU", *load)
+        load += ["--no-load-rng"]
+    resumed = train(*load, gpu=gpu)
     at = HALF + 1
     assert resumed["lm loss"][at] == pytest.approx(graphed["lm loss"][at], rel=1e-2)
+
+
+def refused_on_the_other_machine(train: Train, writer: str, *load: object) -> None:
+    with pytest.raises(AssertionError, match=f"(?s)random states of a {writer}.*--no-load-rng"):
+        train(*load, gpu=writer == "CPU")
 
 
 def test_a_graphed_step_that_turns_nan_ends_the_run(train: Train) -> None:
@@ -212,6 +222,16 @@ def distance(a: Log, b: Log) -> float:
         for step in a[name]
         for x, y in zip(a[name][step], b[name][step], strict=True)
     )
+
+
+def test_a_gpu_goes_on_from_a_cpu(train: Train, tmp_path: Path) -> None:
+    """But for the random states, which are refused."""
+    cpu = train("--save", tmp_path, gpu=False)
+    load = ["--load", tmp_path, "--ckpt-step", HALF]
+    refused_on_the_other_machine(train, "CPU", *load)
+    resumed = train(*load, "--no-load-rng")
+    at = HALF + 1
+    assert resumed["lm loss"][at] == pytest.approx(cpu["lm loss"][at], rel=1e-2)
 
 
 @pytest.mark.parametrize("writer", ["gpu", "cpu"])

@@ -16,6 +16,7 @@ from typing import Any
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import CheckpointError
 from qwen35_mcore.training.checks.checkpoint import Start
+from qwen35_mcore.training.checks.random_states import FROM_SEED, check_device_of_states
 from qwen35_mcore.training.checks.resume_schedule import check_schedule
 
 Check = Callable[[Namespace, Start], None]
@@ -149,6 +150,7 @@ def _check_batch(args: Namespace, start: Start) -> None:
 
 
 def _check_random_states(args: Namespace, start: Start) -> None:
+    check_device_of_states(args, start)
     if not args.data_parallel_random_init:
         return
     if not start.saved.data_parallel_random_init:
@@ -161,7 +163,7 @@ def _check_random_states(args: Namespace, start: Start) -> None:
             "with --data-parallel-random-init the checkpoint holds one random state for each data "
             "parallel rank",
             got=_values(args, start, ["data_parallel_size"]),
-            fix="pass --no-load-rng to start from the states of --seed",
+            fix=FROM_SEED,
         )
 
 

@@ -162,10 +162,6 @@ WHOLE = (
         "megatron captures no MoE layer whose noise is computed again",
     ),
     Rule(
-        lambda args: args.pipeline_model_parallel_size > 1,
-        "pipeline stages wait for each other's tensors",
-    ),
-    Rule(
         lambda args: args.tensor_model_parallel_size * args.context_parallel_size > 1,
         "nobody has captured a step with tensor or context parallelism",
     ),

@@ -158,6 +158,15 @@ WHOLE = (
         "nobody has captured a step with --moe-shared-expert-overlap",
     ),
     Rule(
+        lambda args: args.defer_embedding_wgrad_compute or args.overlap_p2p_comm_warmup_flush,
+        "nobody has captured a step with --defer-embedding-wgrad-compute or "
+        "--overlap-p2p-communication-warmup-flush",
+    ),
+    Rule(
+        lambda args: args.pipeline_model_parallel_comm_backend == "ucc",
+        "nobody has captured pipeline stages that exchange tensors over UCC",
+    ),
+    Rule(
         lambda args: args.moe_input_jitter_eps is not None and _recomputed(args, "moe"),
         "megatron captures no MoE layer whose noise is computed again",
     ),

@@ -393,14 +393,14 @@ def refused(words: list[str]) -> str:
 def test_the_host_waits_for_no_exchange_between_stages(more: str) -> None:
     """As megatron's P2PCommunicator does to learn a size, and behind a batch of exchanges. That MTP
     has a stage of its own, whose tensors have other sizes, `check_layout` refuses."""
-    words = [*NEEDED, *"--pipeline-model-parallel-size 2".split(), *more.split()]
+    words = [*NEEDED, *["--pipeline-model-parallel-size", "2"], *more.split()]
     args = read_flags(words, get_flavor("tiny-moe"), on_cpu=False)
     choose_dispatcher(args)
     choose_graphs(args)
     config = validated_config(args)
     assert config.cuda_graph_impl == "full_iteration"
-    assert not (config.variable_seq_lengths or config.mtp_standalone)
-    assert not config.batch_p2p_sync
+    waits = (config.variable_seq_lengths, config.mtp_standalone, config.batch_p2p_sync)
+    assert waits == (False, False, False)
 
 
 @pytest.mark.usefixtures("_megatron_of_a_gpu")

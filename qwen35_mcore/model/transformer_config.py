@@ -50,6 +50,10 @@ class Qwen35TransformerConfig(TransformerConfig):
     """Tensors of the hidden states' size that a pipeline stage hands to the next; the model with a
     vision tower sets it."""
 
+    batch_p2p_sync: bool = False
+    """Whether the host waits for the device after each exchange between pipeline stages: what
+    megatron does for releases of torch that freed a batch's tensors too early."""
+
     hetereogenous_dist_checkpoint: bool = True
     """Layers differ, so each has its own checkpoint keys (megatron's spelling)."""
 

@@ -83,14 +83,12 @@ class Model:
         output layer included."""
 
     def _apart_bytes(self) -> float:
-        """Beside what the parts hold: as many rows as NCCL EP receives, for it to stage them, the
-        pool of a graph of the whole step, and Muon's padding."""
+        """Beside what the parts hold: as many rows as NCCL EP receives, for it to stage them, what
+        a graph's pool reserves for the workspace, and Muon's padding."""
         job, candidate, parts = self.job, self.candidate, [self.part[kind] for kind in self.kinds]
         rows = Microbatch(job.model_config, candidate, job.seq_length).kept_rows
         apart = 2.0 * rows * job.model_config.hidden_size * (candidate.dispatcher == "ncclep")
-        if candidate.graphs == "full":
-            held = sum(part.kept.saved for part in parts) + self.workspace_bytes
-            apart += memory.GRAPH_POOL * held
+        apart += memory.graph_pool(candidate) * self.workspace_bytes
         if job.optimizer == "muon":
             whole = sum((part.parameters for part in parts), Parameters())
             apart += memory.padding_bytes(whole, job, candidate)
@@ -105,7 +103,16 @@ class Model:
 
     @cached_property
     def chain(self) -> Chain:
-        """The parts as the stage search takes them, MTP and loss together."""
+        """The parts as the stage search takes them, MTP and loss together: activations with what a
+        graph's pool reserves for them."""
+        return self._chain(memory.graph_pool(self.candidate))
+
+    @cached_property
+    def chain_without_pool(self) -> Chain:
+        """The same without."""
+        return self._chain(0.0)
+
+    def _chain(self, pool: float) -> Chain:
         unit, whole = {}, len(self.kinds.rstrip("mL"))
         for kind, part in self.part.items():
             static = sum(memory.static_bytes(part.parameters, self.job, self.candidate))
@@ -113,7 +120,7 @@ class Model:
                 static += self.table_placeholder_bytes(kind)
             # the loss is over when a layer's backward pass takes the workspace
             shared = self.workspace_bytes if kind == "L" else 0.0
-            saved = max(0.0, part.kept.saved - shared)
+            saved = max(0.0, part.kept.saved - shared) + pool * part.kept.saved
             unit[kind] = Unit(part.forward_s, part.backward_s, static, saved)
         units = [unit[kind] for kind in self.kinds]
         return Chain([*units[:whole], Unit(*map(sum, zip(*units[whole:], strict=True)))])

@@ -26,14 +26,20 @@ CONTEXT_BYTES, COMMUNICATOR_BYTES = int(0.75 * GIB), int(1.0 * GIB)
 FRAGMENTATION = 0.03
 """Share of a GPU's memory that PyTorch's allocator holds and cannot use (expandable segments)."""
 GRAPH_POOL = 0.4
-"""Of the activations in one graph of a step, what its pool reserves on top: for four layers 15.4
-GiB were reserved, 11.6 without the graph (tests/bench/NOTES.md). Graphs of parts added nothing."""
+"""Of the activations in one graph of a step, those of all microbatches in flight, what its pool
+reserves on top: for four layers 15.4 GiB were reserved, 11.6 without the graph
+(tests/bench/NOTES.md). Graphs of parts added nothing."""
 
 
 def overhead_bytes(gpu: Gpu, gpus: int) -> int:
     """Memory that no model formula accounts for, stated in every report."""
     communicators = COMMUNICATOR_BYTES if gpus > 1 else 0
     return CONTEXT_BYTES + communicators + int(FRAGMENTATION * gpu.memory_bytes)
+
+
+def graph_pool(candidate: Candidate) -> float:
+    """What a candidate's graph reserves on top of its activations, as a share of them."""
+    return GRAPH_POOL if candidate.graphs == "full" else 0.0
 
 
 def static_bytes(

@@ -136,12 +136,15 @@ class Prediction:
     def memory(self) -> list[StageMemory]:
         """The fullest moment of every pipeline rank."""
         model, gathered = self.model, []
-        for rank, held in enumerate(self.splits.rank_bytes(self.cuts)):
+        pooled = self.splits.rank_bytes(self.cuts)
+        without = replace(self.splits, chain=model.chain_without_pool).rank_bytes(self.cuts)
+        for rank, held in enumerate(without):
             static = memory.static_bytes(self.rank_parameters(rank), self.job, self.candidate)
             table = model.table_placeholder_bytes(self._rank_kinds(rank))
             workspace = model.workspace_bytes + model.placeholder_bytes + table
             activations = held - sum(static) - table
-            gathered.append(StageMemory(*static, activations, workspace, model.overhead_bytes))
+            overhead = model.overhead_bytes + pooled[rank] - held
+            gathered.append(StageMemory(*static, activations, workspace, overhead))
         return gathered
 
     @cached_property

@@ -158,12 +158,17 @@ WHOLE = (
         "nobody has captured a step with --moe-shared-expert-overlap",
     ),
     Rule(
-        lambda args: args.moe_input_jitter_eps is not None and _recomputed(args, "moe"),
-        "megatron captures no MoE layer whose noise is computed again",
+        lambda args: args.defer_embedding_wgrad_compute or args.overlap_p2p_comm_warmup_flush,
+        "nobody has captured a step with --defer-embedding-wgrad-compute or "
+        "--overlap-p2p-communication-warmup-flush",
     ),
     Rule(
-        lambda args: args.pipeline_model_parallel_size > 1,
-        "pipeline stages wait for each other's tensors",
+        lambda args: args.pipeline_model_parallel_comm_backend == "ucc",
+        "nobody has captured pipeline stages that exchange tensors over UCC",
+    ),
+    Rule(
+        lambda args: args.moe_input_jitter_eps is not None and _recomputed(args, "moe"),
+        "megatron captures no MoE layer whose noise is computed again",
     ),
     Rule(
         lambda args: args.tensor_model_parallel_size * args.context_parallel_size > 1,

@@ -79,10 +79,15 @@ class Row:
 
 
 STATES = ("--gdn-context-parallel", "state_passing")
+PLANNED = ("--pipeline-model-parallel-layout", "Et*4|mL")
+"""What the planner chooses for four layers on two stages."""
 ROWS = {
     "natural": {4: Row(8), 2: Row(4, samples=4)},
     "balanced": {4: Row(8, micro_batch=2, balanced=True), 2: Row(4, micro_batch=2, balanced=True)},
-    "pipeline": {4: Row(4, pp=2), 2: Row(4, pp=2, ep=1, samples=4, experts=128)},
+    "pipeline": {
+        4: Row(4, pp=2, more=PLANNED),
+        2: Row(4, pp=2, ep=1, samples=4, experts=128, more=PLANNED),
+    },
     "long": {4: Row(4, cp=4, length=32768, samples=1, more=STATES)},
     "long-alltoall": {4: Row(4, cp=4, length=32768, samples=1)},
     "single": {1: Row(4, samples=4, experts=64)},

@@ -250,6 +250,7 @@ class Noted:
 
 _ONE: dict[str, Any] = {"gpus": 1, "experts": 64, "samples": 2}
 _H200: dict[str, Any] = {"gpu": "h200-141g", "cross_entropy": "te"}
+_PIPELINE = _H200 | {"experts": 128}
 _SINGLE = _H200 | {"gpus": 1, "experts": 64}
 _VISION = _H200 | {"gpus": 1, "samples": 2}
 _PEER = _H200 | {"layers": 40, "experts": 64, "samples": 8, "optimizer": "precision-aware"}
@@ -268,7 +269,9 @@ NOTED = (
     Noted("natural", "ep=2,graphs=parts", 469, 58.1, **_H200),
     Noted("natural", "ep=2,dispatcher=ncclep,graphs=parts", 410.1, 58.6, **_H200),
     Noted("natural", "ep=2,dispatcher=ncclep,graphs=full", 377.9, 58.7, **_H200),
-    Noted("natural", "pp=2,graphs=parts,layout=Ett|ttmL", 625.0, 48.4, experts=128, **_H200),
+    Noted("natural", "pp=2,graphs=parts,layout=Ett|ttmL", 625.0, 48.4, **_PIPELINE),
+    Noted("natural", "pp=2,graphs=parts,layout=Et*4|mL", 485.2, 44.3, **_PIPELINE),
+    Noted("natural", "pp=2,graphs=full,layout=Et*4|mL", 468.9, 44.4, **_PIPELINE),
     Noted("40 layers", "ep=2,dispatcher=ncclep,graphs=full", 2253.3, 92.6, **_PEER),
     Noted("natural", "mbs=1", 426.6, 46.9, **_SINGLE),
     Noted("natural", "graphs=parts", 349.0, 46.9, **_SINGLE),

@@ -100,7 +100,8 @@ def test_two_gib_stay_free_unless_another_headroom_is_asked_for(tmp_path: Path) 
         fullest[left] = found["plans"][0]
     full = fullest[0]
     layout = f"pp={full['pp']},ep={full['ep']},mbs={full['micro_batch_size']}"
-    layout += f",recompute={full['recompute']},layout={full['pipeline_layout']}"
+    layout += f",recompute={full['recompute']},graphs={full['graphs']}"
+    layout += f",layout={full['pipeline_layout']}"
     used = max(rank["total"] for rank in full["memory"])
     free = (card - used) / GIB
     good = run(*SMALL, "--explain", layout, "--headroom", f"{free - 0.01:.2f}")

@@ -3,27 +3,18 @@ checkpoints that GPU and CPU write for each other."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.ckpt_cli import ckpt, ok
+from tests.helpers.gpu_runs import HALF, STEPS, Log, Train, assert_graphed_as_eager, train
 from tests.helpers.hf_toy import read_all
-from tests.helpers.ports import free_port
-from tests.helpers.pretrain_runs import small_dataset
-from tests.helpers.run_results import logged_scalars
-from tests.helpers.toys import narrow_config
 
+__all__ = ["train"]  # a fixture
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).parents[2]
-STEPS, HALF = 6, 3
 STILL = ("--lr", "0", "--min-lr", "0", "--weight-decay", "0", "--finetune", "--no-load-optim")
 GRAPHS = {
     "full_iteration": (),  # checked behind the step
@@ -46,44 +37,6 @@ OFFLOADING = (
     *("--offload-modules", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"),
     *("--min-offloaded-tensor-size", "0"),
 )
-Log = dict[str, dict[int, list[float]]]
-Train = Callable[..., Log]
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Runs the script in bf16 on a narrow model with the published head sizes, which the fused
-    kernels want, without CUDA graphs unless flags ask for them; returns what it logged."""
-    folder = tmp_path_factory.mktemp("gpu_runs")
-    (folder / "config.json").write_text(json.dumps(narrow_config().to_hf()))
-    data = small_dataset()
-
-    def run(*flags: object, gpu: bool = True, **environment: str) -> Log:
-        log = tmp_path_factory.mktemp("log")
-        command = [
-            *(sys.executable, "-m", "qwen35_mcore.training.pretrain"),
-            *("--hf-config", folder, "--bf16", "--cuda-graph-impl", "none"),
-            *("--data-path", data, "--split", "80,10,10", "--seq-length", "256"),
-            *("--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "1e-3"),
-            *("--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-decay-iters", "10"),
-            *("--lr-warmup-iters", "2", "--train-iters", STEPS, "--save-interval", HALF),
-            *("--eval-iters", "1", "--eval-interval", "1000", "--log-interval", "1"),
-            *("--use-distributed-optimizer", "--num-workers", "0", "--tensorboard-dir", log),
-            *flags,
-        ]
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        done = subprocess.run(
-            list(map(str, command)),
-            cwd=ROOT,
-            env=os.environ | environment | place | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-        return logged_scalars(log)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +63,8 @@ def test_a_resumed_run_goes_on_exactly(
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_graphed_and_eager_losses_agree(train: Train, saved: tuple[Path, Log], kind: str) -> None:
-    """Megatron captures after one step here, so the second has the same weights on both sides."""
-    eager = saved[1]
     graphed = train("--cuda-graph-impl", kind, "--cuda-graph-warmup-steps", "1", *GRAPHS[kind])
-    for name in ("lm loss", "mtp_1 loss", "grad-norm"):
-        assert graphed[name][2] == pytest.approx(eager[name][2], rel=1e-3), name
-    for step in range(1, STEPS + 1):
-        assert graphed["lm loss"][step] == pytest.approx(eager["lm loss"][step], rel=1e-2), step
+    assert_graphed_as_eager(graphed, saved[1])
 
 
 @pytest.mark.parametrize("kind", GRAPHS)

@@ -32,6 +32,10 @@ NCCL_EP = {
     "moe_flex_dispatcher_backend": "ncclep",
     "expert_model_parallel_size": 4,
 }
+TIMED = {"timing_log_level": 1}
+"""Against one graph of the whole step, and nothing else."""
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {"num_virtual_stages_per_pipeline_rank": 2}
 ROUTED = ("attn", "moe_router", "moe_preprocess")
 
 
@@ -61,7 +65,8 @@ def run(**more: Any) -> Namespace:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, NCCL_EP, {"num_experts": None}, {"recompute_granularity": "full"}]
+    "more",
+    [{}, NCCL_EP, {"num_experts": None}, {"recompute_granularity": "full"}, PP2, PP2 | VPP2],
 )
 def test_the_whole_step(more: dict[str, Any]) -> None:
     found = decide(run(**more))
@@ -71,11 +76,13 @@ def test_the_whole_step(more: dict[str, Any]) -> None:
 AGAINST_WHOLE = [
     ({"expert_model_parallel_size": 4}, "how many tokens an expert has"),
     ({"moe_experts": "te"}, "how many tokens an expert has"),
-    ({"pipeline_model_parallel_size": 2}, "pipeline stages wait"),
+    (PP2 | {"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
+    (PP2 | VPP2 | {"overlap_p2p_comm_warmup_flush": True}, "--overlap-p2p-communication-warmup"),
+    (PP2 | {"pipeline_model_parallel_comm_backend": "ucc"}, "exchange tensors over UCC"),
     ({"tensor_model_parallel_size": 2} | NCCL_EP, "tensor or context parallelism"),
     ({"context_parallel_size": 2}, "tensor or context parallelism"),
     ({"rerun_mode": "validate_results"}, "--rerun-mode looks"),
-    ({"timing_log_level": 1}, "--timing-log-level 1 and 2 wait"),
+    (TIMED, "--timing-log-level 1 and 2 wait"),
     ({"check_for_large_grads": True}, "--check-for-large-grads looks"),
     ({"cuda_graph_warmup_steps": 0}, "--cuda-graph-warmup-steps is 0"),
     ({"moe_token_dispatcher_type": "allgather"}, "how many tokens an expert has"),
@@ -147,7 +154,7 @@ def test_none_where_neither_can_be(more: dict[str, Any], why: str) -> None:
 
 @pytest.mark.parametrize(("more", "why"), AGAINST_PARTS)
 def test_none_where_parts_are_the_best_and_cannot_be(more: dict[str, Any], why: str) -> None:
-    found = decide(run(pipeline_model_parallel_size=2, **more))
+    found = decide(run(**TIMED, **more))
     assert found.impl == "none"
     assert why in found.why
 
@@ -185,18 +192,18 @@ def test_every_rule_has_a_case() -> None:
     ],
 )
 def test_parts_that_megatron_can_capture(more: dict[str, Any], modules: tuple[str, ...]) -> None:
-    assert decide(run(pipeline_model_parallel_size=2, **more)).modules == modules
+    assert decide(run(**TIMED, **more)).modules == modules
 
 
 def test_a_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    args = run(pipeline_model_parallel_size=2)
+    args = run(**TIMED)
     with caplog.at_level(logging.INFO):
         choose_graphs(args)
         choose_graphs(args)
     assert args.cuda_graph_impl == "transformer_engine"
     assert [r.message for r in caplog.records if "CUDA graphs" in r.message] == [
         "CUDA graphs: one for each of attn, moe_router, moe_preprocess, chosen because one of the "
-        "whole step cannot be: pipeline stages wait for each other's tensors"
+        "whole step cannot be: --timing-log-level 1 and 2 wait for the device inside the step"
     ]
 
 
@@ -278,6 +285,7 @@ NEEDED = (
 LAYOUTS = (
     "--pipeline-model-parallel-size 2",
     "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+    "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|ttmL",
     "--expert-model-parallel-size 4",
     "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2",
     "--tensor-model-parallel-size 2 --sequence-parallel",
@@ -319,6 +327,8 @@ SWITCHES = (
     "--optimizer muon",
     "--decoder hybrid",
     "--use-tp-pp-dp-mapping",
+    "--defer-embedding-wgrad-compute",
+    "--overlap-p2p-communication-warmup-flush",
     "--empty-unused-memory-level 2",
     "--te-rng-tracker",
     "--use-cpu-initialization",
@@ -377,6 +387,29 @@ def refused(words: list[str]) -> str:
     except (ConfigError, AssertionError, ValueError) as error:
         return str(error) or repr(error)
     return ""
+
+
+@pytest.mark.usefixtures("_megatron_of_a_gpu")
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--num-virtual-stages-per-pipeline-rank 1",
+        "--num-virtual-stages-per-pipeline-rank 2",
+        "--pipeline-model-parallel-layout Et*4|mL",
+        "--pipeline-model-parallel-layout Et|tt|t|mL",
+    ],
+)
+def test_the_host_waits_for_no_exchange_between_stages(more: str) -> None:
+    """As megatron's P2PCommunicator does to learn a size, and behind a batch of exchanges. That MTP
+    has a stage of its own, whose tensors have other sizes, `check_layout` refuses."""
+    words = [*NEEDED, *["--pipeline-model-parallel-size", "2"], *more.split()]
+    args = read_flags(words, get_flavor("tiny-moe"), on_cpu=False)
+    choose_dispatcher(args)
+    choose_graphs(args)
+    config = validated_config(args)
+    assert config.cuda_graph_impl == "full_iteration"
+    waits = (config.variable_seq_lengths, config.mtp_standalone, config.batch_p2p_sync)
+    assert waits == (False, False, False)
 
 
 @pytest.mark.usefixtures("_megatron_of_a_gpu")

@@ -17,6 +17,7 @@ from qwen35_mcore.config.matrices import matrix_weights
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.kernels import grouped_linear
 from qwen35_mcore.parallel.parameters import Parameters, part_parameters
+from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.calibration.rows import default_calibration, model_of
 from qwen35_mcore.planner.candidate import Candidate, Job, Microbatch
@@ -271,8 +272,31 @@ def test_nccl_ep_keeps_its_buffers_rows_and_a_graph_its_pool() -> None:
     models = [Model(job_of(config, 8), one) for one in (plain, nccl_ep, graph)]
     staged, pool = (b.overhead_bytes - a.overhead_bytes for a, b in pairwise(models))
     assert staged == 2 * rows * 2 * 2048
-    held = models[2].chain.saved_bytes[-1] + models[2].workspace_bytes
-    assert pool == pytest.approx(GRAPH_POOL * held, rel=0.1)
+    assert pool == pytest.approx(GRAPH_POOL * models[2].workspace_bytes)
+    loss = min(models[2].part["L"].kept.saved, models[2].workspace_bytes)
+    kept = models[1].chain.saved_bytes[-1] + loss
+    more = models[2].chain.saved_bytes[-1] - models[1].chain.saved_bytes[-1]
+    assert more == pytest.approx(GRAPH_POOL * kept)
+
+
+@pytest.mark.parametrize("stages", ["Et*16|t*16mL", "Et*8|(t*8|)*2t*8mL"])
+def test_the_pool_of_a_graph_is_of_the_microbatches_in_flight(stages: str) -> None:
+    """On each pipeline rank, in the tables as in the search. On the last one also of the loss,
+    which is over before a layer takes its workspace."""
+    job, split = job_of(get_flavor("9b"), 2), parse_pipeline_layout(stages)
+    parts, full = (
+        predict_split(job, Candidate(pp=2, vpp=len(split) // 2, graphs=graphs), split)
+        for graphs in ("parts", "full")
+    )
+    workspace = full.model.workspace_bytes
+    loss = min(full.model.part["L"].kept.saved, workspace)
+    besides = job.usable_bytes - full.model.capacity_bytes
+    held = full.splits.rank_bytes(full.cuts)
+    for rank, (eager, graphed) in enumerate(zip(parts.memory(), full.memory(), strict=True)):
+        pool = GRAPH_POOL * (eager.activations + workspace + rank * loss)
+        assert graphed.overhead - eager.overhead == pytest.approx(pool)
+        assert replace(graphed, overhead=eager.overhead) == eager
+        assert graphed.total == pytest.approx(held[rank] + besides)
 
 
 def test_every_shape_of_a_weight_has_one_placeholder() -> None:

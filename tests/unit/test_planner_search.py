@@ -105,7 +105,8 @@ SWITCHES = [
     ({"dispatcher": "ncclep"}, "spreads experts in a node"),
     ({"ep": 16, "dispatcher": "ncclep"}, "spreads experts in a node"),
     ({"ep": 8, "graphs": "full"}, "has no all-to-all"),
-    ({"pp": 2, "graphs": "full"}, "tp, cp and pp of 1"),
+    ({"tp": 2, "graphs": "full"}, "tp and cp of 1"),
+    ({"cp": 2, "graphs": "full"}, "tp and cp of 1"),
     ({"pp": 2, "ep": 8, "graphs": "parts", "recompute": "full"}, "without recompute=full"),
 ]
 
@@ -127,8 +128,8 @@ def test_nccl_ep_and_no_graphs_are_tried_where_they_are_asked_for() -> None:
     usual = search(job, Space(**sizes), top=1).best[0]
     plain = search(job, Space(**sizes, graphs=("none",)), top=1).best[0]
     assert best.step_s <= usual.step_s < 0.95 * plain.step_s
-    assert (best.candidate.dispatcher, best.candidate.graphs) == ("ncclep", "parts")
-    assert (usual.candidate.dispatcher, usual.candidate.graphs) == ("alltoall", "parts")
+    assert (best.candidate.dispatcher, best.candidate.graphs) == ("ncclep", "full")
+    assert usual.candidate.dispatcher == "alltoall"
     assert plain.candidate.graphs == "none"
 
 
@@ -136,7 +137,8 @@ def test_nccl_ep_and_no_graphs_are_tried_where_they_are_asked_for() -> None:
     ("flavor", "sizes", "graphs"),
     [
         ("2b", {}, {"none": ["full", "parts"], "full": ["full", "none"]}),
-        ("2b", {"pp": (2,)}, {"none": ["parts"], "full": ["none"]}),
+        ("2b", {"pp": (2,)}, {"none": ["full", "parts"], "full": ["full", "none"]}),
+        ("2b", {"tp": (2,)}, {"none": ["parts"], "full": ["none"]}),
         ("35b-a3b", {"pp": (2,), "ep": (4,)}, {"none": ["parts"], "full": ["none"]}),
         (
             "35b-a3b",

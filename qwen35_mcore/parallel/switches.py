@@ -55,11 +55,11 @@ def broken_switches(
             "change ep, or take dispatcher=alltoall",
         ),
         (
-            graphs == "full" and layout.tp * layout.cp > 1,
-            "graphs=full needs tp and cp of 1",
-            "nobody captured a step with tp or cp",
-            f"tp {layout.tp}, cp {layout.cp}",
-            "tp 1, cp 1",
+            graphs == "full" and layout.tp * layout.cp * layout.vpp > 1,
+            "graphs=full needs tp, cp and vpp of 1",
+            "nobody captured a step with tp, cp or vpp",
+            f"tp {layout.tp}, cp {layout.cp}, vpp {layout.vpp}",
+            "tp 1, cp 1, vpp 1",
             "take graphs=parts",
         ),
         (

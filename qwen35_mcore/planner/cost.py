@@ -142,11 +142,7 @@ def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) ->
     if not {"none": False, "parts": parts, "full": True}[batch.candidate.graphs]:
         return found.seconds(todo, gpu, precision)
     graphed = measured(part, batch, calibration, graphed=True)
-    if graphed:
-        return graphed.seconds(todo, gpu, precision)
-    eager = found.seconds(todo, gpu, precision)
-    best = forward / found.forward.best, backward / found.backward.best
-    return min(eager[0], best[0]), min(eager[1], best[1])
+    return (graphed or found).seconds(todo, gpu, precision)
 
 
 @dataclass(frozen=True)

@@ -136,10 +136,11 @@ def candidates(job: Job, space: Space) -> Iterator[Candidate]:
             continue
         first = replace(plain, vpp=vpps[0])
         words = [p for p in space.precision if not broken_rules(job, replace(first, precision=p))]
-        for recompute, dispatcher in product(space.recompute or RECOMPUTE, space.dispatcher):
-            way = replace(plain, recompute=recompute, dispatcher=dispatcher)
+        ways = product(vpps, space.recompute or RECOMPUTE, space.dispatcher)
+        for vpp, recompute, dispatcher in ways:
+            way = replace(plain, vpp=vpp, recompute=recompute, dispatcher=dispatcher)
             for one in _graphs(job, space, way):
-                yield from (replace(one, precision=p, vpp=n) for p, n in product(words, vpps))
+                yield from (replace(one, precision=p) for p in words)
 
 
 def _graphs(job: Job, space: Space, way: Candidate) -> Iterator[Candidate]:

@@ -19,6 +19,7 @@ from typing import Any
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import cpu_mode
 from qwen35_mcore.model.spec_providers import experts_of_run
+from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.training.choices import AUTO, expert_ranks, uses_nccl_ep
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,22 @@ def host_counts_tokens(args: Namespace) -> bool:
 def _host_counts_rows(args: Namespace) -> bool:
     padded = args.moe_router_padding_for_quantization or args.moe_router_padding_for_fp8
     return bool(args.num_experts) and (padded or args.moe_expert_capacity_factor is not None)
+
+
+def _several_stages(args: Namespace) -> bool:
+    """Whether a pipeline rank has more than one stage; no, for a layout that cannot be read."""
+    pp, pattern = args.pipeline_model_parallel_size, args.hybrid_layer_pattern or ""
+    if args.pipeline_model_parallel_layout is not None:
+        try:
+            return len(parse_pipeline_layout(args.pipeline_model_parallel_layout)) > pp
+        except ConfigError:
+            return False
+    named = args.num_layers_per_virtual_pipeline_stage
+    return (
+        bool(named)
+        or pattern.count("|") >= pp
+        or (args.num_virtual_stages_per_pipeline_rank or 1) > 1
+    )
 
 
 def _recomputed(args: Namespace, module: str) -> bool:
@@ -157,10 +174,10 @@ WHOLE = (
         lambda args: args.moe_shared_expert_overlap,
         "nobody has captured a step with --moe-shared-expert-overlap",
     ),
+    Rule(_several_stages, "nobody has captured pipeline ranks with several stages"),
     Rule(
-        lambda args: args.defer_embedding_wgrad_compute or args.overlap_p2p_comm_warmup_flush,
-        "nobody has captured a step with --defer-embedding-wgrad-compute or "
-        "--overlap-p2p-communication-warmup-flush",
+        lambda args: args.defer_embedding_wgrad_compute,
+        "nobody has captured a step with --defer-embedding-wgrad-compute",
     ),
     Rule(
         lambda args: args.pipeline_model_parallel_comm_backend == "ucc",

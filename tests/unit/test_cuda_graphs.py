@@ -66,7 +66,7 @@ def run(**more: Any) -> Namespace:
 
 @pytest.mark.parametrize(
     "more",
-    [{}, NCCL_EP, {"num_experts": None}, {"recompute_granularity": "full"}, PP2, PP2 | VPP2],
+    [{}, NCCL_EP, {"num_experts": None}, {"recompute_granularity": "full"}, PP2],
 )
 def test_the_whole_step(more: dict[str, Any]) -> None:
     found = decide(run(**more))
@@ -77,7 +77,10 @@ AGAINST_WHOLE = [
     ({"expert_model_parallel_size": 4}, "how many tokens an expert has"),
     ({"moe_experts": "te"}, "how many tokens an expert has"),
     (PP2 | {"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
-    (PP2 | VPP2 | {"overlap_p2p_comm_warmup_flush": True}, "--overlap-p2p-communication-warmup"),
+    (PP2 | VPP2, "pipeline ranks with several stages"),
+    (PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, "pipeline ranks with several stages"),
+    (PP2 | {"pipeline_model_parallel_layout": "E|t*4|m|L"}, "pipeline ranks with several stages"),
+    (PP2 | {"hybrid_layer_pattern": "GE|GE|GE|*E/*E"}, "pipeline ranks with several stages"),
     (PP2 | {"pipeline_model_parallel_comm_backend": "ucc"}, "exchange tensors over UCC"),
     ({"tensor_model_parallel_size": 2} | NCCL_EP, "tensor or context parallelism"),
     ({"context_parallel_size": 2}, "tensor or context parallelism"),
@@ -389,6 +392,14 @@ def refused(words: list[str]) -> str:
     return ""
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"pipeline_model_parallel_layout": "Et*4|mL"}, {"hybrid_layer_pattern": "GEGE|GE*E/*E"}],
+)
+def test_one_stage_a_rank_is_captured(layout: dict[str, Any]) -> None:
+    assert decide(run(**PP2, **layout)).impl == "full_iteration"
+
+
 @pytest.mark.usefixtures("_megatron_of_a_gpu")
 @pytest.mark.parametrize(
     "more",
@@ -407,7 +418,6 @@ def test_the_host_waits_for_no_exchange_between_stages(more: str) -> None:
     choose_dispatcher(args)
     choose_graphs(args)
     config = validated_config(args)
-    assert config.cuda_graph_impl == "full_iteration"
     waits = (config.variable_seq_lengths, config.mtp_standalone, config.batch_p2p_sync)
     assert waits == (False, False, False)
 

@@ -166,19 +166,6 @@ def test_a_part_in_a_graph_takes_what_it_took_as_one(gpu: Gpu) -> None:
             assert seconds(row.part, batch, gpu, own)[0] == pytest.approx(row.forward_s)
 
 
-def test_a_part_that_no_graph_was_measured_of_takes_its_work() -> None:
-    """At the best efficiency measured, or as long as launched by the host."""
-    batch = Microbatch(get_flavor("35b-a3b"), Candidate(ep=8, graphs="full"), 4096)
-    assert measured("moe", batch, SHIPPED, graphed=True) is None
-    found = measured("moe", batch, SHIPPED)
-    assert found is not None
-    best = work("moe", batch).ideal_s(H100, "bf16")[0] / found.forward.best
-    forward, _ = seconds("moe", batch, H100, SHIPPED)
-    assert forward == pytest.approx(best)
-    launched = replace(batch, candidate=replace(batch.candidate, graphs="none"))
-    assert forward < seconds("moe", launched, H100, SHIPPED)[0]
-
-
 def test_experts_are_launched_under_the_graph_of_a_mixer() -> None:
     """Where nothing waits for the host; never faster than in a graph."""
     config = get_flavor("35b-a3b")

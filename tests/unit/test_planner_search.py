@@ -105,8 +105,9 @@ SWITCHES = [
     ({"dispatcher": "ncclep"}, "spreads experts in a node"),
     ({"ep": 16, "dispatcher": "ncclep"}, "spreads experts in a node"),
     ({"ep": 8, "graphs": "full"}, "has no all-to-all"),
-    ({"tp": 2, "graphs": "full"}, "tp and cp of 1"),
-    ({"cp": 2, "graphs": "full"}, "tp and cp of 1"),
+    ({"tp": 2, "graphs": "full"}, "tp, cp and vpp of 1"),
+    ({"cp": 2, "graphs": "full"}, "tp, cp and vpp of 1"),
+    ({"pp": 2, "vpp": 2, "graphs": "full"}, "tp, cp and vpp of 1"),
     ({"pp": 2, "ep": 8, "graphs": "parts", "recompute": "full"}, "without recompute=full"),
 ]
 
@@ -117,7 +118,8 @@ def test_what_training_refuses_is_no_plan(sizes: dict[str, Any], rule: str) -> N
     [violation] = explain(job, Candidate(**sizes)).violations
     assert rule in violation.rule
     pinned = {name: (value,) for name, value in sizes.items()}
-    space = Space(**{"tp": (1,), "pp": (1,), "cp": (1,), "ep": (1,), "etp": (1,)} | pinned)
+    ones = dict.fromkeys(("tp", "pp", "vpp", "cp", "ep", "etp"), (1,))
+    space = Space(**ones | pinned)
     assert not list(candidates(job, space))
 
 

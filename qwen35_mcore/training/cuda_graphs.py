@@ -174,7 +174,14 @@ WHOLE = (
         lambda args: args.moe_shared_expert_overlap,
         "nobody has captured a step with --moe-shared-expert-overlap",
     ),
-    Rule(_several_stages, "nobody has captured pipeline ranks with several stages"),
+    Rule(
+        _several_stages,
+        "a graph of pipeline ranks with several stages was not compared with a run without",
+    ),
+    Rule(
+        lambda args: args.mtp_detach_heads,
+        "the check for NaN behind a step does not see MTP heads that are detached",
+    ),
     Rule(
         lambda args: args.defer_embedding_wgrad_compute,
         "nobody has captured a step with --defer-embedding-wgrad-compute",
@@ -224,15 +231,17 @@ WHOLE_BY_NAME = {"full_iteration", "full_iteration_inference"}
 
 
 def choose_graphs(args: Namespace) -> None:
-    """Fill in what ``--cuda-graph-impl auto`` stands for, and where a step is checked for NaN.
+    """Fill in what ``--cuda-graph-impl auto`` stands for, and where a run is checked for NaN.
 
     On a GPU the norm of all gradients is looked at behind the step (`mcore.patches.checked_step`),
     unless ``--no-check-for-nan-in-loss-and-grad`` is given: megatron's checks inside the step wait
     for the device at each loss and each bucket of gradients, and one graph allows none.
-    ``--rerun-mode`` needs megatron's.
+    ``--rerun-mode`` needs megatron's, and so do MTP heads that are detached, because the norm
+    leaves them out. The losses of an evaluation are looked at unless it is a graph.
 
     Raises:
-        ConfigError: ``--cuda-graph-modules`` where a rule is against graphs of parts.
+        ConfigError: ``--cuda-graph-modules`` where a rule is against graphs of parts, or one graph
+            that a check for NaN cannot go with.
     """
     older = args.enable_cuda_graph or args.external_cuda_graph
     named = args.cuda_graph_modules or args.cuda_graph_scope_deprecated
@@ -244,11 +253,23 @@ def choose_graphs(args: Namespace) -> None:
         # a plan names them, and flags behind a plan win
         args.cuda_graph_scope_deprecated = None
         _take(args, Graphs("none", (), "--cuda-graph-impl says so"))
-    waits = cpu_mode.is_needed() or args.rerun_mode != "disabled"
-    behind = not waits or args.cuda_graph_impl == "full_iteration"
-    args.check_behind_step = behind and args.check_for_nan_in_loss_and_grad
-    if behind:
-        args.check_for_nan_in_loss_and_grad = False
+    _place_checks(args)
+
+
+def _place_checks(args: Namespace) -> None:
+    checked, whole = args.check_for_nan_in_loss_and_grad, args.cuda_graph_impl == "full_iteration"
+    if checked and whole and args.mtp_detach_heads:
+        raise ConfigError(
+            "a step in one CUDA graph is checked for NaN by the norm of all gradients, which "
+            "leaves out MTP heads that are detached",
+            got="--cuda-graph-impl full_iteration --mtp-detach-heads",
+            fix="drop one of them, or pass --no-check-for-nan-in-loss-and-grad",
+        )
+    waits = cpu_mode.is_needed() or args.rerun_mode != "disabled" or args.mtp_detach_heads
+    behind = whole or not waits
+    args.check_behind_step = checked and behind
+    args.check_evaluation = checked and not whole
+    args.check_for_nan_in_loss_and_grad = checked and not behind
 
 
 def _take(args: Namespace, graphs: Graphs) -> None:

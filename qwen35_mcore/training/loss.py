@@ -1,4 +1,4 @@
-"""What training minimises, and the check that stops a run before a NaN reaches its weights."""
+"""What training minimises, and the check that stops a run at a loss of NaN or infinity."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, .
         microbatches and ranks; and what its log line shows: by name, ``[sum, tokens]``.
 
     Raises:
-        NonFiniteError: the sum is NaN or infinite, unless --no-check-for-nan-in-loss-and-grad.
+        NonFiniteError: the sum is NaN or infinite, where `cuda_graphs.choose_graphs` has losses
+            looked at: training on a GPU has its gradients looked at, behind the step.
     """
     loss = torch.sum(output.float().view(-1) * loss_mask.view(-1).float())
-    if get_args().check_for_nan_in_loss_and_grad:
+    args = get_args()
+    trains = torch.is_grad_enabled()
+    if args.check_for_nan_in_loss_and_grad if trains else args.check_evaluation:
         _check(loss)
     tokens = loss_mask.sum().detach().to(torch.int)
     report = torch.stack([loss.detach(), tokens.to(loss.dtype)])
@@ -36,7 +39,7 @@ def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, .
 
 def _check(loss: torch.Tensor) -> None:
     """Megatron's machine decides what follows: with --rerun-mode it runs the step again to find out
-    why; by default it raises. A GPU waits once for this."""
+    why; by default it raises. Waits for the device."""
     try:
         get_rerun_state_machine().validate_result(
             result=loss,

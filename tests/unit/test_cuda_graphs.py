@@ -77,6 +77,7 @@ AGAINST_WHOLE = [
     ({"expert_model_parallel_size": 4}, "how many tokens an expert has"),
     ({"moe_experts": "te"}, "how many tokens an expert has"),
     (PP2 | {"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
+    ({"mtp_detach_heads": True}, "MTP heads that are detached"),
     (PP2 | VPP2, "pipeline ranks with several stages"),
     (PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, "pipeline ranks with several stages"),
     (PP2 | {"pipeline_model_parallel_layout": "E|t*4|m|L"}, "pipeline ranks with several stages"),
@@ -270,15 +271,28 @@ def test_a_step_on_a_gpu_is_checked_from_behind(graphs: str, asked: bool) -> Non
     choose_graphs(args)
     assert args.check_behind_step == asked
     assert not args.check_for_nan_in_loss_and_grad  # megatron's checks, which wait inside the step
+    assert args.check_evaluation == (asked and args.cuda_graph_impl != "full_iteration")
 
 
-@pytest.mark.parametrize("where", ["cpu", "rerun"])
+@pytest.mark.parametrize("where", ["cpu", "rerun", "detached"])
 def test_megatron_checks_the_step_elsewhere(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "cpu":
         monkeypatch.setattr("qwen35_mcore.mcore.cpu_mode.is_needed", lambda: True)
-    args = run(rerun_mode="validate_results" if where == "rerun" else "disabled")
+    more = {"rerun": {"rerun_mode": "validate_results"}, "detached": {"mtp_detach_heads": True}}
+    args = run(**more.get(where, {}))
     choose_graphs(args)
     assert (args.check_behind_step, args.check_for_nan_in_loss_and_grad) == (False, True)
+    assert args.check_evaluation
+
+
+def test_detached_heads_are_checked_or_nobody_asks() -> None:
+    """The norm that is looked at behind one graph leaves them out."""
+    detached = {"cuda_graph_impl": "full_iteration", "mtp_detach_heads": True}
+    with pytest.raises(ConfigError, match="fix: drop one of them, or pass --no-check-for-nan"):
+        choose_graphs(run(**detached))
+    args = run(**detached, check_for_nan_in_loss_and_grad=False)
+    choose_graphs(args)
+    assert not args.check_behind_step
 
 
 NEEDED = (

@@ -14,21 +14,25 @@ import torch
 from tests.helpers.distributed import WorkerPool
 
 
-@pytest.mark.parametrize("case", ["adds_up", "stops", "reruns", "stops_at_gradients"])
+@pytest.mark.parametrize(
+    "case", ["adds_up", "stops", "stops_in_evaluation", "reruns", "stops_at_gradients"]
+)
 def test_loss(case: str, pool: WorkerPool) -> None:
     assert pool.run(globals()[case], 1) == [None]
 
 
 @contextlib.contextmanager
-def run(mode: str = "disabled") -> Iterator[None]:
-    """A run at its third step, with megatron's machine that judges results in one of its modes."""
+def run(mode: str = "disabled", *, in_steps: bool = True) -> Iterator[None]:
+    """A run at its third step, with megatron's machine that judges results in one of its modes;
+    the losses of training are looked at, or those of an evaluation alone."""
     from megatron.core import rerun_state_machine as machine
 
     from qwen35_mcore.mcore import imports, non_finite
     from qwen35_mcore.training import loss
 
     args = SimpleNamespace(
-        check_for_nan_in_loss_and_grad=True,
+        check_for_nan_in_loss_and_grad=in_steps,
+        check_evaluation=True,
         curr_iteration=2,
         iteration=0,
         consumed_train_samples=16,
@@ -70,6 +74,17 @@ def stops() -> None:
             "samples 16 to 23",
         ):
             assert text in str(raised.value)
+
+
+def stops_in_evaluation() -> None:
+    """As on a GPU, where a training step is checked from behind."""
+    from qwen35_mcore.mcore.non_finite import NonFiniteError
+
+    with run(in_steps=False):
+        loss, *_ = one_loss(math.nan)
+        assert loss.isnan()
+        with torch.no_grad(), pytest.raises(NonFiniteError, match="found NaN or inf"):
+            one_loss(math.nan)
 
 
 def reruns() -> None:

@@ -63,6 +63,14 @@ def broken_switches(
             "take graphs=parts",
         ),
         (
+            graphs == "full" and layout.pp > 1 and dispatcher == "ncclep",
+            "graphs=full of a pipeline goes without NCCL EP",
+            "no graph of a step with both was compared with a run without",
+            f"pp {layout.pp}, dispatcher={dispatcher}",
+            "pp 1, or ep and etp of 1",
+            "take graphs=parts",
+        ),
+        (
             graphs == "full" and ranks > 1 and dispatcher != "ncclep",
             "graphs=full has no all-to-all",
             "each MoE layer waits for the host to learn how many tokens an expert has",

@@ -179,6 +179,10 @@ WHOLE = (
         "a graph of pipeline ranks with several stages was not compared with a run without",
     ),
     Rule(
+        lambda args: args.pipeline_model_parallel_size > 1 and uses_nccl_ep(args),
+        "a graph of a pipeline with NCCL EP was not compared with a run without",
+    ),
+    Rule(
         lambda args: args.mtp_detach_heads,
         "the check for NaN behind a step does not see MTP heads that are detached",
     ),

@@ -78,6 +78,7 @@ AGAINST_WHOLE = [
     ({"moe_experts": "te"}, "how many tokens an expert has"),
     (PP2 | {"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
     ({"mtp_detach_heads": True}, "MTP heads that are detached"),
+    (PP2 | NCCL_EP, "a pipeline with NCCL EP"),
     (PP2 | VPP2, "pipeline ranks with several stages"),
     (PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, "pipeline ranks with several stages"),
     (PP2 | {"pipeline_model_parallel_layout": "E|t*4|m|L"}, "pipeline ranks with several stages"),

@@ -108,6 +108,7 @@ SWITCHES = [
     ({"tp": 2, "graphs": "full"}, "tp, cp and vpp of 1"),
     ({"cp": 2, "graphs": "full"}, "tp, cp and vpp of 1"),
     ({"pp": 2, "vpp": 2, "graphs": "full"}, "tp, cp and vpp of 1"),
+    ({"pp": 2, "ep": 8, "dispatcher": "ncclep", "graphs": "full"}, "goes without NCCL EP"),
     ({"pp": 2, "ep": 8, "graphs": "parts", "recompute": "full"}, "without recompute=full"),
 ]
 
@@ -130,8 +131,8 @@ def test_nccl_ep_and_no_graphs_are_tried_where_they_are_asked_for() -> None:
     usual = search(job, Space(**sizes), top=1).best[0]
     plain = search(job, Space(**sizes, graphs=("none",)), top=1).best[0]
     assert best.step_s <= usual.step_s < 0.95 * plain.step_s
-    assert (best.candidate.dispatcher, best.candidate.graphs) == ("ncclep", "full")
-    assert usual.candidate.dispatcher == "alltoall"
+    assert (best.candidate.dispatcher, best.candidate.graphs) == ("ncclep", "parts")
+    assert (usual.candidate.dispatcher, usual.candidate.graphs) == ("alltoall", "full")
     assert plain.candidate.graphs == "none"
 
 

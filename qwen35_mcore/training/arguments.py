@@ -49,6 +49,7 @@ from qwen35_mcore.training.cuda_graphs import choose_graphs
 from qwen35_mcore.training.decoder import take_hybrid_pattern
 from qwen35_mcore.training.flags import check_classes_while_parsing
 from qwen35_mcore.training.image_flags import add_image_arguments, complete_image_flags
+from qwen35_mcore.training.nan_checks import place_nan_checks
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Qwen35Config]:
@@ -79,6 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     if model_config.is_moe:
         choose_dispatcher(args)
     choose_graphs(args)
+    place_nan_checks(args)
     announce_loss(args)
     check_flags(args)
     _complete(args, model_config)

@@ -19,8 +19,8 @@ from typing import Any
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore import cpu_mode
 from qwen35_mcore.model.spec_providers import experts_of_run
-from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.training.choices import AUTO, expert_ranks, uses_nccl_ep
+from qwen35_mcore.training.decoder import virtual_stages
 
 logger = logging.getLogger(__name__)
 
@@ -68,22 +68,6 @@ def host_counts_tokens(args: Namespace) -> bool:
 def _host_counts_rows(args: Namespace) -> bool:
     padded = args.moe_router_padding_for_quantization or args.moe_router_padding_for_fp8
     return bool(args.num_experts) and (padded or args.moe_expert_capacity_factor is not None)
-
-
-def _several_stages(args: Namespace) -> bool:
-    """Whether a pipeline rank has more than one stage; no, for a layout that cannot be read."""
-    pp, pattern = args.pipeline_model_parallel_size, args.hybrid_layer_pattern or ""
-    if args.pipeline_model_parallel_layout is not None:
-        try:
-            return len(parse_pipeline_layout(args.pipeline_model_parallel_layout)) > pp
-        except ConfigError:
-            return False
-    named = args.num_layers_per_virtual_pipeline_stage
-    return (
-        bool(named)
-        or pattern.count("|") >= pp
-        or (args.num_virtual_stages_per_pipeline_rank or 1) > 1
-    )
 
 
 def _recomputed(args: Namespace, module: str) -> bool:
@@ -175,7 +159,7 @@ WHOLE = (
         "nobody has captured a step with --moe-shared-expert-overlap",
     ),
     Rule(
-        _several_stages,
+        lambda args: virtual_stages(args) > 1,
         "a graph of pipeline ranks with several stages was not compared with a run without",
     ),
     Rule(
@@ -235,17 +219,10 @@ WHOLE_BY_NAME = {"full_iteration", "full_iteration_inference"}
 
 
 def choose_graphs(args: Namespace) -> None:
-    """Fill in what ``--cuda-graph-impl auto`` stands for, and where a run is checked for NaN.
-
-    On a GPU the norm of all gradients is looked at behind the step (`mcore.patches.checked_step`),
-    unless ``--no-check-for-nan-in-loss-and-grad`` is given: megatron's checks inside the step wait
-    for the device at each loss and each bucket of gradients, and one graph allows none.
-    ``--rerun-mode`` needs megatron's, and so do MTP heads that are detached, because the norm
-    leaves them out. The losses of an evaluation are looked at unless it is a graph.
+    """Fill in what ``--cuda-graph-impl auto`` stands for.
 
     Raises:
-        ConfigError: ``--cuda-graph-modules`` where a rule is against graphs of parts, or one graph
-            that a check for NaN cannot go with.
+        ConfigError: ``--cuda-graph-modules`` where a rule is against graphs of parts.
     """
     older = args.enable_cuda_graph or args.external_cuda_graph
     named = args.cuda_graph_modules or args.cuda_graph_scope_deprecated
@@ -257,23 +234,6 @@ def choose_graphs(args: Namespace) -> None:
         # a plan names them, and flags behind a plan win
         args.cuda_graph_scope_deprecated = None
         _take(args, Graphs("none", (), "--cuda-graph-impl says so"))
-    _place_checks(args)
-
-
-def _place_checks(args: Namespace) -> None:
-    checked, whole = args.check_for_nan_in_loss_and_grad, args.cuda_graph_impl == "full_iteration"
-    if checked and whole and args.mtp_detach_heads:
-        raise ConfigError(
-            "a step in one CUDA graph is checked for NaN by the norm of all gradients, which "
-            "leaves out MTP heads that are detached",
-            got="--cuda-graph-impl full_iteration --mtp-detach-heads",
-            fix="drop one of them, or pass --no-check-for-nan-in-loss-and-grad",
-        )
-    waits = cpu_mode.is_needed() or args.rerun_mode != "disabled" or args.mtp_detach_heads
-    behind = whole or not waits
-    args.check_behind_step = checked and behind
-    args.check_evaluation = checked and not whole
-    args.check_for_nan_in_loss_and_grad = checked and not behind
 
 
 def _take(args: Namespace, graphs: Graphs) -> None:

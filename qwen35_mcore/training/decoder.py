@@ -1,4 +1,5 @@
-"""``--hybrid-layer-pattern``: a pipeline stage may end between a token mixer and a feed-forward."""
+"""Which pipeline stage holds which layers, as flags say it; with ``--hybrid-layer-pattern`` a stage
+may end between a token mixer and a feed-forward."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from argparse import Namespace
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.parallel.hybrid_pattern import decoder_symbols, stages_of_pattern
-from qwen35_mcore.parallel.stages import write_pipeline_layout
+from qwen35_mcore.parallel.stages import parse_pipeline_layout, write_pipeline_layout
 
 OTHER_WAYS = (
     *("pipeline_model_parallel_layout", "num_layers_per_virtual_pipeline_stage"),
@@ -49,3 +50,20 @@ def take_hybrid_pattern(args: Namespace, model_config: Qwen35Config) -> None:
         )
     if pp > 1:
         args.pipeline_model_parallel_layout = write_pipeline_layout(stages)
+
+
+def virtual_stages(args: Namespace) -> int:
+    """Stages of a pipeline rank, after `take_hybrid_pattern`; 1 for a layout that cannot be read,
+    which its own rule reports."""
+    pp, layers = (
+        max(1, args.pipeline_model_parallel_size),
+        args.num_layers_per_virtual_pipeline_stage,
+    )
+    if args.pipeline_model_parallel_layout is not None:
+        try:
+            return max(1, len(parse_pipeline_layout(args.pipeline_model_parallel_layout)) // pp)
+        except ConfigError:
+            return 1
+    if layers:
+        return max(1, args.num_layers // (pp * layers))
+    return args.num_virtual_stages_per_pipeline_rank or 1

@@ -24,7 +24,7 @@ def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, .
         microbatches and ranks; and what its log line shows: by name, ``[sum, tokens]``.
 
     Raises:
-        NonFiniteError: the sum is NaN or infinite, where `cuda_graphs.choose_graphs` has losses
+        NonFiniteError: the sum is NaN or infinite, where `nan_checks` has losses
             looked at: training on a GPU has its gradients looked at, behind the step.
     """
     loss = torch.sum(output.float().view(-1) * loss_mask.view(-1).float())

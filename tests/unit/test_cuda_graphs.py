@@ -1,14 +1,10 @@
-"""Which CUDA graphs a run on a GPU gets by default: every rule, that megatron takes what was
-chosen, and what a graph's step is checked by."""
+"""Which CUDA graphs a run on a GPU gets by default: every rule, and that megatron takes what was
+chosen."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -19,13 +15,15 @@ from hypothesis import strategies as st
 
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.errors import ConfigError
-from qwen35_mcore.mcore import nccl_ep
-from qwen35_mcore.mcore.non_finite import NonFiniteError
-from qwen35_mcore.mcore.patches import checked_step, random_states
 from qwen35_mcore.training.arguments import read_flags, validated_config
 from qwen35_mcore.training.checks.run import check_flags
 from qwen35_mcore.training.choices import choose_dispatcher
 from qwen35_mcore.training.cuda_graphs import ANY, PARTS, WHOLE, choose_graphs, decide
+from qwen35_mcore.training.nan_checks import place_nan_checks
+from tests.helpers.gpu_flags import a_gpu, megatron_of_a_gpu, parsed_anew, run
+
+__all__ = ["a_gpu", "megatron_of_a_gpu"]  # fixtures
+pytestmark = pytest.mark.usefixtures("a_gpu")
 
 NCCL_EP = {
     "moe_token_dispatcher_type": "flex",
@@ -37,31 +35,6 @@ TIMED = {"timing_log_level": 1}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {"num_virtual_stages_per_pipeline_rank": 2}
 ROUTED = ("attn", "moe_router", "moe_preprocess")
-
-
-@pytest.fixture(autouse=True)
-def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-
-
-@functools.cache
-def parsed() -> Namespace:
-    return parsed_anew()
-
-
-def parsed_anew(*words: str) -> Namespace:
-    """A bf16 run on a GPU of these words."""
-    needed = ["--bf16", "--moe-token-dispatcher-type", "alltoall"]
-    return read_flags([*needed, *words], get_flavor("tiny-moe"), on_cpu=False)
-
-
-def run(**more: Any) -> Namespace:
-    """A bf16 run on a GPU with graphs left to the package, as it is parsed."""
-    args = parsed()
-    assert more.keys() <= vars(args).keys() | {"rank"}
-    return Namespace(**(vars(args) | {"rank": 0} | more))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +55,6 @@ AGAINST_WHOLE = [
     (PP2 | VPP2, "pipeline ranks with several stages"),
     (PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, "pipeline ranks with several stages"),
     (PP2 | {"pipeline_model_parallel_layout": "E|t*4|m|L"}, "pipeline ranks with several stages"),
-    (PP2 | {"hybrid_layer_pattern": "GE|GE|GE|*E/*E"}, "pipeline ranks with several stages"),
     (PP2 | {"pipeline_model_parallel_comm_backend": "ucc"}, "exchange tensors over UCC"),
     ({"tensor_model_parallel_size": 2} | NCCL_EP, "tensor or context parallelism"),
     ({"context_parallel_size": 2}, "tensor or context parallelism"),
@@ -265,37 +237,6 @@ def test_what_is_named_stays(named: str) -> None:
     assert args.cuda_graph_impl == named
 
 
-@pytest.mark.parametrize("graphs", ["auto", "none", "transformer_engine", "full_iteration"])
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_step_on_a_gpu_is_checked_from_behind(graphs: str, asked: bool) -> None:
-    args = run(cuda_graph_impl=graphs, check_for_nan_in_loss_and_grad=asked)
-    choose_graphs(args)
-    assert args.check_behind_step == asked
-    assert not args.check_for_nan_in_loss_and_grad  # megatron's checks, which wait inside the step
-    assert args.check_evaluation == (asked and args.cuda_graph_impl != "full_iteration")
-
-
-@pytest.mark.parametrize("where", ["cpu", "rerun", "detached"])
-def test_megatron_checks_the_step_elsewhere(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if where == "cpu":
-        monkeypatch.setattr("qwen35_mcore.mcore.cpu_mode.is_needed", lambda: True)
-    more = {"rerun": {"rerun_mode": "validate_results"}, "detached": {"mtp_detach_heads": True}}
-    args = run(**more.get(where, {}))
-    choose_graphs(args)
-    assert (args.check_behind_step, args.check_for_nan_in_loss_and_grad) == (False, True)
-    assert args.check_evaluation
-
-
-def test_detached_heads_are_checked_or_nobody_asks() -> None:
-    """The norm that is looked at behind one graph leaves them out."""
-    detached = {"cuda_graph_impl": "full_iteration", "mtp_detach_heads": True}
-    with pytest.raises(ConfigError, match="fix: drop one of them, or pass --no-check-for-nan"):
-        choose_graphs(run(**detached))
-    args = run(**detached, check_for_nan_in_loss_and_grad=False)
-    choose_graphs(args)
-    assert not args.check_behind_step
-
-
 NEEDED = (
     *("--bf16", "--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "64"),
     *("--train-iters", "3", "--lr", "1e-3", "--mock-data", "--no-rope-fusion"),
@@ -344,6 +285,7 @@ SWITCHES = (
     "--use-megatron-fsdp",
     "--optimizer muon",
     "--decoder hybrid",
+    "--mtp-detach-heads",
     "--use-tp-pp-dp-mapping",
     "--defer-embedding-wgrad-compute",
     "--overlap-p2p-communication-warmup-flush",
@@ -362,33 +304,6 @@ SWITCHES = (
 )
 
 
-@pytest.fixture(scope="module")
-def _megatron_of_a_gpu() -> Iterator[None]:
-    """megatron's checks of a run on eight GPUs with everything installed."""
-    from megatron.core.transformer import transformer_config
-    from megatron.core.transformer.moe import moe_utils
-    from megatron.training import arguments
-
-    place = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}
-    place |= {"NVTE_CPU_OFFLOAD_V1": "1"}
-    fused = ("permute", "permute_with_probs", "unpermute", "sort_chunks_by_index")
-    hopper = Namespace(major=9, minor=0)
-    patches = [mock.patch.dict(os.environ, place)]
-    for module in (arguments, transformer_config):
-        patches.append(mock.patch.object(module, "is_te_min_version", return_value=True))
-    for name in (*fused, "sort_chunks_by_index_with_probs"):
-        patches.append(mock.patch.object(moe_utils, f"fused_{name}"))
-    patches += [
-        mock.patch.object(nccl_ep, "unavailable", return_value=None),
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
-        mock.patch.object(torch.cuda, "get_device_properties", return_value=hopper),
-    ]
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
-        yield
-
-
 def refused(words: list[str]) -> str:
     """Why a run of these words is refused by the package or by megatron; empty: it is not."""
     model_config = get_flavor("tiny-moe")
@@ -400,6 +315,7 @@ def refused(words: list[str]) -> str:
             args = read_flags([*NEEDED, *words], model_config, on_cpu=False)
             choose_dispatcher(args)
             choose_graphs(args)
+            place_nan_checks(args)
             check_flags(args)
             validated_config(args)
     except (ConfigError, AssertionError, ValueError) as error:
@@ -408,14 +324,25 @@ def refused(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [{}, {"pipeline_model_parallel_layout": "Et*4|mL"}, {"hybrid_layer_pattern": "GEGE|GE*E/*E"}],
+    "words",
+    [
+        "--pipeline-model-parallel-layout Et*4|mL",
+        "--decoder hybrid --hybrid-layer-pattern GEGE|GE*E/*E",
+    ],
 )
-def test_one_stage_a_rank_is_captured(layout: dict[str, Any]) -> None:
-    assert decide(run(**PP2, **layout)).impl == "full_iteration"
+def test_one_stage_a_rank_is_captured(words: str) -> None:
+    args = parsed_anew("--pipeline-model-parallel-size", "2", *words.split())
+    assert decide(args).impl == "full_iteration"
 
 
-@pytest.mark.usefixtures("_megatron_of_a_gpu")
+def test_several_stages_of_a_pattern_are_not() -> None:
+    words = (
+        "--pipeline-model-parallel-size 2 --decoder hybrid --hybrid-layer-pattern GE|GE|GE|*E/*E"
+    )
+    assert "several stages" in decide(parsed_anew(*words.split())).why
+
+
+@pytest.mark.usefixtures("megatron_of_a_gpu")
 @pytest.mark.parametrize(
     "more",
     [
@@ -432,12 +359,13 @@ def test_the_host_waits_for_no_exchange_between_stages(more: str) -> None:
     args = read_flags(words, get_flavor("tiny-moe"), on_cpu=False)
     choose_dispatcher(args)
     choose_graphs(args)
+    place_nan_checks(args)
     config = validated_config(args)
     waits = (config.variable_seq_lengths, config.mtp_standalone, config.batch_p2p_sync)
     assert waits == (False, False, False)
 
 
-@pytest.mark.usefixtures("_megatron_of_a_gpu")
+@pytest.mark.usefixtures("megatron_of_a_gpu")
 @given(
     layout=st.sampled_from(("", *LAYOUTS)),
     recomputed=st.sampled_from(("", *RECOMPUTED)),
@@ -453,32 +381,3 @@ def test_no_run_is_refused_for_what_was_chosen(
     plain = ["--cuda-graph-impl none", "--moe-token-dispatcher-type alltoall", *others]
     why = refused(" ".join([layout, recomputed, *switches]).split())
     assert not why or refused(" ".join([layout, recomputed, *plain]).split())
-
-
-@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_a_norm_that_is_not_finite_ends_the_run(
-    norm: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = Namespace(check_behind_step=True, iteration=0, curr_iteration=6, rank=0, save=None)
-    args.global_batch_size, args.consumed_train_samples = 8, 48
-    monkeypatch.setattr(checked_step, "get_args", lambda: args)
-    monkeypatch.setattr("qwen35_mcore.mcore.non_finite.get_args", lambda: args)
-    norms = iter([2.0, None, norm, norm])
-    step = checked_step.PATCH.replace(lambda: ({}, 0, False, False, 0, next(norms), None, 0))
-    assert step()[checked_step.GRADIENT_NORM] == 2.0
-    step()
-    with pytest.raises(NonFiniteError, match="iteration 7 on rank 0: the norm of all gradients"):
-        step()
-    args.check_behind_step = False
-    step()
-
-
-@pytest.mark.parametrize("kind", ["torch_dist", "fsdp_dtensor", "plain"])
-def test_random_generators_are_saved_as_tensors(kind: str) -> None:
-    """As runs without graphs save them, so that either goes on with the other's."""
-    state = torch.Generator().manual_seed(7)
-    ranks: Any = [{random_states.STATES: {"model": state, "experts": state.get_state()}}]
-    formats = {"torch_dist": Namespace(data=ranks), "fsdp_dtensor": {"(0, 0)": ranks}}
-    random_states.PATCH.replace(lambda: formats.get(kind, ranks))()
-    for saved in ranks[0][random_states.STATES].values():
-        assert torch.equal(saved, state.get_state())

@@ -7,12 +7,16 @@ import functools
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore.patches import install as installation
+from qwen35_mcore.mcore.patches import random_states
 from qwen35_mcore.mcore.patches.patch import Patch
 from qwen35_mcore.mcore.patches.probes import Probed, probe_all
 from qwen35_mcore.mcore.patches.table import PATCHES
@@ -135,3 +139,14 @@ def test_no_patch_is_silent_on_another_release(tmp_path: Path) -> None:
     assert set(unsure.split(", ")) == reading
     applied = {name for line in notice.splitlines() for name in line.partition(": ")[2].split(", ")}
     assert applied >= {patch.name for patch in PATCHES}
+
+
+@pytest.mark.parametrize("kind", ["torch_dist", "fsdp_dtensor", "plain"])
+def test_random_generators_are_saved_as_tensors(kind: str) -> None:
+    """As runs without graphs save them, so that either goes on with the other's."""
+    state = torch.Generator().manual_seed(7)
+    ranks: Any = [{random_states.STATES: {"model": state, "experts": state.get_state()}}]
+    formats = {"torch_dist": Namespace(data=ranks), "fsdp_dtensor": {"(0, 0)": ranks}}
+    random_states.PATCH.replace(lambda: formats.get(kind, ranks))()
+    for saved in ranks[0][random_states.STATES].values():
+        assert torch.equal(saved, state.get_state())

@@ -14,7 +14,6 @@ from qwen35_mcore.mcore import cpu_mode, imports
 from qwen35_mcore.model.spec_providers import experts_of_run
 from qwen35_mcore.parallel.check import check_layout, refuse_violations
 from qwen35_mcore.parallel.layout import ParallelLayout
-from qwen35_mcore.parallel.stages import parse_pipeline_layout
 from qwen35_mcore.training.checks.checkpoint import Start, check_start
 from qwen35_mcore.training.checks.checkpoint_flags import check_checkpoint_flags
 from qwen35_mcore.training.checks.conversations import check_conversations
@@ -26,6 +25,7 @@ from qwen35_mcore.training.checks.vision import check_vision
 from qwen35_mcore.training.checks.written_folders import check_written_folders
 from qwen35_mcore.training.choices import expert_ranks
 from qwen35_mcore.training.cuda_graphs import host_counts_tokens
+from qwen35_mcore.training.decoder import virtual_stages
 from qwen35_mcore.training.flags.flex_dispatcher import check_flex
 from qwen35_mcore.training.flags.fsdp import check_fsdp
 from qwen35_mcore.training.image_flags import TEXT_DATA
@@ -218,7 +218,7 @@ def check_run(args: Namespace, model_config: Qwen35Config) -> Start | None:
     check_checkpoint_flags(args)
     check_vision(args, model_config)
     _check_layout(args, model_config)
-    check_packing(args, _virtual_stages(args, model_config))
+    check_packing(args, virtual_stages(args))
     check_datasets(args, model_config)
     check_conversations(args, model_config)
     check_tokenizer_flags(args)
@@ -256,7 +256,7 @@ def _layout(args: Namespace, model_config: Qwen35Config) -> ParallelLayout:
     return ParallelLayout(
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
-        vpp=_virtual_stages(args, model_config),
+        vpp=virtual_stages(args),
         cp=args.context_parallel_size,
         gdn_cp=args.gdn_context_parallel,
         ep=args.expert_model_parallel_size,
@@ -264,20 +264,6 @@ def _layout(args: Namespace, model_config: Qwen35Config) -> ParallelLayout:
         sequence_parallel=args.sequence_parallel,
         pipeline_layout=args.pipeline_model_parallel_layout,
     )
-
-
-def _virtual_stages(args: Namespace, model_config: Qwen35Config) -> int:
-    pp = max(1, args.pipeline_model_parallel_size)
-    if args.pipeline_model_parallel_layout is not None:
-        try:
-            return max(1, len(parse_pipeline_layout(args.pipeline_model_parallel_layout)) // pp)
-        except ConfigError:  # the layout's own rule reports it
-            return 1
-    if args.num_layers_per_virtual_pipeline_stage:
-        return max(
-            1, model_config.num_hidden_layers // (pp * args.num_layers_per_virtual_pipeline_stage)
-        )
-    return args.num_virtual_stages_per_pipeline_rank or 1
 
 
 def _flag(name: str) -> str:

@@ -53,19 +53,32 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def median_ms(work: Callable[[], Any], repeats: int = 20) -> float:
-    for _ in range(5):
-        work()
+def median_ms(work: Callable[[], Any], repeats: int = 20, inside: int = 8) -> float:
+    """Of one of ``inside`` calls in a CUDA graph, so that no launch counts."""
+    graph = captured(lambda: [work() for _ in range(inside)])[0]
     times = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         dist.barrier()
         begin.record()
-        work()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(begin.elapsed_time(end) / inside)
     return statistics.median(times)
+
+
+def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of ``work``, and what it returned when it was captured."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+        torch.cuda.synchronize()
+        dist.barrier()
+        with torch.cuda.graph(graph, stream=stream):
+            return graph, work()
 
 
 def choices(kind: str, generator: torch.Generator) -> Tensor:
@@ -181,15 +194,7 @@ def check_graph(
         y, _ = layer(exchange, *inputs, experts)
         return (y, *torch.autograd.grad(y, inputs, dy))
 
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-        dist.barrier()
-        with torch.cuda.graph(graph, stream=stream):
-            found = step()
+    graph, found = captured(step)
     for kind in ("uneven", "even"):
         experts.copy_(choices(kind, generator))
         graph.replay()

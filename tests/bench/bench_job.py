@@ -10,10 +10,10 @@ A row is a job: layout, layers, microbatch and routing. A run is whose model tra
 `native`), and after each + what is switched on: `parts` and `full` (CUDA graphs of parts, or one of
 the whole step), `auto` (what ours chooses of them; without any of the three there are none),
 `aware` (the precision-aware optimizer with bf16 gradients and moments), `alltoall` (instead of the
-dispatcher that ours would choose), `fp8`, `hybrid` (the hybrid decoder, of ours alone). Every run
-is printed as it ends, and appended to the --json file: the median step after the warm-up, tokens
-and model TFLOP/s per GPU, the peak of the fullest rank, the first and last loss. --profile profiles
-a late step of each run on rank 0.
+dispatcher that ours would choose), `tensorwise`, `delayed` and `blockwise` (recipes of FP8),
+`hybrid` (the hybrid decoder, of ours alone). Every run is printed as it ends, and appended to the
+--json file: the median step after the warm-up, tokens and model TFLOP/s per GPU, the peak of the
+fullest rank, the first and last loss. --profile profiles a late step of each run on rank 0.
 
 Exit status: 0 every run trained, 1 one did not, 2 bad arguments.
 """
@@ -88,8 +88,8 @@ ROWS = {
         4: Row(4, pp=2, more=PLANNED),
         2: Row(4, pp=2, ep=1, samples=4, experts=128, more=PLANNED),
     },
-    "long": {4: Row(4, cp=4, length=32768, samples=1, more=STATES)},
-    "long-alltoall": {4: Row(4, cp=4, length=32768, samples=1)},
+    "long": {n: Row(4, cp=n, length=32768, samples=1, more=STATES) for n in (4, 2)},
+    "long-alltoall": {n: Row(4, cp=n, length=32768, samples=1) for n in (4, 2)},
     "single": {1: Row(4, samples=4, experts=64)},
     "peer": {4: Row(40, experts=128, balanced=True), 2: Row(40, experts=64, balanced=True)},
 }
@@ -103,7 +103,9 @@ SWITCHES = {
     "aware": "--use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype bf16 "
     "--exp-avg-sq-dtype bf16",
     "alltoall": "--moe-token-dispatcher-type alltoall",
-    "fp8": "--fp8-format hybrid --fp8-recipe tensorwise",
+    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
+    "delayed": "--fp8-format hybrid --fp8-recipe delayed",
+    "blockwise": "--fp8-format hybrid --fp8-recipe blockwise",
     "hybrid": "--decoder hybrid",
 }
 

@@ -16,19 +16,28 @@ Span = tuple[float, float, str]
 def profile_step(number: int, path: Path) -> None:
     """Have megatron's training loop profile its ``number``-th step and write a table to ``path``.
 
-    The host's waits are those of the whole step, the one that ends the measurement included.
+    The host's waits are those of the whole step, the one that ends the measurement included. The
+    step after it says who waits, under the table.
     """
     import torch
     from megatron.training import training
+
+    from tests.bench.multi_gpu.host_waits import callers_of_waits
 
     step, done = training.train_step, 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal done
         done += 1
-        if done != number:
+        if done not in (number, number + 1):
             return step(*args, **kwargs)
         torch.cuda.synchronize()
+        if done > number:
+            with callers_of_waits() as callers:
+                result = step(*args, **kwargs)
+            with path.open("a") as table:
+                table.writelines(f"{n:7,d} waits  {who}\n" for who, n in callers.most_common())
+            return result
         with torch.profiler.profile() as trace:
             result = step(*args, **kwargs)
             torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from argparse import Namespace
 from types import ModuleType
@@ -27,11 +28,9 @@ def moe_run(**more: Any) -> Namespace:
     open_ones = {
         "moe_token_dispatcher_type": AUTO,
         "moe_expert_rank_capacity_factor": None,
-        "overlap_moe_expert_parallel_comm": False,
         "moe_expert_capacity_factor": None,
         "moe_router_padding_for_quantization": False,
         "moe_router_padding_for_fp8": False,
-        "moe_shared_expert_overlap": False,
         "moe_enable_deepep": False,
         "dataloader_inter_document_masking": False,
         "context_parallel_size": 1,
@@ -68,7 +67,6 @@ def test_nccl_ep_where_it_can_run(caplog: pytest.LogCaptureFixture) -> None:
         ({"expert_model_parallel_size": 16}, "16 ranks share the experts, and a host has 8"),
         ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor is set"),
         ({"moe_router_padding_for_fp8": True}, "--moe-router-padding-for-fp8 is set"),
-        ({"moe_shared_expert_overlap": True}, "--moe-shared-expert-overlap is set"),
         ({"moe_enable_deepep": True}, "--moe-enable-deepep is set"),
         ({"image_data": ["folder"]}, "the microbatches differ in length"),
         (
@@ -199,6 +197,36 @@ def test_a_named_capacity_stays() -> None:
 def test_capacity(ranks: int, factor: float, capacity: int) -> None:
     size = ExchangeSize(256, ranks, 8, 2048, 4096, factor)
     assert size.capacity == capacity
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts_gpus", "given", "in_place"),
+    [
+        (2, 8, None, True),
+        (2, 8, "0", False),
+        (2, 1, None, False),  # on two hosts
+        (4, 8, None, False),  # not compared
+        (4, 8, "1", True),
+    ],
+)
+def test_rows_that_move_in_place(
+    ranks: int, hosts_gpus: int, given: str | None, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL EP reads its variable when the exchange is made, and then has more processors."""
+    made: dict[str, Any] = {}
+    ep = Namespace(ep_bootstrap=lambda *_, **more: made.update(more))
+    monkeypatch.setitem(sys.modules, "transformer_engine", Namespace(pytorch=Namespace(ep=ep)))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", Namespace(ep=ep))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(hosts_gpus))
+    monkeypatch.setenv(nccl_ep.ROWS_IN_PLACE, given or "")
+    if given is None:
+        monkeypatch.delenv(nccl_ep.ROWS_IN_PLACE)
+    size = ExchangeSize(256, ranks, 8, 2048, 4096, 2.0)
+    nccl_ep.NcclEp(None, size)
+    assert made["max_num_sms"] == (nccl_ep.SMS_IN_PLACE if in_place else 0)
+    assert os.environ.get(nccl_ep.ROWS_IN_PLACE) == ("1" if in_place else given)
+    nccl_ep.NcclEp(None, size, max_sms=24)
+    assert made["max_num_sms"] == 24
 
 
 def test_tokens_are_rounded_up_to_whole_chunks() -> None:

@@ -21,11 +21,9 @@ arrive; unused rows cost memory and no time."""
 
 
 NOT_BESIDE_NCCL_EP = (
-    "overlap_moe_expert_parallel_comm",
     "moe_expert_capacity_factor",
     "moe_router_padding_for_quantization",
     "moe_router_padding_for_fp8",
-    "moe_shared_expert_overlap",
     "moe_enable_deepep",
 )
 """Flags that its exchange does not read, or that nobody has compared with it."""

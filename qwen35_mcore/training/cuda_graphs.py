@@ -122,10 +122,6 @@ ANY = (
         _states_passed, "nobody has captured a GatedDeltaNet that passes states between its ranks"
     ),
     Rule(
-        lambda args: args.overlap_moe_expert_parallel_comm,
-        "--overlap-moe-expert-parallel-comm runs two microbatches at once",
-    ),
-    Rule(
         lambda args: any(getattr(args, flag) for flag in LOGGED_INSIDE),
         "a replay shows nothing of its layers to --save-activations-interval, "
         "--save-dgrads-interval, --save-tokens-per-expert-interval and --log-max-attention-logit",
@@ -155,8 +151,8 @@ WHOLE = (
         "rows that the router drops or pads are counted on the host",
     ),
     Rule(
-        lambda args: args.moe_shared_expert_overlap,
-        "nobody has captured a step with --moe-shared-expert-overlap",
+        lambda args: args.ep_overlap_early_attn_memory_release,
+        "nobody has captured a step with --ep-overlap-early-attn-memory-release",
     ),
     Rule(
         lambda args: virtual_stages(args) > 1,
@@ -209,6 +205,10 @@ PARTS = (
     Rule(
         lambda args: args.recompute_granularity == "full",
         "megatron captures no part of a layer that is computed again as a whole",
+    ),
+    Rule(
+        lambda args: args.overlap_moe_expert_parallel_comm,
+        "nobody has captured parts of layers that run beside another microbatch's",
     ),
 )
 """Against graphs of parts: attention or GDN, the router and its preprocessing, or the MLP."""

@@ -103,6 +103,7 @@ def _conversations(data_iterator: Any, model: Any, args: Any) -> dict[str, Any]:
 def forward_step(
     data_iterator: Any,
     model: Any,
+    return_schedule_plan: bool = False,
     *,
     loss_function: Callable[..., tuple[Any, ...]] = loss_function,
 ) -> tuple[torch.Tensor, Callable[..., tuple[Any, ...]]]:
@@ -110,11 +111,13 @@ def forward_step(
 
     Args:
         data_iterator: of megatron's batches: dicts of CPU tensors ``[b, s]``; see `get_batch`.
+        return_schedule_plan: leave the computation to megatron's schedule, which runs it beside
+            the backward pass of another microbatch (``--overlap-moe-expert-parallel-comm``).
         loss_function: takes the loss mask and the losses, see `qwen35_mcore.training.loss`.
 
     Returns:
-        What the chunk computes (on the last stage the losses ``[b, s / cp]``, float32), and the
-        function that megatron calls with it.
+        What the chunk computes (on the last stage the losses ``[b, s / cp]``, float32) or its
+        schedule plan, and the function that megatron calls with the losses.
 
     Raises:
         DataError: a token that the model does not have, or images and their tokens that do not fit
@@ -125,7 +128,8 @@ def forward_step(
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, model, vp_stage)
     timers("batch-generator").stop()
-    output = model(
+    compute = model.build_schedule_plan if return_schedule_plan else model
+    output = compute(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],

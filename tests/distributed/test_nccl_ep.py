@@ -23,14 +23,16 @@ NCCL_EP = {
     "moe_flex_dispatcher_backend": "ncclep",
     "moe_expert_rank_capacity_factor": 4.0,
 }
+SHARED_BESIDE = {"moe_shared_expert_overlap": True}
 CASES = [
     Case("EP2", 2, Layout(ep=2), MOE),
     Case("EP4", 4, Layout(ep=4), PLAIN),
     Case("EP2, selective recompute", 2, Layout(ep=2, run=SELECTIVE_RECOMPUTE), PLAIN),
     Case("PP2 x EP2, full recompute", 4, Layout(pp=2, ep=2, run=FULL_RECOMPUTE), MOE),
     Case("TP2 x EP2", 2, Layout(tp=2, ep=2), PLAIN),
+    Case("EP2, shared expert beside the exchange", 2, Layout(ep=2, run=SHARED_BESIDE), MOE),
 ]
-KEPT = {"EP2", "PP2 x EP2, full recompute"}
+KEPT = {"EP2", "PP2 x EP2, full recompute", "EP2, shared expert beside the exchange"}
 
 
 @pytest.mark.parametrize("case", kinds(CASES, KEPT, lambda case: case.name))

@@ -109,6 +109,7 @@ EXCHANGE = (
     "moe_token_dispatcher_type",
     "moe_flex_dispatcher_backend",
     "moe_expert_rank_capacity_factor",
+    "moe_shared_expert_overlap",
 )
 """Settings of how ranks exchange tokens, of which one process knows nothing."""
 

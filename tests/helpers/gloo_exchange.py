@@ -72,7 +72,7 @@ class GlooExchange:
         for row, (rank, token, _) in zip(rows, handle.source, strict=False):
             sums[rank, token] += row
         dist.all_reduce(sums, group=self.group)
-        return sums[dist.get_rank(self.group)]
+        return sums[dist.get_rank(self.group)].clone()
 
     def dispatch_backward(
         self, handle: Handle, drows: Tensor, dprobs: Tensor, tokens: int

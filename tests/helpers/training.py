@@ -308,10 +308,11 @@ def forward_backward(
     at_once = replicas * micro_batch_size
     firsts = range(replica * micro_batch_size, batch.tokens.shape[0], at_once)
 
-    def forward_step(data_iterator: Any, model: Any) -> Any:
+    def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> Any:
         first = next(data_iterator)
         sample = batch.sample_on_this_rank(first, micro_batch_size)
-        output = model(
+        compute = model.build_schedule_plan if return_schedule_plan else model
+        output = compute(
             sample["tokens"],
             sample["position_ids"],
             None,

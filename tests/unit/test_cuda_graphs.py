@@ -39,7 +39,15 @@ ROUTED = ("attn", "moe_router", "moe_preprocess")
 
 @pytest.mark.parametrize(
     "more",
-    [{}, NCCL_EP, {"num_experts": None}, {"recompute_granularity": "full"}, PP2],
+    [
+        {},
+        NCCL_EP,
+        NCCL_EP | {"overlap_moe_expert_parallel_comm": True},
+        {"moe_shared_expert_overlap": True},
+        {"num_experts": None},
+        {"recompute_granularity": "full"},
+        PP2,
+    ],
 )
 def test_the_whole_step(more: dict[str, Any]) -> None:
     found = decide(run(**more))
@@ -50,6 +58,7 @@ AGAINST_WHOLE = [
     ({"expert_model_parallel_size": 4}, "how many tokens an expert has"),
     ({"moe_experts": "te"}, "how many tokens an expert has"),
     (PP2 | {"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
+    ({"ep_overlap_early_attn_memory_release": True}, "--ep-overlap-early-attn-memory-release"),
     ({"mtp_detach_heads": True}, "MTP heads that are detached"),
     (PP2 | NCCL_EP, "a pipeline with NCCL EP"),
     (PP2 | VPP2, "pipeline ranks with several stages"),
@@ -63,7 +72,6 @@ AGAINST_WHOLE = [
     ({"check_for_large_grads": True}, "--check-for-large-grads looks"),
     ({"cuda_graph_warmup_steps": 0}, "--cuda-graph-warmup-steps is 0"),
     ({"moe_token_dispatcher_type": "allgather"}, "how many tokens an expert has"),
-    ({"moe_shared_expert_overlap": True}, "--moe-shared-expert-overlap"),
 ]
 COUNTED_ROWS = [
     {"moe_expert_capacity_factor": 1.5},
@@ -72,7 +80,10 @@ COUNTED_ROWS = [
 ]
 SELECTIVE = {"recompute_granularity": "selective"}
 NOISE = {"moe_input_jitter_eps": 0.1}
-AGAINST_PARTS = [({"recompute_granularity": "full"}, "computed again as a whole")]
+AGAINST_PARTS = [
+    ({"recompute_granularity": "full"}, "computed again as a whole"),
+    ({"overlap_moe_expert_parallel_comm": True}, "beside another microbatch's"),
+]
 AGAINST_ANY = [
     ({"transformer_impl": "local"}, "only Transformer Engine's layers"),
     ({"skip_train": True}, "does not train"),
@@ -93,7 +104,6 @@ AGAINST_ANY = [
         {"context_parallel_size": 2, "gdn_context_parallel": "state_passing"},
         "passes states between its ranks",
     ),
-    ({"overlap_moe_expert_parallel_comm": True}, "two microbatches at once"),
     ({"use_megatron_fsdp": True}, "FSDP frees"),
 ]
 

@@ -29,7 +29,7 @@ def run(**more: Any) -> Namespace:
     off += ("fp8", "fp4", "delay_wgrad_compute", "lr_warmup_iters", "lr_warmup_samples")
     off += ("train_samples", "lr_decay_iters", "lr_decay_samples", "data_path", "data_args_path")
     off += ("per_split_data_args_path", "train_data_path", "valid_data_path", "test_data_path")
-    off += ("image_data",)
+    off += ("image_data", "overlap_moe_expert_parallel_comm")
     given = {
         "ckpt_format": "torch_dist",
         "bf16": True,
@@ -128,6 +128,17 @@ def test_one_graph_of_a_step_that_waits_for_the_host(more: dict[str, Any], exper
 def test_named_experts_that_cannot_run(more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="experts cannot run here"):
         check_flags(run(**more, cuda_graph_impl="none"))
+
+
+@pytest.mark.parametrize("option", ["mtp_detach_heads", "dataloader_inter_document_masking"])
+def test_what_mtp_beside_another_microbatch_cannot(option: str) -> None:
+    """megatron would leave the heads attached in silence, and stop at the first packed batch."""
+    off = {"mtp_detach_heads": False, "dataloader_inter_document_masking": False}
+    hidden = off | {"overlap_moe_expert_parallel_comm": True, "cuda_graph_impl": "none"}
+    check_flags(run(**hidden, mtp_num_layers=1))
+    check_flags(run(**(hidden | {option: True}), mtp_num_layers=None))
+    with pytest.raises(ConfigError, match=f"has no --{option.replace('_', '-')} for MTP"):
+        check_flags(run(**(hidden | {option: True}), mtp_num_layers=1))
 
 
 def test_a_flex_dispatcher_where_one_rank_has_all_experts() -> None:

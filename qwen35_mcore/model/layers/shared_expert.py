@@ -6,6 +6,10 @@ times.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -16,10 +20,35 @@ from qwen35_mcore.mcore.imports import SharedExpertMLP
 class SharedExpert(SharedExpertMLP):
     """``sigmoid(x gate_weight) * mlp(x)``, under megatron's parameter names.
 
-    Under ``--moe-shared-expert-overlap`` the dispatcher calls megatron's own steps instead.
+    Under ``--moe-shared-expert-overlap`` the dispatcher calls megatron's steps of it, which lie on
+    a stream of their own.
     """
+
+    cached_output: Any
+    gate_score: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[s, b, h]`` to ``[s, b, h]``; with sequence parallelism s is this rank's part."""
         output, _ = super(SharedExpertMLP, self).forward(x)  # without megatron's gate
         return sigmoid_gate(output, F.linear(x, self.gate_weight))
+
+    def pre_forward_comm(self, x: torch.Tensor, wait_current_stream: bool = True) -> None:
+        with self._without_megatrons_gate():
+            super().pre_forward_comm(x, wait_current_stream)
+        with torch.cuda.stream(self.stream):
+            self.gate_score = F.linear(x, self.gate_weight)
+
+    def get_output(self) -> torch.Tensor:
+        with torch.cuda.stream(self.stream):
+            self.cached_output = sigmoid_gate(self.cached_output, self.gate_score)
+        self.gate_score = None
+        with self._without_megatrons_gate():
+            return super().get_output()
+
+    @contextlib.contextmanager
+    def _without_megatrons_gate(self) -> Iterator[None]:
+        self.use_shared_expert_gate = False
+        try:
+            yield
+        finally:
+            self.use_shared_expert_gate = True

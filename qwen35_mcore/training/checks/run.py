@@ -67,6 +67,7 @@ def check_flags(args: Namespace) -> None:
     _check_graph_device(args)
     if args.num_experts:
         check_flex(args)
+        _check_hidden_exchange(args)
         _check_fp8_experts(args)
         _check_graph(args, experts_of_run(args))
     _check_needed(args)
@@ -157,6 +158,24 @@ def _check_fp8_experts(args: Namespace) -> None:
             ),
             fix="drop the flag, or on a GPU machine: pip install '.[gpu]'",
         )
+
+
+def _check_hidden_exchange(args: Namespace) -> None:
+    """megatron's schedule of two microbatches has an MTP layer of its own, which detaches nothing,
+    and fails at packed documents."""
+    if not args.overlap_moe_expert_parallel_comm or not args.mtp_num_layers:
+        return
+    for set_here, option in (
+        (args.mtp_detach_heads, "--mtp-detach-heads"),
+        (args.dataloader_inter_document_masking, "--dataloader-inter-document-masking"),
+    ):
+        if set_here:
+            raise ConfigError(
+                "the schedule that runs the exchange of tokens beside another microbatch has no "
+                f"{option} for MTP",
+                got=f"--overlap-moe-expert-parallel-comm {option}",
+                fix=f"drop --overlap-moe-expert-parallel-comm, or {option}",
+            )
 
 
 def _check_graph(args: Namespace, experts: str) -> None:

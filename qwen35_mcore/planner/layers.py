@@ -19,10 +19,6 @@ from qwen35_mcore.planner.communication import Group, all_to_all, gather, groups
 from qwen35_mcore.planner.hardware import Gpu
 from qwen35_mcore.planner.stages import Chain, Unit
 
-_NCCL_EP_S = (0.12e-3, 0.04e-3)
-"""Of a dispatch with its permutation and a combine, and of their backward passes, beside what their
-rows take on the link: 0.51 and 0.43 ms less 0.39 on two H200 (tests/bench/NOTES.md)."""
-
 
 class Term(NamedTuple):
     """Seconds of a microbatch in one part, of one kind: compute, tp, ep or cp."""
@@ -216,13 +212,14 @@ def _launched_under(mixer: Term, moe: Term, moe_in_a_graph: Term) -> Term:
 
 
 def _dispatches(batch: Microbatch, groups: dict[str, Group], gpu: Gpu) -> Term:
-    """Rows on their way to their experts and back."""
+    """Rows on their way to their experts and back. NCCL EP sends a token once to a rank and sorts
+    there, which together takes what all rows would take on the link: 0.40 and 0.35 ms, forward and
+    backward, of 0.39 on two H200 (tests/bench/NOTES.md)."""
     config, candidate = batch.model_config, batch.candidate
     sent = batch.own_tokens * config.num_experts_per_tok * (2 * config.hidden_size + 4)
     if candidate.dispatcher == "ncclep":
         ranks = Group(candidate.ep * candidate.etp)
-        there = 2 * all_to_all(sent * candidate.etp, ranks, gpu)
-        return Term("ep", *(there + more for more in _NCCL_EP_S))
+        return Term("ep", *2 * [2 * all_to_all(sent * candidate.etp, ranks, gpu)])
     over_ep = all_to_all(sent, groups["ep"], gpu)
     over_etp = gather(sent * batch.candidate.etp, groups["etp"], gpu)
     return Term("ep", *2 * [2 * (over_ep + over_etp)])

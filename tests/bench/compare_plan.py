@@ -207,7 +207,7 @@ class Noted:
     flavor: str = "35b-a3b"
     layers: int = 4
     length: int = 4096
-    samples: int = 4
+    samples: float = 4
     """Sequences of a GPU in a step."""
     optimizer: str = "adam"
     patches: int = 0
@@ -228,7 +228,7 @@ class Noted:
             gpu=get_gpu(self.gpu),
             gpus=self.gpus,
             seq_length=self.length,
-            global_batch_size=self.samples * self.gpus,
+            global_batch_size=int(self.samples * self.gpus),
             calibration=default_calibration(self.gpu),
             images=images,
             optimizer=self.optimizer,
@@ -268,11 +268,12 @@ NOTED = (
     Noted("balanced", f"ep=2,{_FP8}", 778, 63.7),
     Noted("natural", "ep=2,graphs=parts", 469, 58.1, **_H200),
     Noted("natural", "ep=2,dispatcher=ncclep,graphs=parts", 410.1, 58.6, **_H200),
-    Noted("natural", "ep=2,dispatcher=ncclep,graphs=full", 373.9, 58.7, **_H200),
+    Noted("natural", "ep=2,dispatcher=ncclep,graphs=full", 372.5, 58.7, **_H200),
     Noted("natural", "pp=2,graphs=parts,layout=Ett|ttmL", 625.0, 48.4, **_PIPELINE),
     Noted("natural", "pp=2,graphs=parts,layout=Et*4|mL", 485.2, 44.3, **_PIPELINE),
     Noted("natural", "pp=2,graphs=full,layout=Et*4|mL", 468.9, 44.4, **_PIPELINE),
-    Noted("40 layers", "ep=2,dispatcher=ncclep,graphs=full", 2226.9, 92.6, **_PEER),
+    Noted("40 layers", "ep=2,dispatcher=ncclep,graphs=full", 2180.8, 92.5, **_PEER),
+    Noted("long", "cp=2,ep=2,dispatcher=ncclep", 428.3, 89.5, length=32768, samples=0.5, **_H200),
     Noted("natural", "mbs=1", 426.6, 46.9, **_SINGLE),
     Noted("natural", "graphs=parts", 349.0, 46.9, **_SINGLE),
     Noted("natural", "graphs=full", 327.2, 47.0, **_SINGLE),

@@ -5,6 +5,7 @@ Needs matplotlib (the extra `demo`), imported only when something is drawn.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -58,6 +59,8 @@ def draw(prediction: Prediction, path: str | os.PathLike[str]) -> None:
             figure.savefig(partial, format=suffix[1:], dpi=150, metadata=metadata)
             partial.replace(target)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()  # on a full disk, what of it was written
             raise cannot_write("picture", target, error.strerror) from error
 
 

@@ -39,8 +39,6 @@ from qwen35_mcore.planner.layers import Model
 from qwen35_mcore.planner.prediction import predict_split
 from qwen35_mcore.planner.report import not_covered
 from tests.bench.compare_plan import (
-    NOTED,
-    Noted,
     model_bytes,
     peak_bytes,
     predict_run,
@@ -48,6 +46,7 @@ from tests.bench.compare_plan import (
     run_row,
     worst_peak,
 )
+from tests.bench.noted_runs import NOTED, Noted
 
 ROOT = Path(__file__).parents[2]
 H100, H200 = get_gpu("h100-80g"), get_gpu("h200-141g")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -108,6 +111,17 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         with pytest.raises(PlanError, match="cannot write the picture") as caught:
             draw(plan(2, 1, 4), target)
         assert f"got: {target}: {reason}\n  fix: choose a folder" in str(caught.value)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Any, path: Path, **__: Any) -> None:
+        path.write_bytes(b"<svg")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(PlanError, match="No space left on device"):
+        draw(plan(2, 1, 4), tmp_path / "plan.svg")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_folder_is_made(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def broken_switches(
         (
             graphs == "full" and layout.tp * layout.cp * layout.vpp > 1,
             "graphs=full needs tp, cp and vpp of 1",
-            "no graph of a step with tp, cp or vpp was compared with a run without",
+            "no graph of a step with tp or cp was compared with a run without, and no run with vpp "
+            "was seen to end with one",
             f"tp {layout.tp}, cp {layout.cp}, vpp {layout.vpp}",
             "tp 1, cp 1, vpp 1",
             "take graphs=parts",

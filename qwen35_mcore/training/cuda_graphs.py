@@ -156,7 +156,7 @@ WHOLE = (
     ),
     Rule(
         lambda args: virtual_stages(args) > 1,
-        "a graph of pipeline ranks with several stages was not compared with a run without",
+        "a run with several stages on a pipeline rank was not seen to end with one graph",
     ),
     Rule(
         lambda args: args.pipeline_model_parallel_size > 1 and uses_nccl_ep(args),

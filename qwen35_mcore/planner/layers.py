@@ -213,8 +213,8 @@ def _launched_under(mixer: Term, moe: Term, moe_in_a_graph: Term) -> Term:
 
 def _dispatches(batch: Microbatch, groups: dict[str, Group], gpu: Gpu) -> Term:
     """Rows on their way to their experts and back. NCCL EP sends a token once to a rank and sorts
-    there, which together takes what all rows would take on the link: 0.40 and 0.35 ms, forward and
-    backward, of 0.39 on two H200 (tests/bench/NOTES.md)."""
+    there. Where rows are copied, that takes what all rows would take on the link: 0.40 and 0.35 ms,
+    forward and backward, of 0.39 on two H200 (tests/bench/NOTES.md)."""
     config, candidate = batch.model_config, batch.candidate
     sent = batch.own_tokens * config.num_experts_per_tok * (2 * config.hidden_size + 4)
     if candidate.dispatcher == "ncclep":

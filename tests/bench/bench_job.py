@@ -226,7 +226,7 @@ def train(machine: Machine, results: Results, row: Row, run: str, args: argparse
         f"{args.row}-{run}",
         flags(machine, row, run, args.steps) + args.flags.split(),
         script=NATIVE if native else EXAMPLE,
-        profile=args.steps - 2 if args.profile else None,
+        profile=max(1, args.steps - 2) if args.profile else None,
     )
     status = job.wait(min(machine.deadline, started + START_S + 10.0 * args.steps))
     measured = measure(job, machine, row, args.warmup)

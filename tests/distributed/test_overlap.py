@@ -35,12 +35,19 @@ def never_called(model_config: Qwen35Config, layout: Layout, tokens: torch.Tenso
 
 @pytest.mark.parametrize("model", [MOE, DENSE], ids=["moe", "dense"])
 @pytest.mark.parametrize(
-    "run", [{}, {"recompute_granularity": "selective", "recompute_modules": ["gdn_norm_out"]}]
+    "run",
+    [
+        {},
+        {"recompute_granularity": "selective", "recompute_modules": ["gdn_norm_out"]},
+        {"moe_shared_expert_overlap": True},
+    ],
 )
 def test_every_parameter_is_read_by_a_call(
     pool: WorkerPool, model: dict[str, Any], run: dict[str, Any]
 ) -> None:
     model_config = toy_config(**model)
+    if model is DENSE:
+        run = {name: value for name, value in run.items() if not name.startswith("moe_")}
     tokens = random_tokens(model_config, 2, 32, seed=1)
     assert pool.run(
         never_called, 1, model_config=model_config, layout=Layout(run=run), tokens=tokens

@@ -130,15 +130,52 @@ def test_named_experts_that_cannot_run(more: dict[str, Any]) -> None:
         check_flags(run(**more, cuda_graph_impl="none"))
 
 
-@pytest.mark.parametrize("option", ["mtp_detach_heads", "dataloader_inter_document_masking"])
-def test_what_mtp_beside_another_microbatch_cannot(option: str) -> None:
-    """megatron would leave the heads attached in silence, and stop at the first packed batch."""
-    off = {"mtp_detach_heads": False, "dataloader_inter_document_masking": False}
-    hidden = off | {"overlap_moe_expert_parallel_comm": True, "cuda_graph_impl": "none"}
-    check_flags(run(**hidden, mtp_num_layers=1))
-    check_flags(run(**(hidden | {option: True}), mtp_num_layers=None))
-    with pytest.raises(ConfigError, match=f"has no --{option.replace('_', '-')} for MTP"):
-        check_flags(run(**(hidden | {option: True}), mtp_num_layers=1))
+HIDDEN: dict[str, Any] = {
+    "overlap_moe_expert_parallel_comm": True,
+    "cuda_graph_impl": "none",
+    "mtp_num_layers": None,
+    "mtp_detach_heads": False,
+    "dataloader_inter_document_masking": False,
+    "context_parallel_size": 1,
+}
+MTP = {"mtp_num_layers": 1}
+PACKED = {"dataloader_inter_document_masking": True}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        MTP,
+        PACKED,
+        {"mtp_detach_heads": True},
+        {"context_parallel_size": 2},
+        {"fp8": "hybrid", "moe_experts": "te"},
+    ],
+)
+def test_what_goes_beside_another_microbatch(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    check_flags(run(**(HIDDEN | more)))
+
+
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [
+        (MTP | PACKED, "--dataloader-inter-document-masking"),  # stops at the first batch
+        (PACKED | {"context_parallel_size": 2}, "--dataloader-inter-document-masking"),
+        (MTP | {"mtp_detach_heads": True}, "--mtp-detach-heads"),  # they would stay attached
+        ({"fp8": "hybrid"}, "--fp8-format"),
+        ({"image_data": ["folder"]}, "--image-data"),
+    ],
+)
+def test_what_does_not_go_beside_another_microbatch(
+    more: dict[str, Any], option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=f"{option} does not go with") as caught:
+        check_flags(run(**(HIDDEN | more)))
+    assert f"drop --overlap-moe-expert-parallel-comm, or {option}" in str(caught.value)
 
 
 def test_a_flex_dispatcher_where_one_rank_has_all_experts() -> None:

@@ -27,8 +27,14 @@ class SharedExpert(SharedExpertMLP):
     cached_output: Any
     gate_score: Any
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[s, b, h]`` to ``[s, b, h]``; with sequence parallelism s is this rank's part."""
+    def forward(self, x: torch.Tensor, *, logits_alone: bool = False) -> torch.Tensor:
+        """``[s, b, h]`` to ``[s, b, h]``; with sequence parallelism s is this rank's part.
+
+        Args:
+            logits_alone: return those of the gate instead, ``[s, b, 1]``.
+        """
+        if logits_alone:
+            return F.linear(x, self.gate_weight)
         output, _ = super(SharedExpertMLP, self).forward(x)  # without megatron's gate
         return sigmoid_gate(output, F.linear(x, self.gate_weight))
 
@@ -36,12 +42,16 @@ class SharedExpert(SharedExpertMLP):
         with self._without_megatrons_gate():
             super().pre_forward_comm(x, wait_current_stream)
         with torch.cuda.stream(self.stream):
-            self.gate_score = F.linear(x, self.gate_weight)
+            # a call of the module, which waits until its own parameter is gathered
+            self.gate_score = self(x, logits_alone=True)
 
-    def get_output(self) -> torch.Tensor:
+    def post_forward_comm(self) -> None:
+        super().post_forward_comm()
         with torch.cuda.stream(self.stream):
             self.cached_output = sigmoid_gate(self.cached_output, self.gate_score)
         self.gate_score = None
+
+    def get_output(self) -> torch.Tensor:
         with self._without_megatrons_gate():
             return super().get_output()
 

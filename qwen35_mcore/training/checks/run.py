@@ -20,7 +20,7 @@ from qwen35_mcore.training.checks.conversations import check_conversations
 from qwen35_mcore.training.checks.data import check_datasets, check_tokenizer_flags
 from qwen35_mcore.training.checks.hf_start import import_start
 from qwen35_mcore.training.checks.numbers import check_numbers
-from qwen35_mcore.training.checks.packing import check_packing
+from qwen35_mcore.training.checks.packing import check_packing, lengths_vary
 from qwen35_mcore.training.checks.vision import check_vision
 from qwen35_mcore.training.checks.written_folders import check_written_folders
 from qwen35_mcore.training.choices import expert_ranks
@@ -161,20 +161,24 @@ def _check_fp8_experts(args: Namespace) -> None:
 
 
 def _check_hidden_exchange(args: Namespace) -> None:
-    """megatron's schedule of two microbatches has an MTP layer of its own, which detaches nothing,
-    and fails at packed documents."""
-    if not args.overlap_moe_expert_parallel_comm or not args.mtp_num_layers:
+    """What megatron's schedule of two microbatches leaves out in silence, or fails at in a step: it
+    frees what experts outside FP8 still need, routes without a padding mask, and has an MTP layer
+    of its own, which detaches nothing and takes no packed documents."""
+    if not args.overlap_moe_expert_parallel_comm:
         return
-    for set_here, option in (
-        (args.mtp_detach_heads, "--mtp-detach-heads"),
-        (args.dataloader_inter_document_masking, "--dataloader-inter-document-masking"),
+    packed, mtp = args.dataloader_inter_document_masking, bool(args.mtp_num_layers)
+    for found, option in (
+        (args.fp8 and experts_of_run(args) != "te", f"--fp8-format {args.fp8}"),
+        (args.image_data, "--image-data"),
+        (packed and (mtp or lengths_vary(args)), "--dataloader-inter-document-masking"),
+        (args.mtp_detach_heads and mtp, "--mtp-detach-heads"),
     ):
-        if set_here:
+        if found:
             raise ConfigError(
-                "the schedule that runs the exchange of tokens beside another microbatch has no "
-                f"{option} for MTP",
+                f"{option.split()[0]} does not go with megatron's schedule that runs the exchange "
+                "of tokens beside another microbatch",
                 got=f"--overlap-moe-expert-parallel-comm {option}",
-                fix=f"drop --overlap-moe-expert-parallel-comm, or {option}",
+                fix=f"drop --overlap-moe-expert-parallel-comm, or {option.split()[0]}",
             )
 
 

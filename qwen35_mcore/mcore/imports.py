@@ -41,7 +41,7 @@ BASE_CLASSES = {
     "MoELayer": "",
     "MultiTokenPredictionLayer": "_get_embeddings",
     "SelfAttention": "get_query_key_value_tensors",
-    "SharedExpertMLP": "",
+    "SharedExpertMLP": "get_output post_forward_comm pre_forward_comm",
     "TopKRouter": "_apply_global_aux_loss attach_and_log_load_balancing_loss "
     "reset_global_aux_loss_tracker routing",
     "TransformerConfig": "",

@@ -6,6 +6,7 @@ Each layer's exchange of tokens runs beside the backward pass of another microba
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tests.helpers.distributed import WorkerPool
 from tests.helpers.equivalence import Case, difference, run_case
 from tests.helpers.gloo_exchange import train_over_gloo
 from tests.helpers.kinds import kinds
+from tests.helpers.pretrain_runs import script_server, small_dataset
+from tests.helpers.run_results import logged_scalars
 from tests.helpers.training import Layout, train
 
 HIDDEN = {"overlap_moe_expert_parallel_comm": True}
@@ -45,3 +48,21 @@ def test_equals_the_plain_schedule(case: Case, pool: WorkerPool) -> None:
     assert found.logged == 0.0
     assert found.gradient <= SUMS, found.worst_gradient
     assert found.later_loss <= SUMS
+
+
+def test_the_training_script(tmp_path: Path) -> None:
+    """Two ranks of two microbatches each, which read the script's own forward step."""
+    words = [
+        *("--flavor", "tiny-moe", "--data-path", small_dataset(), "--split", "80,10,10"),
+        *("--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "4"),
+        *("--lr", "1e-3", "--lr-decay-style", "constant", "--train-iters", "2", "--bf16"),
+        *("--eval-iters", "0", "--log-interval", "1", "--num-workers", "0"),
+        *("--use-distributed-optimizer", "--expert-model-parallel-size", "2"),
+    ]
+    logs = {}
+    for name, more in (("plain", []), ("hidden", ["--overlap-moe-expert-parallel-comm"])):
+        script_server().run([*words, *more, "--tensorboard-dir", str(tmp_path / name)], 2)
+        logs[name] = logged_scalars(tmp_path / name)
+    for loss in ("lm loss", "mtp_1 loss"):
+        assert logs["hidden"][loss][1] == logs["plain"][loss][1]
+        assert logs["hidden"][loss][2] == pytest.approx(logs["plain"][loss][2], rel=1e-3)

@@ -307,8 +307,10 @@ def forward_backward(
     replicas, replica = ps.get_data_parallel_world_size(), ps.get_data_parallel_rank()
     at_once = replicas * micro_batch_size
     firsts = range(replica * micro_batch_size, batch.tokens.shape[0], at_once)
+    hidden = config.overlap_moe_expert_parallel_comm
 
     def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> Any:
+        assert return_schedule_plan == (hidden and not forward_only)  # else nothing is hidden
         first = next(data_iterator)
         sample = batch.sample_on_this_rank(first, micro_batch_size)
         compute = model.build_schedule_plan if return_schedule_plan else model

@@ -32,7 +32,7 @@ def profile_step(number: int, path: Path) -> None:
         if done not in (number, number + 1):
             return step(*args, **kwargs)
         torch.cuda.synchronize()
-        if done > number:
+        if done == number + 1:
             with callers_of_waits() as callers:
                 result = step(*args, **kwargs)
             with path.open("a") as table:

@@ -39,14 +39,16 @@ from tests.helpers.training import Layout, Result, forward_backward, wrap
 
 FP8 = {"bf16": None, "fp8-tensorwise": "tensorwise", "fp8-blockwise": "blockwise"}
 LAYERS = [
-    # part, flavor, local experts, microbatch, precision
+    # part, flavor, local experts, microbatch, precision, tokens of a sequence unless 4,096
     ("gdn", "35b-a3b", None, 4, "bf16"),
     ("gdn", "35b-a3b", None, 1, "bf16"),
+    ("gdn", "35b-a3b", None, 1, "bf16", 32768),
     ("gdn", "122b-a10b", None, 1, "bf16"),
     ("gdn", "35b-a3b", None, 4, "fp8-tensorwise"),
     ("gdn", "35b-a3b", None, 1, "fp8-tensorwise"),
     ("attention", "35b-a3b", None, 4, "bf16"),
     ("attention", "35b-a3b", None, 1, "bf16"),
+    ("attention", "35b-a3b", None, 1, "bf16", 32768),
     ("attention", "122b-a10b", None, 1, "bf16"),
     ("attention", "35b-a3b", None, 4, "fp8-tensorwise"),
     ("attention", "35b-a3b", None, 1, "fp8-tensorwise"),
@@ -54,6 +56,7 @@ LAYERS = [
     ("moe", "35b-a3b", 32, 1, "bf16"),
     ("moe", "35b-a3b", 64, 1, "bf16"),
     ("moe", "35b-a3b", 128, 1, "bf16"),
+    ("moe", "35b-a3b", 128, 4, "bf16"),
     ("moe", "35b-a3b", 256, 1, "bf16"),
     ("moe", "122b-a10b", 32, 1, "bf16"),
     ("moe", "35b-a3b", 32, 4, "fp8-tensorwise"),
@@ -90,7 +93,14 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 LENGTH = 4096
 
 
-def time_layer(part: str, flavor: str, experts: int | None, batch: int, precision: str) -> Any:
+def time_layer(
+    part: str,
+    flavor: str,
+    experts: int | None,
+    batch: int,
+    precision: str,
+    length: int = LENGTH,
+) -> Any:
     """A row of the file's "layers"."""
     model_config = cut_config(flavor, 4, experts)
     config = gpu_config(
@@ -100,8 +110,8 @@ def time_layer(part: str, flavor: str, experts: int | None, batch: int, precisio
         moe_experts="grouped_mm" if precision == "bf16" else "auto",
         cross_entropy_fusion_impl=CROSS_ENTROPY,
     )
-    forward, module = _part(part, model_config, config, batch)
-    x = torch.randn(LENGTH, batch, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    forward, module = _part(part, model_config, config, batch, length)
+    x = torch.randn(length, batch, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
     x.requires_grad_()
 
     def run() -> torch.Tensor:
@@ -137,7 +147,7 @@ def time_layer(part: str, flavor: str, experts: int | None, batch: int, precisio
         "flavor": flavor,
         "overrides": {} if experts is None else {"num_experts": experts},
         "local_experts": experts,
-        "seq_length": LENGTH,
+        "seq_length": length,
         "micro_batch_size": batch,
         "precision": precision,
         "cross_entropy": CROSS_ENTROPY,
@@ -153,7 +163,7 @@ def _milliseconds(forward: Callable[[], Any], both: Callable[[], Any]) -> dict[s
 
 
 def _part(
-    part: str, model_config: Qwen35Config, config: Any, batch: int
+    part: str, model_config: Qwen35Config, config: Any, batch: int, length: int
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.nn.Module]:
     spec_provider = get_spec_provider(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -166,7 +176,7 @@ def _part(
             model_config.head_dim,
             model_config.rope_parameters.partial_rotary_factor,
             rotary_base=model_config.rope_theta,
-        )(LENGTH)
+        )(length)
         return lambda x: module(x, attention_mask=None, rotary_pos_emb=rotary)[0], module
     if part in ("moe", "mlp"):
         spec = layer_spec(model_config.layer_types[0], config, spec_provider)
@@ -177,7 +187,7 @@ def _part(
         return lambda x: layer.mlp(layer.pre_mlp_layernorm(x))[0], layer
     # the output layer and the loss, as GPTModel runs them on the last stage
     model = build_model(model_config, config, pre_process=False).cuda()
-    labels = random_tokens(model_config, batch, LENGTH, seed=1)[:, :LENGTH].cuda()
+    labels = random_tokens(model_config, batch, length, seed=1)[:, :length].cuda()
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         logits, _ = model.output_layer(x)

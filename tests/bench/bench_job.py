@@ -88,12 +88,14 @@ ROWS = {
         4: Row(4, pp=2, more=PLANNED),
         2: Row(4, pp=2, ep=1, samples=4, experts=128, more=PLANNED),
     },
-    "long": {n: Row(4, cp=n, length=32768, samples=1, more=STATES) for n in (4, 2)},
+    "long": {n: Row(4, cp=n, length=32768, samples=1, more=STATES) for n in (4, 2)}
+    | {1: Row(4, length=16384, samples=1, experts=128)},
     "long-alltoall": {n: Row(4, cp=n, length=32768, samples=1) for n in (4, 2)},
     "single": {1: Row(4, samples=4, experts=64)},
     "peer": {4: Row(40, experts=128, balanced=True), 2: Row(40, experts=64, balanced=True)},
 }
-"""By name and number of GPUs. `peer`: 32 experts a GPU, as 35b-a3b over 8."""
+"""By name and number of GPUs. `peer`: 32 experts a GPU, as 35b-a3b over 8; `long` on one GPU: the
+tokens and experts of one rank of two."""
 TOY = Row(4, samples=2, length=64)
 SWITCHES = {
     "parts": "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router "
@@ -277,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     card = card_name() if on_gpus else "CPU"
     gpu = planner_gpu(card, None if on_gpus else "h100")
     deadline = time.monotonic() + args.time_limit
-    machine = Machine(args.gpus or 2, on_gpus, card, gpu, folder, deadline)
+    machine = Machine(args.gpus or 2, args.gpus or 0, card, gpu, folder, deadline)
     results = Results(args.json, machine.label)
     for run in args.run:
         train(machine, results, ROWS[args.row][args.gpus] if on_gpus else TOY, run, args)

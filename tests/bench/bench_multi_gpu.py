@@ -2,6 +2,7 @@
 
     python -m tests.bench.bench_multi_gpu --gpus 8 --json results.jsonl --time-limit 560
     python -m tests.bench.bench_multi_gpu --gpus 8 --only 'train/*/balanced/bf16' plan --json ...
+    python -m tests.bench.bench_multi_gpu --gpus 1 --processes 4 --only parallel
     python -m tests.bench.bench_multi_gpu --cpu --processes 2
 
 Parts: `parallel` compares losses and every gradient with one process; `train` runs
@@ -10,7 +11,9 @@ examples/pretrain_qwen35.py on real text and measures; `resume` saves, kills a r
 ones that wrote to the same --json file. Each result is printed, and appended to that file, as it
 comes; what is left when the time limit hits is named. NVLink multicast is off.
 
-On one GPU and on a CPU (tiny models, float32, gloo) the same code runs in a reduced form.
+On one GPU and on a CPU (tiny models, float32, gloo) the same code runs in a reduced form. More
+processes than GPUs share them, as if each had a host of its own, and NCCL goes over sockets: they
+compare, and time nothing.
 
 Exit status: 0 all is well, 1 a comparison failed, a run broke or no time was left, 2 bad arguments.
 """
@@ -68,14 +71,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     raise_instead_of_usage(parser)
     parser.add_argument("--gpus", type=int, help="GPUs of this host to use: 1, 2, 4 or 8.")
     parser.add_argument("--cpu", action="store_true", help="The reduced form on this CPU.")
-    parser.add_argument("--processes", type=int, default=2, help="Ranks with --cpu: 1, 2 or 4.")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="Ranks with --cpu (default 2), or to share fewer GPUs, for part parallel: 1, 2 or 4.",
+    )
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="STEP",
-        default=list(PARTS),
-        help=f"Parts ({', '.join(PARTS)}), or PART/PATTERN for some of a part's results; "
-        "parts run in the order given.",
+        help=f"Parts ({', '.join(PARTS)}; default: all), or PART/PATTERN for some of a part's "
+        "results; parts run in the order given.",
     )
     parser.add_argument("--list", action="store_true", help="Only print the names of the steps.")
     parser.add_argument("--json", type=Path, help="Append one JSON line per result to this file.")
@@ -89,6 +95,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             got=f"--gpus {args.gpus}" + (" --cpu" if args.cpu else ""),
             allowed="--gpus N, or --cpu --processes N",
         )
+    if args.processes is None:
+        args.processes = args.gpus if args.gpus is not None else 2
     if args.time_limit is not None and not args.time_limit > 0:
         raise ConfigError("--time-limit must be positive", got=args.time_limit)
     if args.folder is not None and args.folder.exists():
@@ -123,12 +131,15 @@ def choose(wanted: list[str], offered: dict[str, list[str]]) -> dict[str, list[s
     return {part: [name for name in offered[part] if name in chosen[part]] for part in chosen}
 
 
-def steps(ranks: int, *, on_gpus: bool) -> dict[str, list[str]]:
+def steps(ranks: int, gpus: int) -> dict[str, list[str]]:
     """Names of everything that a call can do, by part."""
     from tests.bench.multi_gpu import parallel, resume, train
 
-    return {
-        "parallel": parallel.names(ranks, on_gpus=on_gpus),
+    on_gpus = gpus > 0
+    compared = {"parallel": parallel.names(ranks, on_gpus=on_gpus)}
+    if ranks > gpus > 0:
+        return compared
+    return compared | {
         "train": [variant.name for variant in train.variants(ranks, on_gpus=on_gpus)],
         "resume": [resume.NAME],
         "plan": ["all"],
@@ -162,14 +173,14 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends its jobs too
     args = parse_arguments(argv)
-    on_gpus, ranks = not args.cpu, args.processes if args.cpu else args.gpus
-    check_ranks(ranks, on_gpus, count_gpus() if on_gpus else 0)
+    on_gpus, ranks, gpus = not args.cpu, args.processes, args.gpus or 0
+    check_ranks(ranks, args.gpus, count_gpus() if on_gpus else 0)
     for name, value in ENVIRONMENT.items():
         os.environ[name] = value
     if args.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    offered = steps(ranks, on_gpus=on_gpus)
-    chosen = choose(args.only, offered)
+    offered = steps(ranks, gpus)
+    chosen = choose(args.only or list(offered), offered)
     if args.list:
         print("\n".join(f"{part}/{name}" for part, names in offered.items() for name in names))
         return 0
@@ -177,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="multi_gpu_") as temporary:
         machine = Machine(
             ranks=ranks,
-            on_gpus=on_gpus,
+            gpus=gpus,
             card=card,
             gpu=planner_gpu(card, args.gpu) if on_gpus else get_gpu("h100-80g"),
             folder=args.folder or Path(temporary),

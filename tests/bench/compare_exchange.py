@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def pool() -> contextlib.closing[WorkerPool]:
         """Anew for each run: NCCL EP is made once a process, for one dtype and size."""
-        return contextlib.closing(WorkerPool(ranks, on_gpus=not args.cpu))
+        return contextlib.closing(WorkerPool(ranks, gpus=0 if args.cpu else ranks))
 
     def run(precision: Any, more: dict[str, Any]) -> Run:
         model = precision.model if args.cpu else REAL_HEADS | {"num_experts_per_tok": 4}

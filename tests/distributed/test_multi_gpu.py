@@ -65,7 +65,7 @@ def test_train_resume_and_plan(tmp_path: Path) -> None:
 def machine(folder: Path, seconds: float = 800) -> Machine:
     return Machine(
         ranks=2,
-        on_gpus=False,
+        gpus=0,
         card="CPU",
         gpu=get_gpu("h100"),
         folder=folder,

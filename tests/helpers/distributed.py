@@ -4,7 +4,7 @@ Importing torch and megatron takes longer than most cases. On GPUs the workers s
 are forks of one process that has imported both (`tests.helpers.imported`), and end with a case of
 several ranks: gloo's threads outlive their group, and poll. A case is a module-level
 function; it runs in the first ``world_size`` workers, each inside a fresh process group (gloo, or
-NCCL with a GPU for each worker), and what it returns comes back in rank order, on the CPU.
+NCCL on GPUs), and what it returns comes back in rank order, on the CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class WorkerPool:
 
     Args:
         size: the largest world size of a case.
-        on_gpus: worker r has GPU r, over NCCL; else all are on the CPU, over gloo.
+        gpus: workers take these in turn, over NCCL, and share them where there are more workers
+            (`one_host_each`); none: all are on the CPU, over gloo.
         timeout_s: how long a case may take.
         log: file for what the workers print; None: where this process prints.
 
@@ -55,11 +56,11 @@ class WorkerPool:
         self,
         size: int = MAX_WORLD_SIZE,
         *,
-        on_gpus: bool = False,
+        gpus: int = 0,
         timeout_s: float = CASE_TIMEOUT_S,
         log: Path | None = None,
     ) -> None:
-        self.size, self.on_gpus, self.timeout_s, self.log = size, on_gpus, timeout_s, log
+        self.size, self.gpus, self.timeout_s, self.log = size, gpus, timeout_s, log
         self.deadline = math.inf
         self._workers: list[tuple[Any, Connection]] = []
 
@@ -72,14 +73,14 @@ class WorkerPool:
         """
         if not all(process.is_alive() for process, _ in self._workers):
             self.close()
-        started = range(len(self._workers), self.size if self.on_gpus else world_size)
-        self._workers += [_start_worker(self._gpu(rank), self.log) for rank in started]
+        started = range(len(self._workers), self.size if self.gpus else world_size)
+        self._workers += [_start_worker(*self._place(rank), self.log) for rank in started]
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world_size):
                 call = (case, kwargs, rank, world_size, os.path.join(folder, "store"))
                 self._workers[rank][1].send_bytes(_pack(call))
             results, failures = self._answers(world_size)
-        if failures or (world_size > 1 and not self.on_gpus):
+        if failures or (world_size > 1 and not self.gpus):
             self.close()
         if failures:
             # a lost connection is what the other ranks see of the failure
@@ -119,8 +120,11 @@ class WorkerPool:
                 os.kill(process.pid, PRINT_STACKS)
                 time.sleep(0.5)
 
-    def _gpu(self, rank: int) -> int | None:
-        return rank if self.on_gpus else None
+    def _place(self, rank: int) -> tuple[int | None, dict[str, str]]:
+        """A worker's GPU, and what its environment needs."""
+        if not self.gpus:
+            return None, {}
+        return rank % self.gpus, one_host_each(rank) if self.size > self.gpus else {}
 
     def close(self) -> None:
         """End every worker, and what it started: saving leaves processes that wait for it."""
@@ -133,6 +137,12 @@ class WorkerPool:
             process.kill()
             process.join()
         self._workers = []
+
+
+def one_host_each(rank: int) -> dict[str, str]:
+    """Environment of a rank that shares its GPU: NCCL refuses two ranks of one host on one GPU, and
+    takes them for hosts of their own, which talk over sockets."""
+    return {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo"}
 
 
 _pool: WorkerPool | None = None
@@ -157,19 +167,26 @@ def _unpack(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
-def _start_worker(gpu: int | None, log: Path | None) -> tuple[Any, Connection]:
+def _start_worker(
+    gpu: int | None, environment: dict[str, str], log: Path | None
+) -> tuple[Any, Connection]:
     # a fork cannot use a GPU that the process it comes from has touched
     context: Any = multiprocessing.get_context("forkserver" if gpu is None else "spawn")
     if gpu is None:
         context.set_forkserver_preload(["tests.helpers.imported"])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, gpu, log))  # no daemon: saving forks
+    process = context.Process(
+        target=_serve, args=(theirs, gpu, environment, log)
+    )  # no daemon: saving forks
     process.start()
     theirs.close()
     return process, ours
 
 
-def _serve(connection: Connection, gpu: int | None, log: Path | None) -> None:
+def _serve(
+    connection: Connection, gpu: int | None, environment: dict[str, str], log: Path | None
+) -> None:
+    os.environ.update(environment)
     if log is not None:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)

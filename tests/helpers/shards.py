@@ -109,14 +109,24 @@ def _shards_with(
     chunks: list[torch.nn.Module], values: dict[torch.nn.Parameter, torch.Tensor]
 ) -> list[Shard]:
     """Shards of unwrapped chunks with other values in place of the parameters'."""
-    before = {p: p.data for p in values}
-    for p, value in values.items():
-        p.data = value
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    before = [dict(module._parameters) for module in modules]
+    for module, own in zip(modules, before, strict=True):
+        for name, p in own.items():
+            module._parameters[name] = None if p is None else _in_place_of(p, values[p])
     try:
         return copies(local_shards(chunks))
     finally:
-        for p, value in before.items():
-            p.data = value
+        for module, own in zip(modules, before, strict=True):
+            module._parameters.update(own)
+
+
+def _in_place_of(p: torch.nn.Parameter, value: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter like `p`. Another dtype in `p.data` would make autograd forget the hooks by which
+    DDP learns that a gradient is there."""
+    parameter = torch.nn.Parameter(value, requires_grad=False)
+    parameter.__dict__.update(p.__dict__)
+    return parameter
 
 
 def copies(shards: list[Shard]) -> list[Shard]:

@@ -21,7 +21,7 @@ from qwen35_mcore.errors import ConfigError, PlanError
 from qwen35_mcore.planner import emit
 from qwen35_mcore.planner.candidate import Candidate
 from qwen35_mcore.planner.hardware import GIB, get_gpu
-from tests.bench.bench_multi_gpu import choose, parse_arguments
+from tests.bench.bench_multi_gpu import choose, parse_arguments, steps
 from tests.bench.multi_gpu import plan, resume, train
 from tests.bench.multi_gpu.launch import (
     Step,
@@ -34,6 +34,7 @@ from tests.bench.multi_gpu.model_cut import HEADROOM, Model, largest_that_fits
 from tests.bench.multi_gpu.parallel import judge, names
 from tests.bench.multi_gpu.parallel_cases import Tolerance
 from tests.bench.multi_gpu.results import FAILED, NOT_RUN, OK, SKIPPED, Results, earlier_rows, table
+from tests.helpers.distributed import WorkerPool
 from tests.helpers.equivalence import Difference, largest
 
 H200 = get_gpu("h200")
@@ -160,7 +161,7 @@ def test_a_run_takes_every_flag_of_its_plan(
     on_gpus: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "tokenize", lambda machine: machine.folder / "text")
-    machine = Machine(2, on_gpus, "any", H200, tmp_path, 1e9)
+    machine = Machine(2, 2 if on_gpus else 0, "any", H200, tmp_path, 1e9)
     scale = train.ON_GPUS if on_gpus else train.ON_CPU
     for variant in train.variants(2, on_gpus=on_gpus):
         _, prediction = largest_that_fits(
@@ -217,7 +218,8 @@ def test_comparisons_of_a_machine() -> None:
             assert f"{mode}, {precision}" in eight
     assert "CP2 (all-to-all GDN), fp32 TE" not in eight
     assert {"CP2 (all-to-all GDN), bf16 TE", "CP2 (states passed), bf16 TE"} <= set(eight)
-    assert not any("TP2 x PP2" in name for name in names(2, on_gpus=True))
+    assert {"CP4 (all-to-all GDN), bf16 TE", "CP4 (states passed), fp32 local"} <= set(eight)
+    assert not any("TP2 x PP2" in name or "CP4" in name for name in names(2, on_gpus=True))
     assert not any("TP2" in name or "CP2" in name for name in names(1, on_gpus=True))
 
 
@@ -346,20 +348,35 @@ def test_bad_arguments_are_named(argv: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "on_gpus", "present", "message"),
+    ("ranks", "gpus", "present", "message"),
     [
-        (3, True, 8, "divide the experts"),
-        (0, True, 8, "divide the experts"),
-        (8, False, 0, "--processes must"),
-        (8, True, 4, "fewer GPUs than asked for"),
-        (2, True, 0, "--cpu --processes 2"),
+        (3, 3, 8, "divide the experts"),
+        (0, 0, 8, "divide the experts"),
+        (8, None, 0, "--processes must"),
+        (8, 1, 1, "--processes must"),
+        (8, 8, 4, "fewer GPUs than asked for"),
+        (4, 4, 1, "--gpus 1 --processes 4 --only parallel"),
+        (2, 2, 0, "--cpu --processes 2"),
+        (2, 4, 4, "a GPU or shares one"),
+        (2, 0, 4, "a GPU or shares one"),
     ],
 )
 def test_ranks_that_cannot_run_are_refused(
-    ranks: int, on_gpus: bool, present: int, message: str
+    ranks: int, gpus: int | None, present: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_ranks(ranks, on_gpus, present)
+        check_ranks(ranks, gpus, present)
+
+
+def test_ranks_that_share_a_gpu_are_hosts_of_their_own_and_time_nothing() -> None:
+    check_ranks(4, 1, 1)
+    assert list(steps(4, 1)) == ["parallel"]
+    assert list(steps(4, 4)) == list(steps(4, 0)) == ["parallel", "train", "resume", "plan"]
+    shared, own = WorkerPool(4, gpus=2), WorkerPool(2, gpus=2)
+    places = [shared._place(rank) for rank in range(4)]
+    assert [gpu for gpu, _ in places] == [0, 1, 0, 1]
+    assert len({environment["NCCL_HOSTID"] for _, environment in places}) == 4
+    assert own._place(1) == (1, {})
 
 
 def test_an_unknown_card_needs_a_name() -> None:

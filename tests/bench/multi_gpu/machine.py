@@ -22,17 +22,22 @@ class Machine:
     """Ranks of one host.
 
     Args:
+        gpus: that the ranks take in turn; none: they are on a CPU.
         gpu: the planner's description of the card; on a CPU a stand-in, to run the same code.
         folder: for datasets, checkpoints and logs.
         deadline: of `time.monotonic`; work that cannot end before it is not started.
     """
 
     ranks: int
-    on_gpus: bool
+    gpus: int
     card: str
     gpu: Gpu
     folder: Path
     deadline: float
+
+    @property
+    def on_gpus(self) -> bool:
+        return self.gpus > 0
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -43,25 +48,37 @@ class Machine:
         return {"card": self.card, "ranks": self.ranks}
 
 
-def check_ranks(ranks: int, on_gpus: bool, present: int) -> None:
+def check_ranks(ranks: int, gpus: int | None, present: int) -> None:
     """Refuse a number of ranks that cannot run.
 
+    Args:
+        gpus: that they take in turn; None: they are on a CPU.
+
     Raises:
-        ConfigError: more GPUs than present, or a number that the layouts do not divide by.
+        ConfigError: fewer ranks than GPUs, more GPUs than present, or a number that the layouts do
+            not divide by.
     """
-    name, allowed = ("--gpus", RANKS_ON_GPUS) if on_gpus else ("--processes", RANKS_ON_CPU)
+    name, allowed = ("--gpus", RANKS_ON_GPUS) if ranks == gpus else ("--processes", RANKS_ON_CPU)
     if ranks not in allowed:
         raise ConfigError(
             f"{name} must divide the experts, and be even for two pipeline stages",
             got=ranks,
             allowed=", ".join(map(str, allowed)),
         )
-    if on_gpus and ranks > present:
+    if gpus is not None and gpus > present:
         raise ConfigError(
             "there are fewer GPUs than asked for",
-            got=f"--gpus {ranks}",
+            got=f"--gpus {gpus}",
             allowed=f"up to {present} on this machine",
-            fix=None if present else "test the logic with --cpu --processes 2",
+            fix=f"--gpus {present} --processes {ranks} --only parallel compares on what is there"
+            if present and ranks in RANKS_ON_CPU
+            else "test the logic with --cpu --processes 2",
+        )
+    if gpus is not None and not 1 <= gpus <= ranks:
+        raise ConfigError(
+            "each process has a GPU or shares one",
+            got=f"--gpus {gpus} --processes {ranks}",
+            allowed=f"--gpus 1 to {ranks}",
         )
 
 

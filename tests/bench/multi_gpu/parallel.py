@@ -53,7 +53,7 @@ def run(machine: Machine, results: Results, chosen: list[str]) -> None:
     """Make the chosen comparisons and record each as it ends."""
     machine.folder.mkdir(parents=True, exist_ok=True)
     log = machine.folder / "parallel.txt"
-    workers = WorkerPool(machine.ranks, on_gpus=machine.on_gpus, timeout_s=LONGEST_CASE_S, log=log)
+    workers = WorkerPool(machine.ranks, gpus=machine.gpus, timeout_s=LONGEST_CASE_S, log=log)
     with _environment(), contextlib.closing(workers) as pool:
         run_in(pool, machine, results, chosen)
     compared = [row for row in results.of(PART) if "gradient" in row]

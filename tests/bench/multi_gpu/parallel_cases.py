@@ -135,8 +135,9 @@ def cases(ranks: int, precision: Precision) -> Iterator[Case]:
     yield case(f"EP{ranks}", ranks, ep=ranks)
     if precision.nccl_ep:
         yield case(f"EP{ranks} (NCCL EP)", ranks, ep=ranks, run=NCCL_EP)
-    if precision.context_parallel:
-        yield case("CP2 (all-to-all GDN)", 2, cp=2)
-        yield case("CP2 (states passed)", 2, cp=2, run=STATES)
+    for cp in (2, 4) if precision.context_parallel else ():
+        if cp <= ranks:
+            yield case(f"CP{cp} (all-to-all GDN)", cp, cp=cp)
+            yield case(f"CP{cp} (states passed)", cp, cp=cp, run=STATES)
     if ranks >= 4:
         yield case("TP2 x PP2 x EP2", ranks, tp=2, pp=2, ep=2)

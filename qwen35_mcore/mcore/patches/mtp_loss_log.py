@@ -1,7 +1,8 @@
 """Log the MTP loss as the mean over all tokens of a step that count, in any parallel layout.
 
 megatron logs the mean over ranks and microbatches of their mean losses, however many tokens each
-counted.
+counted. And with each line it forgets over which ranks: the next forward pass notes them again, but
+no replay of a CUDA graph does.
 """
 
 from __future__ import annotations
@@ -44,6 +45,16 @@ def _without_scale(original: Any) -> Any:
     return staticmethod(track_mtp_metrics)
 
 
+def _keeping_groups(original: Any) -> Any:
+    def clean_metrics_in_tracker() -> None:
+        tracker = MTPLossLoggingHelper.tracker
+        groups = {name: tracker.get(name) for name in ("reduce_group", "avg_group")}
+        original()
+        tracker.update(groups)
+
+    return staticmethod(clean_metrics_in_tracker)
+
+
 def _probe() -> Verdict:
     """Of losses 1 and 3 of one and of three tokens: is their sum 4, or that of all tokens, 10?"""
     helper = MTPLossLoggingHelper
@@ -55,17 +66,36 @@ def _probe() -> Verdict:
     return shows(total == 4.0)
 
 
-PATCHES = tuple(
+def _probe_groups() -> Verdict:
+    helper, one = MTPLossLoggingHelper, torch.ones((), device="cuda")
+    helper.save_metrics_to_tracker(one, one, one, 0, 1, avg_group="these ranks")
+    helper.clean_metrics_in_tracker()
+    kept = helper.tracker["avg_group"]
+    helper.tracker.clear()
+    return shows(kept is None)
+
+
+_HELPER = "megatron.core.transformer.multi_token_prediction:MTPLossLoggingHelper"
+PATCHES = (
+    *(
+        Patch(
+            name=f"MTP loss by tokens ({name.partition('_')[0]})",
+            target=f"{_HELPER}.{name}",
+            why="the logged MTP loss depends on the parallel layout where loss masks differ",
+            replace=replace,
+            probe=_probe,
+        )
+        for name, replace in (
+            ("save_metrics_to_tracker", _adding_sums),
+            ("reduce_metrics_in_tracker", _dividing_by_tokens),
+            ("track_mtp_metrics", _without_scale),
+        )
+    ),
     Patch(
-        name=f"MTP loss by tokens ({name.partition('_')[0]})",
-        target=f"megatron.core.transformer.multi_token_prediction:MTPLossLoggingHelper.{name}",
-        why="the logged MTP loss depends on the parallel layout where loss masks differ",
-        replace=replace,
-        probe=_probe,
-    )
-    for name, replace in (
-        ("save_metrics_to_tracker", _adding_sums),
-        ("reduce_metrics_in_tracker", _dividing_by_tokens),
-        ("track_mtp_metrics", _without_scale),
-    )
+        name="MTP loss of a replayed step",
+        target=f"{_HELPER}.clean_metrics_in_tracker",
+        why="with one CUDA graph of the step the logged MTP loss is that of one rank",
+        replace=_keeping_groups,
+        probe=_probe_groups,
+    ),
 )

@@ -175,14 +175,17 @@ class Prediction:
 
     def _exposed_s(self, rank: int) -> float:
         """Gradients are reduced under the last microbatch's backward pass, weights gathered under
-        the first one's forward pass."""
+        the first one's forward pass, but for the embedding's: its gradient is ready last and its
+        weight is read first."""
         parameters, parts = self.rank_parameters(rank), self.rank_parts(rank)
         groups, gpu = self.model.groups, self.job.gpu
+        embedding = self.model.part["E"].parameters.dense if rank == 0 else 0.0
 
         def beyond(hidden_s: float, size: int) -> float:
             dense = gather(size * parameters.dense, groups["dp"], gpu)
             expert = gather(size * parameters.expert, groups["expert_dp"], gpu)
-            return max(0.0, dense + expert - hidden_s)
+            edge = gather(size * embedding, groups["dp"], gpu)
+            return max(edge, dense + expert - hidden_s)
 
         reduced = beyond(sum(part.backward_s for part in parts), gradient_bytes(self.job))
         gathered = beyond(sum(part.forward_s for part in parts), WEIGHT)
@@ -199,11 +202,14 @@ class Prediction:
         return 2 * gather(table, ends, self.job.gpu)
 
     def _optimizer_s(self, rank: int) -> float:
-        """Gradient and state read, state and weight written, the gradient's norm, gradients set to
-        zero; and the orthogonalisations of the rank that has most of them."""
+        """Gradient and state read, state and weight written, the gradient's norm, gradients clipped
+        as in the steps with a norm above ``--clip-grad``, the float32 weight read to round it,
+        gradients set to zero; and the orthogonalisations of the rank that has most of them."""
         job, held = self.job, (self.rank_parameters(rank), self.job, self.candidate)
         gradient, state = gradient_bytes(job), memory.state_bytes(job, self.candidate)
-        moved = (2 * (gradient + state) + WEIGHT) * memory.own_share(*held)
+        rounded = 0 if job.optimizer == "precision-aware" else 4  # its update rounds
+        a_parameter = 2 * (gradient + state) + WEIGHT + 2 * gradient + rounded
+        moved = a_parameter * memory.own_share(*held)
         moved += gradient * held[0].trained
         # the measured rate of Muon has its bytes in it: gradient and state of the matrices
         even = sum(even for _, even, _ in memory.muon_shares(*held))

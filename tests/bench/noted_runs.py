@@ -79,6 +79,8 @@ _ONE: dict[str, Any] = {"gpus": 1, "experts": 64, "samples": 2}
 _H200: dict[str, Any] = {"gpu": "h200-141g", "cross_entropy": "te"}
 _PIPELINE = _H200 | {"experts": 128}
 _SINGLE = _H200 | {"gpus": 1, "experts": 64}
+_HALF = _H200 | {"gpus": 1, "experts": 128, "length": 16384, "samples": 1}
+"""What a rank of two has of "long"."""
 _VISION = _H200 | {"gpus": 1, "samples": 2}
 _PEER = _H200 | {"layers": 40, "experts": 64, "samples": 8, "optimizer": "precision-aware"}
 _SMALL: dict[str, Any] = {"gpus": 1, "experts": 16, "vocab": 512, "samples": 2}
@@ -101,6 +103,8 @@ NOTED = (
     Noted("natural", "pp=2,graphs=full,layout=Et*4|mL", 468.9, 44.4, **_PIPELINE),
     Noted("40 layers", "ep=2,dispatcher=ncclep,graphs=full", 2180.8, 92.5, **_PEER),
     Noted("long", "cp=2,ep=2,dispatcher=ncclep", 428.3, 89.5, length=32768, samples=0.5, **_H200),
+    Noted("half", "mbs=1", 364.3, 89.5, **_HALF),
+    Noted("half", "graphs=full", 345.7, 89.6, **_HALF),
     Noted("natural", "mbs=1", 426.6, 46.9, **_SINGLE),
     Noted("natural", "graphs=parts", 349.0, 46.9, **_SINGLE),
     Noted("natural", "graphs=full", 327.2, 47.0, **_SINGLE),

@@ -38,6 +38,7 @@ with quiet_imports():
     from qwen35_mcore.mcore.patches.install import install
     from qwen35_mcore.model.build import make_model_provider
     from qwen35_mcore.training.arguments import parse_arguments
+    from qwen35_mcore.training.cuda_graphs import free_graphs
     from qwen35_mcore.training.datasets import datasets
     from qwen35_mcore.training.forward_step import forward_step
     from qwen35_mcore.training.image_data import close_loaders
@@ -88,6 +89,7 @@ def train(
         )
     finally:
         close_loaders()
+        free_graphs()
 
 
 def main() -> None:

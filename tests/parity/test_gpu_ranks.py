@@ -19,7 +19,10 @@ LAYOUTS = {
         *("--pipeline-model-parallel-size", "2"),
         *("--num-virtual-stages-per-pipeline-rank", "2"),
     ),
-    "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    "TP2": (
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        *("--expert-tensor-parallel-size", "1"),
+    ),
     "CP2": ("--context-parallel-size", "2", "--gdn-context-parallel", "all_to_all"),
     "CP2 states": ("--context-parallel-size", "2", "--gdn-context-parallel", "state_passing"),
 }

@@ -105,9 +105,6 @@ SWITCHES = [
     ({"dispatcher": "ncclep"}, "spreads experts in a node"),
     ({"ep": 16, "dispatcher": "ncclep"}, "spreads experts in a node"),
     ({"ep": 8, "graphs": "full"}, "has no all-to-all"),
-    ({"tp": 2, "graphs": "full"}, "tp, cp and vpp of 1"),
-    ({"cp": 2, "graphs": "full"}, "tp, cp and vpp of 1"),
-    ({"pp": 2, "vpp": 2, "graphs": "full"}, "tp, cp and vpp of 1"),
     ({"pp": 2, "ep": 8, "dispatcher": "ncclep", "graphs": "full"}, "goes without NCCL EP"),
     ({"pp": 2, "ep": 8, "graphs": "parts", "recompute": "full"}, "without recompute=full"),
 ]
@@ -141,7 +138,7 @@ def test_nccl_ep_and_no_graphs_are_tried_where_they_are_asked_for() -> None:
     [
         ("2b", {}, {"none": ["full", "parts"], "full": ["full", "none"]}),
         ("2b", {"pp": (2,)}, {"none": ["full", "parts"], "full": ["full", "none"]}),
-        ("2b", {"tp": (2,)}, {"none": ["parts"], "full": ["none"]}),
+        ("2b", {"tp": (2,)}, {"none": ["full", "parts"], "full": ["full", "none"]}),
         ("35b-a3b", {"pp": (2,), "ep": (4,)}, {"none": ["parts"], "full": ["none"]}),
         (
             "35b-a3b",

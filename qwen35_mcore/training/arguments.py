@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -321,8 +322,19 @@ def _let_choices_be_read(args: argparse.Namespace) -> None:
     """What this package chooses is said once, by rank 0, unless a level of the log is named.
 
     megatron shows that much only where no library has written to the log before it is imported.
+
+    Raises:
+        ConfigError: ``MEGATRON_LOGGING_LEVEL`` is no number.
     """
-    if args.logging_level is None and "MEGATRON_LOGGING_LEVEL" not in os.environ:
+    named = os.environ.get("MEGATRON_LOGGING_LEVEL")
+    if named is not None and not re.fullmatch(r"\s*[+-]?\d+\s*", named):
+        raise ConfigError(
+            "the variable MEGATRON_LOGGING_LEVEL is a number",
+            got=named,
+            allowed="10 (debug), 20 (info), 30 (warning), 40 (error)",
+            fix="correct it, or unset it",
+        )
+    if args.logging_level is None and named is None:
         level = logging.INFO if args.rank == 0 else logging.WARNING
         logging.getLogger(qwen35_mcore.__name__).setLevel(level)
 

@@ -34,9 +34,9 @@ def flags(*more: str) -> list[str]:
     ]
 
 
-def error_of(arguments: list[str], world_size: int = 1) -> str:
+def error_of(arguments: list[str], world_size: int = 1, **environment: str) -> str:
     """The one message of rank 0, from a job whose other ranks never come."""
-    run = script_server().start(arguments, world_size, ranks=[0])
+    run = script_server().start(arguments, world_size, ranks=[0], **environment)
     assert run.wait(START_TIMEOUT_S) == [2], run.output()
     before, found, message = run.output().rpartition("error: ")
     assert found
@@ -353,6 +353,13 @@ def test_a_warmup_that_never_ends() -> None:
     message = error_of(flags("--lr-warmup-iters", "10"))
     assert "--lr-warmup-iters 10 of 10" in message
     assert "allowed: less than 10" in message
+
+
+@pytest.mark.parametrize("level", ["", "info", "1.5"])
+def test_a_log_level_that_is_no_number(level: str) -> None:
+    message = error_of(flags(), MEGATRON_LOGGING_LEVEL=level)
+    assert message.startswith("the variable MEGATRON_LOGGING_LEVEL is a number")
+    assert "20 (info)" in message
 
 
 def test_help_is_printed_although_one_of_megatrons_texts_is_malformed() -> None:

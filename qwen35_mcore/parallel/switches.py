@@ -37,6 +37,8 @@ def broken_switches(
         vision: whether the run trains a vision tower.
     """
     ranks = layout.ep * layout.expert_tp if model_config.is_moe else 1
+    apart = layout.tp * layout.cp * layout.pp
+    smaller = "graphs=none" if recompute == "full" else "graphs=parts"
     rows = (
         (
             precision not in precisions,
@@ -55,12 +57,12 @@ def broken_switches(
             "change ep, or take dispatcher=alltoall",
         ),
         (
-            graphs == "full" and layout.pp > 1 and dispatcher == "ncclep",
-            "graphs=full of a pipeline goes without NCCL EP",
+            graphs == "full" and dispatcher == "ncclep" and apart > 1,
+            "graphs=full with NCCL EP needs tp, cp and pp of 1",
             "no graph of a step with both was compared with a run without",
-            f"pp {layout.pp}, dispatcher={dispatcher}",
-            "pp 1, or ep and etp of 1",
-            "take graphs=parts",
+            f"tp {layout.tp}, cp {layout.cp}, pp {layout.pp}, dispatcher={dispatcher}",
+            "tp, cp and pp of 1, or ep and etp of 1",
+            f"take {smaller}",
         ),
         (
             graphs == "full" and ranks > 1 and dispatcher != "ncclep",
@@ -68,7 +70,7 @@ def broken_switches(
             "each MoE layer waits for the host to learn how many tokens an expert has",
             f"dispatcher={dispatcher}, {ranks} ranks share the experts of a layer",
             "dispatcher=ncclep, or ep and etp of 1",
-            "take dispatcher=ncclep, or graphs=parts",
+            f"take dispatcher=ncclep, or {smaller}" if apart == 1 else f"take {smaller}",
         ),
         (
             graphs != "none" and vision,

@@ -48,6 +48,12 @@ class Graphs:
     why: str
 
 
+def _model_parallel(args: Namespace) -> int:
+    """Ranks that share a replica of the model, but for its experts."""
+    tp_pp = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    return tp_pp * args.context_parallel_size
+
+
 def _fragile_memory(_: Namespace) -> bool:
     expandable = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     return expandable and os.environ.get("NCCL_GRAPH_REGISTER") != "0"
@@ -85,6 +91,7 @@ LOGGED_INSIDE = (
     "save_dgrads_interval",
     "save_tokens_per_expert_interval",
     "log_max_attention_logit",
+    "moe_routing_trace_path",
 )
 """Flags that take tensors out of the layers, through hooks or attributes that no replay reaches."""
 
@@ -122,7 +129,8 @@ ANY = (
     Rule(
         lambda args: any(getattr(args, flag) for flag in LOGGED_INSIDE),
         "a replay shows nothing of its layers to --save-activations-interval, "
-        "--save-dgrads-interval, --save-tokens-per-expert-interval and --log-max-attention-logit",
+        "--save-dgrads-interval, --save-tokens-per-expert-interval, --log-max-attention-logit and "
+        "--moe-routing-trace-path",
     ),
     Rule(
         lambda args: args.attention_dropout > 0 and _recomputed(args, "core_attn"),
@@ -153,8 +161,18 @@ WHOLE = (
         "nobody has captured a step with --ep-overlap-early-attn-memory-release",
     ),
     Rule(
-        lambda args: args.pipeline_model_parallel_size > 1 and uses_nccl_ep(args),
-        "a graph of a pipeline with NCCL EP was not compared with a run without",
+        lambda args: _model_parallel(args) > 1 and uses_nccl_ep(args),
+        "no graph with pipeline, tensor or context parallelism and NCCL EP was compared with a run "
+        "without",
+    ),
+    Rule(
+        lambda args: args.tp_comm_overlap,
+        "nobody has captured a step with --tp-comm-overlap",
+    ),
+    Rule(
+        lambda args: args.save_wgrads_interval is not None,
+        "a replay reduces gradients as the captured step did, and --save-wgrads-interval wants "
+        "them whole on every rank",
     ),
     Rule(
         lambda args: args.mtp_detach_heads,

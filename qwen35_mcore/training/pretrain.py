@@ -38,6 +38,7 @@ with quiet_imports():
     from qwen35_mcore.mcore.patches.install import install
     from qwen35_mcore.model.build import make_model_provider
     from qwen35_mcore.training.arguments import parse_arguments
+    from qwen35_mcore.training.checks.data import check_batch
     from qwen35_mcore.training.cuda_graphs import free_graphs
     from qwen35_mcore.training.datasets import datasets
     from qwen35_mcore.training.forward_step import forward_step
@@ -76,7 +77,11 @@ def train(
         ConfigError: a patch that cannot tell whether an untested megatron-core needs it.
         NonFiniteError: NaN or infinity in a loss, a gradient or a weight that would be saved.
     """
-    install(partial(training_flops, model_config), accept_untested=args.accept_untested_megatron)
+    install(
+        partial(training_flops, model_config),
+        partial(check_batch, vocab_size=args.padded_vocab_size),
+        accept_untested=args.accept_untested_megatron,
+    )
     if args.optimizer == "muon" and args.rank == 0:
         print(f"> {describe(model_config, args.muon_scalar_optimizer)}", flush=True)
     try:
@@ -88,8 +93,8 @@ def train(
             model_provider=model_provider,
         )
     finally:
-        close_loaders()
         free_graphs()
+        close_loaders()
 
 
 def main() -> None:

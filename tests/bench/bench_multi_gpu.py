@@ -135,9 +135,9 @@ def steps(ranks: int, gpus: int) -> dict[str, list[str]]:
     """Names of everything that a call can do, by part."""
     from tests.bench.multi_gpu import parallel, resume, train
 
-    on_gpus = gpus > 0
-    compared = {"parallel": parallel.names(ranks, on_gpus=on_gpus)}
-    if ranks > gpus > 0:
+    on_gpus, shared = gpus > 0, ranks > gpus > 0
+    compared = {"parallel": parallel.names(ranks, on_gpus=on_gpus, shared=shared)}
+    if shared:
         return compared
     return compared | {
         "train": [variant.name for variant in train.variants(ranks, on_gpus=on_gpus)],

@@ -14,6 +14,8 @@ __all__ = ["train"]  # a fixture
 pytestmark = pytest.mark.gpu
 
 LAYOUTS = {
+    # the step behind an evaluation is the captured one
+    "DP2": ("--overlap-grad-reduce", "--overlap-param-gather", "--eval-interval", "1"),
     "PP2": ("--pipeline-model-parallel-size", "2"),
     "PP2 x VPP2": (
         *("--pipeline-model-parallel-size", "2"),

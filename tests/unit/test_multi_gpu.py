@@ -18,6 +18,7 @@ import pytest
 from qwen35_mcore.config.flavors import get_flavor
 from qwen35_mcore.config.flops import training_flops
 from qwen35_mcore.errors import ConfigError, PlanError
+from qwen35_mcore.mcore import nccl_ep
 from qwen35_mcore.planner import emit
 from qwen35_mcore.planner.candidate import Candidate
 from qwen35_mcore.planner.hardware import GIB, get_gpu
@@ -368,9 +369,14 @@ def test_ranks_that_cannot_run_are_refused(
         check_ranks(ranks, gpus, present)
 
 
-def test_ranks_that_share_a_gpu_are_hosts_of_their_own_and_time_nothing() -> None:
+def test_ranks_that_share_a_gpu_are_hosts_of_their_own_and_time_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     check_ranks(4, 1, 1)
     assert list(steps(4, 1)) == ["parallel"]
+    monkeypatch.setattr(nccl_ep, "unavailable", lambda: None)
+    assert not any("NCCL EP" in name for name in steps(4, 1)["parallel"])
+    assert any("NCCL EP" in name for name in steps(4, 4)["parallel"])
     assert list(steps(4, 4)) == list(steps(4, 0)) == ["parallel", "train", "resume", "plan"]
     shared, own = WorkerPool(4, gpus=2), WorkerPool(2, gpus=2)
     places = [shared._place(rank) for rank in range(4)]

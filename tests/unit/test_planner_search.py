@@ -105,7 +105,8 @@ SWITCHES = [
     ({"dispatcher": "ncclep"}, "spreads experts in a node"),
     ({"ep": 16, "dispatcher": "ncclep"}, "spreads experts in a node"),
     ({"ep": 8, "graphs": "full"}, "has no all-to-all"),
-    ({"pp": 2, "ep": 8, "dispatcher": "ncclep", "graphs": "full"}, "goes without NCCL EP"),
+    ({"pp": 2, "ep": 8, "dispatcher": "ncclep", "graphs": "full"}, "tp, cp and pp of 1"),
+    ({"cp": 2, "ep": 8, "dispatcher": "ncclep", "graphs": "full"}, "tp, cp and pp of 1"),
     ({"pp": 2, "ep": 8, "graphs": "parts", "recompute": "full"}, "without recompute=full"),
 ]
 

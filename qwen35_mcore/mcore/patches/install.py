@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.mcore.imports import GPTModel, check_release
-from qwen35_mcore.mcore.patches import flop_count
+from qwen35_mcore.mcore.patches import captured_step, flop_count
 from qwen35_mcore.mcore.patches.probes import Probed, probe_all
 from qwen35_mcore.mcore.patches.table import PATCHES
 from qwen35_mcore.mcore.patches.verdict import Verdict
@@ -18,7 +18,12 @@ from qwen35_mcore.versions import TESTED_MEGATRON_CORE, installed_megatron_core
 ACCEPT_FLAG = "--accept-untested-megatron"
 
 
-def install(step_flops: Callable[[float, float], float], *, accept_untested: bool = False) -> None:
+def install(
+    step_flops: Callable[[float, float], float],
+    check_batch: captured_step.Check | None = None,
+    *,
+    accept_untested: bool = False,
+) -> None:
     """Apply every patch that the installed megatron-core needs; call it once a process.
 
     On a tested release that is all of them. On another one a patch is applied where its probe shows
@@ -26,6 +31,7 @@ def install(step_flops: Callable[[float, float], float], *, accept_untested: boo
 
     Args:
         step_flops: see `flop_count.count_by`.
+        check_batch: see `captured_step.check_by`.
         accept_untested: on an untested release, apply also what no probe can judge.
 
     Raises:
@@ -34,6 +40,7 @@ def install(step_flops: Callable[[float, float], float], *, accept_untested: boo
     """
     check_release()
     flop_count.count_by(step_flops)
+    captured_step.check_by(check_batch)
     needed = {patch.name for patch in PATCHES}
     if installed_megatron_core() not in TESTED_MEGATRON_CORE:
         needed = _needed_on_untested(accept_untested)

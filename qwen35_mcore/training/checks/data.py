@@ -47,8 +47,8 @@ def check_batch(tokens: Any, labels: Any, vocab_size: int) -> None:
 
     Args:
         tokens, labels: int64 tensors of any shape; None where the batch has none. Those on a
-            device are not checked: one graph of the step reads its batch from there, and may not
-            wait for the host.
+            device are passed over: with one graph of the step the batch was checked before it was
+            copied there (`mcore.patches.captured_step`).
         vocab_size: rows of the model's embedding.
 
     Raises:

@@ -39,13 +39,19 @@ class Machine:
     def on_gpus(self) -> bool:
         return self.gpus > 0
 
+    @property
+    def shares(self) -> bool:
+        """Whether ranks share a GPU."""
+        return self.ranks > self.gpus > 0
+
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
     @property
     def label(self) -> dict[str, Any]:
         """What results of this machine have in common."""
-        return {"card": self.card, "ranks": self.ranks}
+        shared = {"gpus": self.gpus} if self.shares else {}
+        return {"card": self.card, "ranks": self.ranks} | shared
 
 
 def check_ranks(ranks: int, gpus: int | None, present: int) -> None:

@@ -40,11 +40,11 @@ Outcome = tuple[str, str, dict[str, Any]]
 """Status, text, and data."""
 
 
-def names(machine_ranks: int, *, on_gpus: bool) -> list[str]:
+def names(ranks: int, *, on_gpus: bool, shared: bool = False) -> list[str]:
     """Every comparison of this part, in order."""
     found = []
-    for precision in precisions(on_gpus=on_gpus):
-        found += [f"{case.name}, {precision.name}" for case in cases(machine_ranks, precision)]
+    for precision in precisions(on_gpus=on_gpus, shared=shared):
+        found += [f"{case.name}, {precision.name}" for case in cases(ranks, precision)]
         found.append(f"{CONTROL}, {precision.name}")
     return found
 
@@ -64,7 +64,7 @@ def run(machine: Machine, results: Results, chosen: list[str]) -> None:
 
 def run_in(pool: WorkerPool, machine: Machine, results: Results, chosen: list[str]) -> None:
     """The same in workers that are there already, without the table."""
-    for precision in precisions(on_gpus=machine.on_gpus):
+    for precision in precisions(on_gpus=machine.on_gpus, shared=machine.shares):
         for case in cases(machine.ranks, precision):
             name = f"{case.name}, {precision.name}"
             if name in chosen:

@@ -72,8 +72,9 @@ LOCAL_ON_CPU = Precision("fp32 local", Tolerance(2e-6, 2e-5, 1e-4), model=MOE, l
 LOCAL = Precision("fp32 local", FLOAT32_GPU, run={"gdn_kernel": "torch"}, model=REAL_HEADS)
 
 
-def precisions(*, on_gpus: bool) -> list[Precision]:
-    """On a CPU only the local backend runs."""
+def precisions(*, on_gpus: bool, shared: bool = False) -> list[Precision]:
+    """On a CPU only the local backend runs. NCCL EP exchanges rows within a host, and ranks that
+    share a GPU are hosts of their own."""
     if not on_gpus:
         return [LOCAL_ON_CPU]
     from megatron.core.transformer.enums import AttnBackend
@@ -97,7 +98,7 @@ def precisions(*, on_gpus: bool) -> list[Precision]:
             run=fast_settings(),
             model=REAL_HEADS | {"num_experts_per_tok": 16},
             dtype=torch.bfloat16,
-            nccl_ep=nccl_ep.unavailable() is None,
+            nccl_ep=nccl_ep.unavailable() is None and not shared,
             wrong=1.5,
         ),
         Precision(

@@ -66,6 +66,8 @@ class Model:
         self.groups = groups_of(candidate, job)
         alike = replace(candidate, pp=min(2, candidate.pp), vpp=1)
         self.part = {kind: _part(job, alike, kind) for kind in dict.fromkeys(self.kinds)}
+        if candidate.graphs == "none":
+            self.part["L"] = self._hiding_launches(replace(alike, graphs="full"))
         self.workspace_bytes = max(part.kept.transient for part in self.part.values())
         """Most that a backward pass needs on top of what is kept."""
         self.placeholder_bytes = memory.placeholder_bytes(
@@ -77,6 +79,21 @@ class Model:
         self.capacity_bytes = job.usable_bytes - besides
         """What parameters and activations may take on a GPU, the placeholder of an embedding or an
         output layer included."""
+
+    def _hiding_launches(self, graphed: Candidate) -> Part:
+        """The loss, less what it hides: while the GPU computes it, the host launches the backward
+        pass of the layers, here those of an average pipeline rank."""
+        loss, work = self.part["L"], _part(self.job, graphed, "L")
+        launches = 0.0
+        for kind in self.kinds[1:-1]:
+            launched, replayed = (
+                sum(term.backward_s for term in part.terms if term.name == "compute")
+                for part in (self.part[kind], _part(self.job, graphed, kind))
+            )
+            launches += max(0.0, launched - replayed)
+        hidden_s = min(work.forward_s + work.backward_s, launches / self.candidate.pp)
+        terms = (*loss.terms, Term("compute", 0.0, -hidden_s))
+        return replace(loss, terms=terms, backward_s=loss.backward_s - hidden_s)
 
     def _apart_bytes(self) -> float:
         """Beside what the parts hold: as many rows as NCCL EP receives, for it to stage them, what

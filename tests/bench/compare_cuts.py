@@ -26,7 +26,10 @@ from qwen35_mcore.planner.layers import Model
 from qwen35_mcore.planner.stages import Chain, Splits, Unit
 
 PRESETS = Path(__file__).parents[2] / "launch" / "presets"
-SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size", "recompute", "precision")
+SIZES = (
+    *("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size"),
+    *("recompute", "precision", "dispatcher", "graphs"),
+)
 
 
 def halves(model: Model, kind: str, layer: Unit) -> tuple[Unit, Unit]:

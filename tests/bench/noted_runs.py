@@ -97,6 +97,7 @@ NOTED = (
     Noted("balanced", f"ep=2,{_FP8}", 778, 63.7),
     Noted("natural", "ep=2,graphs=parts", 469, 58.1, **_H200),
     Noted("natural", "ep=2,dispatcher=ncclep,graphs=parts", 410.1, 58.6, **_H200),
+    Noted("natural", "ep=2,dispatcher=ncclep", 467.5, 58.6, **_H200),
     Noted("natural", "ep=2,dispatcher=ncclep,graphs=full", 372.5, 58.7, **_H200),
     Noted("natural", "pp=2,graphs=parts,layout=Ett|ttmL", 625.0, 48.4, **_PIPELINE),
     Noted("natural", "pp=2,graphs=parts,layout=Et*4|mL", 485.2, 44.3, **_PIPELINE),

@@ -314,12 +314,39 @@ ON_H200 = [one for one in NOTED if one.gpu == H200.name]
 
 @pytest.mark.parametrize("one", ON_H200, ids=lambda one: f"{one.gpus}-{one.name}-{one.layout}")
 def test_measured_jobs_are_predicted(one: Noted) -> None:
-    """Memory within 5 %, and time within 10 % where graphs leave the host little to launch."""
+    """Memory within 5 % and time within 10 %; over ranks that share a sequence 13 %, since what they
+    copy and exchange around attention's products is not counted."""
     prediction = one.prediction()
     assert one.gib is not None
     assert peak_bytes(prediction) / GIB == pytest.approx(one.gib, rel=0.05)
-    if prediction.candidate.graphs != "none":
-        assert prediction.step_s * 1e3 == pytest.approx(one.ms, rel=0.1)
+    within = 0.13 if prediction.candidate.cp > 1 else 0.1
+    assert prediction.step_s * 1e3 == pytest.approx(one.ms, rel=within)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [one for one in NOTED if "graphs=" in one.layout],
+    ids=lambda one: f"{one.gpu}-{one.gpus}-{one.experts}-{one.layout}",
+)
+def test_measured_jobs_with_graphs_are_predicted(one: Noted) -> None:
+    assert one.prediction().step_s * 1e3 == pytest.approx(one.ms, rel=0.06)
+
+
+@pytest.mark.parametrize("layout", ["mbs=1", "mbs=1,recompute=full", "pp=2,mbs=1", "mbs=4"])
+def test_the_loss_hides_launches_of_the_backward_pass(layout: str) -> None:
+    """Of an average pipeline rank, while the GPU computes the loss; in graphs there are none."""
+    beside: dict[str, Any] = {"gpu": H200.name, "cross_entropy": "te", "experts": 64}
+    job, candidate, _ = Noted("", layout, 1.0, gpus=4, **beside).job()
+    launched, graphed = (
+        Model(job, replace(candidate, graphs=graphs)).part for graphs in ("none", "full")
+    )
+    beyond = sum(launched[kind].backward_s - graphed[kind].backward_s for kind in "gggam")
+    *whole, hidden = launched["L"].terms
+    on_gpu = graphed["L"].forward_s + graphed["L"].backward_s
+    assert 0 < -hidden.backward_s == pytest.approx(min(on_gpu, beyond / candidate.pp))
+    counted = sum(term.backward_s for term in whole) + hidden.backward_s
+    assert launched["L"].backward_s == pytest.approx(counted)
+    assert all(term.backward_s >= 0 for term in graphed["L"].terms)
 
 
 def test_the_package_has_a_measurement_for_every_gpu(

@@ -92,9 +92,9 @@ def test_the_stages_are_better_than_even_ones() -> None:
     assert even is not None
     assert fits.step_s < 0.75 * even
 
-    too_large = search(
-        job_of("35b-a3b", 16, 512), Space(pp=(2,), micro_batch_size=(8,)), top=1
-    ).best[0]
+    candidate = Candidate(pp=4, ep=4, micro_batch_size=8, recompute="full")
+    too_large = predict(job_of("35b-a3b", 16, 512), candidate)
+    assert not too_large.missing_bytes
     assert too_large.even_split_step_s is None
     even_cuts = too_large.splits.even()
     assert even_cuts is not None

@@ -314,7 +314,7 @@ ON_H200 = [one for one in NOTED if one.gpu == H200.name]
 
 @pytest.mark.parametrize("one", ON_H200, ids=lambda one: f"{one.gpus}-{one.name}-{one.layout}")
 def test_measured_jobs_are_predicted(one: Noted) -> None:
-    """Memory within 5 % and time within 10 %; over ranks that share a sequence 13 %, since what they
+    """Memory within 5 %, time within 10 %; over ranks that share a sequence 13 %, since what they
     copy and exchange around attention's products is not counted."""
     prediction = one.prediction()
     assert one.gib is not None

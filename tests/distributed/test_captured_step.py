@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from functools import partial
 from typing import Any
@@ -70,6 +71,41 @@ def test_a_captured_step_gathers_parameters_whatever_was_before_it(pool: WorkerP
         assert usual > 0
         assert others == [0, 0]
         assert found["captured"] == [usual] * 3
+
+
+def steps_of_megatrons_wrapper() -> tuple[list[int], str]:
+    """How often parameters had to be gathered after each step, the second of which is captured, and
+    what stopped the sixth, whose batch has an id outside the vocabulary."""
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+
+    for patch in captured_step.PATCHES:
+        patch.apply()
+    model = mock.MagicMock(spec=DistributedDataParallel)
+    ids = iter([{"tokens": torch.tensor([[n]]), "labels": None} for n in (0, 1, 2, 3, 255, 256)])
+    cuda = ("Stream", "stream", "current_stream", "CUDAGraph", "graph", "graph_pool_handle")
+    with contextlib.ExitStack() as stack:
+        captured_step.check_by(partial(check_batch, vocab_size=256))
+        stack.callback(captured_step.check_by, None)
+        for name in cuda:
+            stack.enter_context(mock.patch.object(torch.cuda, name, mock.MagicMock()))
+        states = "megatron.core.full_cuda_graph.get_all_rng_states"
+        stack.enter_context(mock.patch(states, return_value={}))
+        wrapper = FullCudaGraphWrapper(lambda **_: None, cuda_graph_warmup_steps=1)
+        step = partial(wrapper, model=[model], data_iterator=ids, num_microbatches=1, seq_length=1)
+        gathered = []
+        for _ in range(5):
+            step(forward_only=False)
+            gathered.append(model.reset_param_sync_dispatch_state.call_count)
+        with pytest.raises(DataError) as error:
+            step(forward_only=False)
+    return gathered, str(error.value)
+
+
+def test_megatrons_wrapper_calls_what_took_the_place_of_its_own(pool: WorkerPool) -> None:
+    [(gathered, error)] = pool.run(steps_of_megatrons_wrapper, 1)
+    assert gathered == [0, 1, 1, 1, 1]
+    assert "got: 256" in error
 
 
 @pytest.mark.parametrize("wrong", [-1, 256])

@@ -33,10 +33,13 @@ class Rule:
     Attributes:
         against: whether it is, from a run's flags as they were parsed.
         why: the end of a sentence.
+        silent: whether such a graph would be wrong without a word; then it is refused where a flag
+            asks for it.
     """
 
     against: Callable[[Namespace], bool]
     why: str
+    silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ ANY = (
     Rule(
         lambda args: bool(args.step_batch_size_schedule or args.decrease_batch_size_if_needed),
         "the number of microbatches changes while the run goes on",
+        silent=True,
     ),
     Rule(
         lambda args: args.fine_grained_activation_offloading,
@@ -131,6 +135,7 @@ ANY = (
         "a replay shows nothing of its layers to --save-activations-interval, "
         "--save-dgrads-interval, --save-tokens-per-expert-interval, --log-max-attention-logit and "
         "--moe-routing-trace-path",
+        silent=True,
     ),
     Rule(
         lambda args: args.attention_dropout > 0 and _recomputed(args, "core_attn"),
@@ -173,6 +178,7 @@ WHOLE = (
         lambda args: args.save_wgrads_interval is not None,
         "a replay reduces gradients as the captured step did, and --save-wgrads-interval wants "
         "them whole on every rank",
+        silent=True,
     ),
     Rule(
         lambda args: args.mtp_detach_heads,
@@ -284,6 +290,26 @@ def _named_parts(args: Namespace) -> Graphs | None:
 def _names(modules: tuple[Any, ...]) -> list[str]:
     """As on the command line; megatron parses them to an enum, but for older values."""
     return [getattr(module, "name", module) for module in modules]
+
+
+def check_graphs(args: Namespace) -> None:
+    """Refuse graphs that a flag asks for and that would be wrong without a word.
+
+    Raises:
+        ConfigError: a silent rule is against them.
+    """
+    older = [name for name in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, name)]
+    if args.cuda_graph_impl == "none" and not older:
+        return
+    rules = ANY + (WHOLE if args.cuda_graph_impl == "full_iteration" else PARTS)
+    why = _first(args, tuple(rule for rule in rules if rule.silent))
+    if why:
+        option = "--" + older[0].replace("_", "-") if older else "--cuda-graph-impl"
+        raise ConfigError(
+            f"{option} asks for CUDA graphs that this run cannot have: {why}",
+            got=option if older else f"{option} {args.cuda_graph_impl}",
+            fix=f"drop {option}" if older else f"pass {option} none",
+        )
 
 
 def free_graphs() -> None:

@@ -22,6 +22,7 @@ from qwen35_mcore.training.cuda_graphs import (
     ANY,
     PARTS,
     WHOLE,
+    check_graphs,
     choose_graphs,
     decide,
     free_graphs,
@@ -397,6 +398,45 @@ def test_no_run_is_refused_for_what_was_chosen(
     plain = ["--cuda-graph-impl none", "--moe-token-dispatcher-type alltoall", *others]
     why = refused(" ".join([layout, recomputed, *switches]).split())
     assert not why or refused(" ".join([layout, recomputed, *plain]).split())
+
+
+SILENT = (
+    {"save_activations_interval": 5},
+    {"log_max_attention_logit": True},
+    {"moe_routing_trace_path": "folder"},
+    {"step_batch_size_schedule": "0:8 1B:16"},
+)
+NAMED = (
+    {"cuda_graph_impl": "full_iteration"},
+    {"cuda_graph_impl": "transformer_engine"},
+    {"cuda_graph_impl": "local"},
+    {"cuda_graph_impl": "none", "enable_cuda_graph": True},
+)
+
+
+@pytest.mark.parametrize("named", NAMED)
+@pytest.mark.parametrize("more", SILENT)
+def test_graphs_that_would_be_wrong_without_a_word_are_refused(
+    named: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """Where a flag asks for them. Without it the run has no graphs."""
+    check_graphs(run(**named))
+    check_graphs(run(**more, cuda_graph_impl="none"))
+    with pytest.raises(ConfigError, match="graphs that this run cannot have") as error:
+        check_graphs(run(**named, **more))
+    older = "enable_cuda_graph" in named
+    fix = "drop --enable-cuda-graph" if older else "pass --cuda-graph-impl none"
+    assert f"fix: {fix}" in str(error.value)
+    args = run(**more, cuda_graph_impl="auto")
+    choose_graphs(args)
+    check_graphs(args)
+
+
+def test_weight_gradients_are_saved_of_a_step_that_is_no_graph() -> None:
+    saved = {"save_wgrads_interval": 5}
+    check_graphs(run(cuda_graph_impl="transformer_engine", **saved))
+    with pytest.raises(ConfigError, match="wants them whole on every rank"):
+        check_graphs(run(cuda_graph_impl="full_iteration", **saved))
 
 
 def test_graphs_are_freed_whoever_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from qwen35_mcore.training.checks.packing import check_packing, lengths_vary
 from qwen35_mcore.training.checks.vision import check_vision
 from qwen35_mcore.training.checks.written_folders import check_written_folders
 from qwen35_mcore.training.choices import expert_ranks
-from qwen35_mcore.training.cuda_graphs import host_counts_tokens
+from qwen35_mcore.training.cuda_graphs import check_graphs, host_counts_tokens
 from qwen35_mcore.training.decoder import virtual_stages
 from qwen35_mcore.training.flags.flex_dispatcher import check_flex
 from qwen35_mcore.training.flags.fsdp import check_fsdp
@@ -65,6 +65,7 @@ def check_flags(args: Namespace) -> None:
     if args.optimizer in MUON:
         check_muon(args)
     _check_graph_device(args)
+    check_graphs(args)
     if args.num_experts:
         check_flex(args)
         _check_hidden_exchange(args)

@@ -12,6 +12,7 @@ from qwen35_mcore.errors import ConfigError
 from qwen35_mcore.training.arguments import parse_arguments
 from qwen35_mcore.training.checks.launcher import OF_A_LAUNCHER, TASKS_OF_OTHER_LAUNCHERS
 from qwen35_mcore.training.checks.run import check_flags
+from qwen35_mcore.training.cuda_graphs import LOGGED_INSIDE
 
 
 def run(**more: Any) -> Namespace:
@@ -29,7 +30,8 @@ def run(**more: Any) -> Namespace:
     off += ("fp8", "fp4", "delay_wgrad_compute", "lr_warmup_iters", "lr_warmup_samples")
     off += ("train_samples", "lr_decay_iters", "lr_decay_samples", "data_path", "data_args_path")
     off += ("per_split_data_args_path", "train_data_path", "valid_data_path", "test_data_path")
-    off += ("image_data", "overlap_moe_expert_parallel_comm")
+    off += ("image_data", "overlap_moe_expert_parallel_comm", *LOGGED_INSIDE)
+    off += ("save_wgrads_interval", "step_batch_size_schedule", "decrease_batch_size_if_needed")
     given = {
         "ckpt_format": "torch_dist",
         "bf16": True,

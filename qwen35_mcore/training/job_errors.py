@@ -87,11 +87,13 @@ def _prints(store: Any) -> bool:
     Before the process groups form that is rank 0, unless it sees no error (a file that only another
     node lacks); afterwards the first rank to come, because the others may wait for it for ever.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank, ranks = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    # of a number that cannot be there is no rank 0 that would print
+    another = rank.isdecimal() and ranks.isdecimal() and 0 < int(rank) < int(ranks)
     if store is None:
-        return rank == 0
+        return not another
     try:
-        if rank != 0 and not dist.is_initialized():
+        if another and not dist.is_initialized():
             with contextlib.suppress(dist.DistStoreError):
                 store.wait([_KEY], timedelta(seconds=PATIENCE_S))
         return int(store.add(_KEY, 1)) == 1

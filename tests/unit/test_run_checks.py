@@ -13,6 +13,7 @@ from qwen35_mcore.training.arguments import parse_arguments
 from qwen35_mcore.training.checks.launcher import OF_A_LAUNCHER, TASKS_OF_OTHER_LAUNCHERS
 from qwen35_mcore.training.checks.run import check_flags
 from qwen35_mcore.training.cuda_graphs import LOGGED_INSIDE
+from qwen35_mcore.training.job_errors import reported_once
 
 
 def run(**more: Any) -> Namespace:
@@ -230,3 +231,24 @@ def test_a_part_of_a_launchers_variables(
         monkeypatch.setenv(name, text)
     with pytest.raises(ConfigError, match=f"got: {got}"):
         parse_arguments(["--flavor", "tiny-dense"])
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "prints"),
+    [("0", "2", True), ("1", "2", False), ("-1", "2", True), ("2", "2", True), ("x", "2", True),
+     ("1", "", True)],
+)  # fmt: skip
+def test_a_rank_that_cannot_be_there_is_not_silent(
+    rank: str,
+    ranks: str,
+    prints: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    with pytest.raises(SystemExit) as left, reported_once():
+        raise ConfigError("no such rank")
+    assert left.value.code == 2
+    assert ("error: no such rank" in capsys.readouterr().err) == prints

@@ -14,7 +14,7 @@ from qwen35_mcore.config.flops import attention_layer_flops, gdn_layer_flops
 from qwen35_mcore.parallel.parameters import Parameters, feed_forward_parameters, mixer_parameters
 from qwen35_mcore.planner import activations
 from qwen35_mcore.planner.activations import Kept
-from qwen35_mcore.planner.calibration.rows import Calibration, LayerRow, sources
+from qwen35_mcore.planner.calibration.rows import Calibration, LayerRow, launch_s, sources
 from qwen35_mcore.planner.candidate import Candidate, Microbatch
 from qwen35_mcore.planner.hardware import Gpu, get_gpu
 
@@ -22,9 +22,9 @@ Pair = tuple[float, float]
 ASSUMED_EFFICIENCY = 0.7
 """Of the ideal, for parts that nobody measured, and at most for work beyond a measurement that was
 bound by launches."""
-LAUNCH_S = {"gdn": 3.0e-3, "attention": 3.0e-3, "moe": 6.0e-3, "mlp": 1.5e-3, "output": 0.0}
-"""Forward and backward, if the host's launches are all that takes time, where no small size was
-measured. The forward pass has a third of it."""
+TOWER_LAUNCH_S = 4.5e-3
+"""What the host needs to launch a block of the vision tower, forward and backward. The forward pass
+has a third of it."""
 FP8_OVER_BF16 = 1.16
 """Time in FP8 over time in bfloat16 where FP8 was not measured: that of blockwise FP8 on the layer
 stack of tests/bench/NOTES.md (85.1 and 73.1 ms), whose casts cost more than its products save."""
@@ -129,7 +129,7 @@ def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) ->
     forward, backward = todo.ideal_s(gpu, precision)
     if part in ("embedding", "joining", "vision"):
         blocks = batch.images.vision.depth if part == "vision" and batch.images else 0
-        launches = blocks * (LAUNCH_S["attention"] + LAUNCH_S["mlp"])
+        launches = blocks * TOWER_LAUNCH_S
         forward, backward = forward / ASSUMED_EFFICIENCY, backward / ASSUMED_EFFICIENCY
         return max(forward, launches / 3), max(backward, launches * 2 / 3)
     found = measured(part, batch, calibration)
@@ -140,7 +140,11 @@ def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) ->
     # of a mixture of experts the graphs of parts launch the router, whose share nobody measured
     parts = part in ("gdn", "attention", "mlp")
     if not {"none": False, "parts": parts, "full": True}[batch.candidate.graphs]:
-        return found.seconds(todo, gpu, precision)
+        alone = found.seconds(todo, gpu, precision)
+        if batch.candidate.graphs == "parts":  # which launch norm and residual, too
+            return alone
+        launched = launch_s(calibration, part, precision)
+        return max(alone[0], launched[0]), max(alone[1], launched[1])
     graphed = measured(part, batch, calibration, graphed=True)
     return (graphed or found).seconds(todo, gpu, precision)
 
@@ -232,12 +236,14 @@ def _measured(
     points = {row: _points(row, gpu, graphed) for row in rows}
     chosen = tuple(row for row in rows if distance(row) == nearest)
 
-    def curve(which: int, share: float) -> Curve:
+    launches = (0.0, 0.0) if graphed else launch_s(calibration, part, precision)
+
+    def curve(which: int) -> Curve:
         best = max(ideal / time for ideal, time in (pair[which] for pair in points.values()))
         own = tuple(sorted(points[row][which] for row in chosen))
-        return Curve(own, 0.0 if graphed else LAUNCH_S[part] * share, best)
+        return Curve(own, launches[which], best)
 
-    return Measured(curve(0, 1 / 3), curve(1, 2 / 3), chosen, gpu)
+    return Measured(curve(0), curve(1), chosen, gpu)
 
 
 def batch_of(row: LayerRow) -> Microbatch:

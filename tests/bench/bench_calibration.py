@@ -3,9 +3,9 @@
     python -m tests.bench.bench_calibration --output qwen35_mcore/planner/calibration/h100-80g.json
 
 Layers are timed alone, forward and backward, launched by the host and replayed as CUDA graphs, with
-what autograd keeps between the two. Runs are training steps of cut models through megatron's
-schedule, DDP and distributed optimizer on one GPU; their peaks are what the planner's memory model
-is compared with.
+what autograd keeps between the two. Launches are what the host needs for a layer in a run. Runs are
+training steps of cut models through megatron's schedule, DDP and distributed optimizer on one GPU;
+their peaks are what the planner's memory model is compared with.
 """
 
 from __future__ import annotations
@@ -22,15 +22,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from qwen35_mcore.config.layer_pattern import LayerKind
 from qwen35_mcore.config.model_config import Qwen35Config
 from qwen35_mcore.kernels import main_gradient
+from qwen35_mcore.mcore.patches import accumulating_products
 from qwen35_mcore.model.build import build_model
 from qwen35_mcore.model.spec_providers import get_spec_provider
-from qwen35_mcore.model.specs import gated_attention_spec, gated_delta_net_spec, layer_spec
+from qwen35_mcore.model.specs import (
+    feed_forward_modules,
+    gated_attention_spec,
+    gated_delta_net_spec,
+    layer_spec,
+    mixer_modules,
+)
 from tests.bench import graphs
 from tests.bench.common import cut_config, gpu_config, median_ms, start
 from tests.helpers.batches import Batch
@@ -65,6 +75,19 @@ LAYERS = [
     ("mlp", "27b", None, 1, "bf16"),
     ("output", "35b-a3b", None, 1, "bf16"),
 ]
+LAUNCHES = [
+    # part, flavor, local experts, precision
+    (part, flavor, experts, precision)
+    for precision in ("bf16", "fp8-tensorwise")
+    for part, flavor, experts in (
+        ("gdn", "35b-a3b", 32),
+        ("moe", "35b-a3b", 32),
+        ("attention", "35b-a3b", 32),
+        ("mlp", "4b", None),
+    )
+]
+STACKED, SHORT = 4, 256
+"""Layers whose launches are timed together, and tokens that leave the GPU waiting for them."""
 RUNS = [
     # flavor, layers, experts, microbatch, microbatches, recompute, precision
     ("35b-a3b", 4, 64, 1, 2, "none", "bf16"),
@@ -115,8 +138,6 @@ def time_layer(
     x.requires_grad_()
 
     def run() -> torch.Tensor:
-        from megatron.core.fp8_utils import get_fp8_context
-
         x.grad = None
         for p in module.parameters():
             p.grad = None
@@ -162,6 +183,62 @@ def _milliseconds(forward: Callable[[], Any], both: Callable[[], Any]) -> dict[s
     return {"forward_ms": forward_ms, "backward_ms": both_ms - forward_ms}
 
 
+class _Stack(torch.nn.Module):
+    """Layers one behind the other."""
+
+    def __init__(self, layers: list[torch.nn.Module], rotary: torch.Tensor) -> None:
+        super().__init__()
+        self.layers, self.rotary = torch.nn.ModuleList(layers), rotary
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, attention_mask=None, rotary_pos_emb=self.rotary)[0]
+        return x
+
+
+def time_launches(part: str, flavor: str, experts: int | None, precision: str) -> Any:
+    """A row of the file's "launches": of layers that have this part alone, with norm, residual
+    addition and DDP, which the rows of "layers" lack."""
+    model_config = cut_config(flavor, STACKED, experts)
+    config = gpu_config(
+        model_config,
+        FP8[precision],
+        moe_router_force_load_balancing=True,
+        moe_experts="grouped_mm" if precision == "bf16" else "auto",
+        gradient_accumulation_fusion=True,
+    )
+    accumulating_products.PATCH.apply()  # as a model's builder does
+    spec_provider = get_spec_provider(config)
+    if part in ("gdn", "attention"):
+        kind = LayerKind.GDN if part == "gdn" else LayerKind.ATTENTION
+        modules = mixer_modules(kind, spec_provider)
+    else:
+        modules = feed_forward_modules(config, spec_provider)
+    spec = ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(**modules))
+    layers = [build_module(spec, config=config, layer_number=n) for n in range(1, STACKED + 1)]
+    stack = _Stack(layers, _rotary(model_config, SHORT)).cuda()
+    wrapped, optimizer = wrap([stack], config, Layout(dtype=torch.bfloat16), 1e-4)
+    x = torch.randn(SHORT, 1, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    x.requires_grad_()
+
+    def run() -> torch.Tensor:
+        with get_fp8_context(config):
+            return wrapped[0](x)
+
+    with torch.no_grad():
+        gradient = torch.randn_like(run())
+    launched = _milliseconds(run, lambda: run().backward(gradient))
+    release(wrapped[0], optimizer)
+    each = {name: ms / STACKED for name, ms in launched.items()}
+    return {"part": part, "flavor": flavor, "precision": precision, **each}
+
+
+def _rotary(model_config: Qwen35Config, length: int) -> torch.Tensor:
+    share = model_config.rope_parameters.partial_rotary_factor
+    base = model_config.rope_theta
+    return RotaryEmbedding(model_config.head_dim, share, rotary_base=base)(length)
+
+
 def _part(
     part: str, model_config: Qwen35Config, config: Any, batch: int, length: int
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.nn.Module]:
@@ -172,11 +249,7 @@ def _part(
         module = build_module(
             spec(spec_provider), config=config, layer_number=1, pg_collection=groups
         ).cuda()
-        rotary = RotaryEmbedding(
-            model_config.head_dim,
-            model_config.rope_parameters.partial_rotary_factor,
-            rotary_base=model_config.rope_theta,
-        )(length)
+        rotary = _rotary(model_config, length)
         return lambda x: module(x, attention_mask=None, rotary_pos_emb=rotary)[0], module
     if part in ("moe", "mlp"):
         spec = layer_spec(model_config.layer_types[0], config, spec_provider)
@@ -206,7 +279,7 @@ def measure_run(
     recompute: str,
     precision: str,
 ) -> Any:
-    """A row of the file's "runs": the third of three training steps."""
+    """A row of the file's "runs": peak and median of eleven training steps, after three."""
     model_config = cut_config(flavor, layers, experts, mtp=True)
     config = gpu_config(
         model_config,
@@ -235,7 +308,7 @@ def measure_run(
     model_bytes = torch.cuda.memory_allocated() - left_over
     step()
     torch.cuda.reset_peak_memory_stats()
-    timing = median_ms(step, repeats=3, warmup=0)
+    timing = median_ms(step, repeats=11, warmup=1)
     peak_bytes = torch.cuda.max_memory_allocated() - left_over
     release(wrapped[0], optimizer)
     overrides = {"num_hidden_layers": layers}
@@ -301,6 +374,7 @@ def main() -> None:
         "card": torch.cuda.get_device_name(),
         "versions": _versions(),
         "layers": [],
+        "launches": [],
         "runs": [],
     }
     if args.append and args.output.exists():
@@ -309,7 +383,11 @@ def main() -> None:
             sys.exit(f"{args.output} holds rows of {old['card']}, this is {content['card']}")
         content = old
     failed = False
-    for kind, cases, measure in (("layers", LAYERS, time_layer), ("runs", RUNS, measure_run)):
+    for kind, cases, measure in (
+        ("layers", LAYERS, time_layer),
+        ("launches", LAUNCHES, time_launches),
+        ("runs", RUNS, measure_run),
+    ):
         for case in cases:
             if not re.search(args.match, " ".join(map(str, (kind, *case)))):
                 continue
@@ -323,7 +401,7 @@ def main() -> None:
                 print(kind, *case, "FAILED", flush=True)
                 traceback.print_exc(limit=-5, file=sys.stdout)
                 continue
-            content[kind].append(row)
+            content.setdefault(kind, []).append(row)
             print(kind, *case, *(f"{k}={v}" for k, v in row.items() if k[-2:] in ("ms", "es")))
             partial = args.output.with_suffix(".partial")
             partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -283,6 +283,7 @@ LAYER = {
     "forward_ms": 1.0,
     "backward_ms": 2.0,
 }
+LAUNCHES = {"part": "gdn", "precision": "bf16", "forward_ms": 1.0, "backward_ms": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -300,6 +301,18 @@ LAYER = {
         {"schema": 1, "layers": [{"part": "gdn"}]},
         {"schema": 1, "layers": [LAYER], "newton_schulz_tflops": "fast"},
         {"schema": 1, "layers": [LAYER], "newton_schulz_tflops": -1.0},
+        {"schema": 1, "layers": [LAYER], "launches": {}},
+        {"schema": 1, "layers": [LAYER], "launches": [5]},
+        *(
+            {"schema": 1, "layers": [LAYER], "launches": [LAUNCHES | wrong]}
+            for wrong in (
+                {"part": "head"},
+                {"part": ["gdn"]},
+                {"precision": "fp4"},
+                {"forward_ms": 0},
+                {"backward_ms": float("nan")},
+            )
+        ),
         *(
             {"schema": 1, "layers": [LAYER | wrong]}
             for wrong in (
@@ -352,7 +365,7 @@ def test_the_optimizer_and_graphs_of_a_plan_are_in_its_command() -> None:
 
 
 def test_a_calibration_changes_the_prediction(tmp_path: Path) -> None:
-    """Every measured part twice as fast as the built-in figures: a faster step."""
+    """Every part and its launches twice as fast as the built-in figures: a faster step."""
     row = {"flavor": "35b-a3b", "seq_length": 4096, "micro_batch_size": 1, "precision": "bf16"}
     parts = {"gdn": (0.7, 1.3), "attention": (0.8, 1.5), "moe": (1.3, 2.2)}
     layers = [
@@ -361,7 +374,12 @@ def test_a_calibration_changes_the_prediction(tmp_path: Path) -> None:
         for part, (forward, backward) in parts.items()
     ]
     file = tmp_path / "calibration.json"
-    file.write_text(json.dumps({"schema": 1, "gpu": "h100-80g", "layers": layers, "runs": []}))
+    launches = [
+        {"part": part, "precision": "bf16", "forward_ms": forward, "backward_ms": backward}
+        for part, (forward, backward) in parts.items()
+    ]
+    content = {"schema": 1, "gpu": "h100-80g", "layers": layers, "launches": launches}
+    file.write_text(json.dumps(content))
     layout = ("--explain", "pp=2,ep=8,recompute=full", "--json")
     slow = json.loads(run(*SMALL, *layout).stdout)
     fast = json.loads(run(*SMALL, *layout, "--calibration", str(file)).stdout)

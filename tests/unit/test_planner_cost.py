@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +20,7 @@ from qwen35_mcore.planner.calibration.rows import (
     MEASURED,
     PARTS,
     default_calibration,
+    launch_s,
     layer_row,
     read_calibration,
 )
@@ -35,7 +35,6 @@ from qwen35_mcore.planner.cost import (
     work,
 )
 from qwen35_mcore.planner.hardware import GIB, GPUS, Gpu, get_gpu
-from qwen35_mcore.planner.layers import Model
 from qwen35_mcore.planner.prediction import predict_split
 from qwen35_mcore.planner.report import not_covered
 from tests.bench.compare_plan import (
@@ -162,36 +161,9 @@ def test_a_part_in_a_graph_takes_what_it_took_as_one(gpu: Gpu) -> None:
         expected = row.graphed_s[0] * here / there
         assert seconds(row.part, whole, gpu, own)[0] == pytest.approx(expected)
         if gpu is H200:
-            assert seconds(row.part, batch, gpu, own)[0] == pytest.approx(row.forward_s)
-
-
-def test_experts_are_launched_under_the_graph_of_a_mixer() -> None:
-    """Where nothing waits for the host; never faster than in a graph."""
-    config = get_flavor("35b-a3b")
-    sizes = {"gpus": 8, "seq_length": 4096, "global_batch_size": 8}
-    job = Job(model_config=config, gpu=H200, calibration=default_calibration(H200.name), **sizes)
-
-    def layer(**how: Any) -> tuple[tuple[float, float], ...]:
-        """Of GDN and experts: forward and backward."""
-        terms = Model(job, Candidate(ep=8, **how)).part["g"].terms
-        mixer, experts = (term[1:] for term in terms if term.name == "compute")
-        return mixer, experts
-
-    waiting, alltoall, eager, parts, full = (
-        layer(**how)
-        for how in (
-            {},
-            {"graphs": "parts"},
-            {"dispatcher": "ncclep"},
-            {"graphs": "parts", "dispatcher": "ncclep"},
-            {"graphs": "full", "dispatcher": "ncclep"},
-        )
-    )
-    assert parts[0] == full[0] == alltoall[0]
-    assert alltoall[1] == waiting[1]
-    for which in (0, 1):
-        assert parts[1][which] == max(eager[1][which] - full[0][which], full[1][which])
-    assert parts[1] < eager[1]
+            launched_s = launch_s(own, row.part, row.precision)[0]
+            expected = max(row.forward_s, launched_s)
+            assert seconds(row.part, batch, gpu, own)[0] == pytest.approx(expected)
 
 
 def test_a_report_says_what_lies_outside_the_measurements() -> None:
@@ -314,12 +286,12 @@ ON_H200 = [one for one in NOTED if one.gpu == H200.name]
 
 @pytest.mark.parametrize("one", ON_H200, ids=lambda one: f"{one.gpus}-{one.name}-{one.layout}")
 def test_measured_jobs_are_predicted(one: Noted) -> None:
-    """Memory within 5 %, time within 10 %; over ranks that share a sequence 13 %, since what they
-    copy and exchange around attention's products is not counted."""
+    """Memory within 5 %; time within 10 %, without graphs 15 %: the same eager step took 13 % more
+    and less than the mean of three hosts (tests/bench/NOTES.md)."""
     prediction = one.prediction()
     assert one.gib is not None
     assert peak_bytes(prediction) / GIB == pytest.approx(one.gib, rel=0.05)
-    within = 0.13 if prediction.candidate.cp > 1 else 0.1
+    within = 0.15 if prediction.candidate.graphs == "none" else 0.1
     assert prediction.step_s * 1e3 == pytest.approx(one.ms, rel=within)
 
 
@@ -330,23 +302,6 @@ def test_measured_jobs_are_predicted(one: Noted) -> None:
 )
 def test_measured_jobs_with_graphs_are_predicted(one: Noted) -> None:
     assert one.prediction().step_s * 1e3 == pytest.approx(one.ms, rel=0.06)
-
-
-@pytest.mark.parametrize("layout", ["mbs=1", "mbs=1,recompute=full", "pp=2,mbs=1", "mbs=4"])
-def test_the_loss_hides_launches_of_the_backward_pass(layout: str) -> None:
-    """Of an average pipeline rank, while the GPU computes the loss; in graphs there are none."""
-    beside: dict[str, Any] = {"gpu": H200.name, "cross_entropy": "te", "experts": 64}
-    job, candidate, _ = Noted("", layout, 1.0, gpus=4, **beside).job()
-    launched, graphed = (
-        Model(job, replace(candidate, graphs=graphs)).part for graphs in ("none", "full")
-    )
-    beyond = sum(launched[kind].backward_s - graphed[kind].backward_s for kind in "gggam")
-    *whole, hidden = launched["L"].terms
-    on_gpu = graphed["L"].forward_s + graphed["L"].backward_s
-    assert 0 < -hidden.backward_s == pytest.approx(min(on_gpu, beyond / candidate.pp))
-    counted = sum(term.backward_s for term in whole) + hidden.backward_s
-    assert launched["L"].backward_s == pytest.approx(counted)
-    assert all(term.backward_s >= 0 for term in graphed["L"].terms)
 
 
 def test_the_package_has_a_measurement_for_every_gpu(

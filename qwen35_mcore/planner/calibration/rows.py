@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,9 @@ class Calibration:
     newton_schulz_tflops: float | None = None
     """Of Muon's update of matrices, all that it reads and writes included: "tflops" of "muon
     medium" from ``python -m tests.bench.bench_muon --case 35b-a3b,4,32``."""
+    launches: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    """By part and precision: seconds that the host needs to launch its forward and its backward
+    pass in a run, with norm, residual addition and what DDP does for its gradients."""
 
     def rows(self, part: str, precision: str, *, graphed: bool = False) -> tuple[LayerRow, ...]:
         """Rows of one part in one precision; only those measured as a CUDA graph, too."""
@@ -93,6 +96,16 @@ def sources(calibration: Calibration) -> tuple[Calibration, ...]:
     return (calibration, *map(default_calibration, (calibration.gpu, _STANDARD, *others)))
 
 
+def launch_s(calibration: Calibration, part: str, precision: str) -> tuple[float, float]:
+    """`Calibration.launches` of a part: in its precision where measured, else in bf16; nothing for
+    the output layer, whose launches its work hides."""
+    for name in (precision, "bf16"):
+        for source in sources(calibration):
+            if (part, name) in source.launches:
+                return source.launches[part, name]
+    return 0.0, 0.0
+
+
 def newton_schulz_flops(calibration: Calibration, gpu: Gpu) -> float:
     """Operations a second of Muon's update on a GPU: the share of the peak that was measured."""
     source = next(one for one in sources(calibration) if one.newton_schulz_tflops)
@@ -119,7 +132,11 @@ def read_calibration(path: Path) -> Calibration:
     rows = (_read(row, path, lambda row: layer_row(row, gpu.precisions)) for row in layers)
     muon = content.get("newton_schulz_tflops")
     muon = None if muon is None else _read(muon, path, lambda rate: _in_range(float(rate)))
-    return Calibration(str(path), gpu.name, tuple(rows), muon)
+    listed = content.get("launches", [])
+    if not isinstance(listed, list):
+        raise _unusable(path, 'needs a list as "launches"', listed)
+    launches = (_read(row, path, lambda row: _launches(row, gpu.precisions)) for row in listed)
+    return Calibration(str(path), gpu.name, tuple(rows), muon, dict(launches))
 
 
 def _unusable(path: Path, why: str, got: object) -> PlanError:
@@ -153,13 +170,27 @@ def layer_row(row: Mapping[str, Any], precisions: tuple[str, ...] = PRECISIONS) 
         saved_bytes=row.get("saved_bytes"),
         cross_entropy=row.get("cross_entropy", "native"),
     )
-    if one.part not in PARTS or one.precision not in precisions:
-        raise ValueError(f"allowed: part {', '.join(PARTS)}; precision {', '.join(precisions)}")
+    _check_names(one.part, one.precision, precisions)
     times = (one.forward_s, one.backward_s, *(one.graphed_s or ()))
     numbers = (one.seq_length, one.micro_batch_size, *times)
     for number in numbers:
         _in_range(number)
     return one
+
+
+def _launches(
+    row: Mapping[str, Any], precisions: tuple[str, ...]
+) -> tuple[tuple[str, str], tuple[float, float]]:
+    """An entry of `Calibration.launches`, of a row of "launches"."""
+    part, precision = row["part"], row["precision"]
+    _check_names(part, precision, precisions)
+    forward, backward = (_in_range(float(row[f"{name}_ms"])) for name in ("forward", "backward"))
+    return (part, precision), (forward / 1e3, backward / 1e3)
+
+
+def _check_names(part: str, precision: str, precisions: tuple[str, ...]) -> None:
+    if part not in PARTS or precision not in precisions:
+        raise ValueError(f"allowed: part {', '.join(PARTS)}; precision {', '.join(precisions)}")
 
 
 def _in_range(number: float) -> float:

@@ -62,10 +62,6 @@ def _fragile_memory(_: Namespace) -> bool:
     return expandable and os.environ.get("NCCL_GRAPH_REGISTER") != "0"
 
 
-def _states_passed(args: Namespace) -> bool:
-    return args.context_parallel_size > 1 and args.gdn_context_parallel == "state_passing"
-
-
 def host_counts_tokens(args: Namespace) -> bool:
     """Whether each MoE layer waits for the host to learn how many tokens an expert has."""
     if not args.num_experts:
@@ -216,10 +212,6 @@ WHOLE = (
 """Against one graph of the whole step."""
 
 PARTS = (
-    Rule(
-        _states_passed,
-        "nobody has captured parts of layers that pass states between context parallel ranks",
-    ),
     Rule(
         lambda args: args.recompute_granularity == "full",
         "megatron captures no part of a layer that is computed again as a whole",

@@ -85,6 +85,7 @@ AGAINST_WHOLE = [
     ({"check_for_large_grads": True}, "--check-for-large-grads looks"),
     ({"cuda_graph_warmup_steps": 0}, "--cuda-graph-warmup-steps is 0"),
     ({"moe_token_dispatcher_type": "allgather"}, "how many tokens an expert has"),
+    (STATES | {"moe_token_dispatcher_type": "allgather"}, "how many tokens an expert has"),
 ]
 COUNTED_ROWS = [
     {"moe_expert_capacity_factor": 1.5},
@@ -96,7 +97,6 @@ NOISE = {"moe_input_jitter_eps": 0.1}
 AGAINST_PARTS = [
     ({"recompute_granularity": "full"}, "computed again as a whole"),
     ({"overlap_moe_expert_parallel_comm": True}, "beside another microbatch's"),
-    (STATES, "pass states between context parallel ranks"),
 ]
 AGAINST_ANY = [
     ({"transformer_impl": "local"}, "only Transformer Engine's layers"),

@@ -137,16 +137,14 @@ def seconds(part: str, batch: Microbatch, gpu: Gpu, calibration: Calibration) ->
         in_bf16 = replace(batch, candidate=replace(batch.candidate, precision="bf16"))
         forward, backward = seconds(part, in_bf16, gpu, calibration)
         return forward * FP8_OVER_BF16, backward * FP8_OVER_BF16
-    # of a mixture of experts the graphs of parts launch the router, whose share nobody measured
-    parts = part in ("gdn", "attention", "mlp")
-    if not {"none": False, "parts": parts, "full": True}[batch.candidate.graphs]:
-        alone = found.seconds(todo, gpu, precision)
-        if batch.candidate.graphs == "parts":  # which launch norm and residual, too
-            return alone
+    alone, graphs = found.seconds(todo, gpu, precision), batch.candidate.graphs
+    if graphs == "none":
         launched = launch_s(calibration, part, precision)
         return max(alone[0], launched[0]), max(alone[1], launched[1])
+    if graphs == "parts" and part not in ("gdn", "attention", "mlp"):
+        return alone  # such graphs hold router, norm and residual: the rest was not measured
     graphed = measured(part, batch, calibration, graphed=True)
-    return (graphed or found).seconds(todo, gpu, precision)
+    return graphed.seconds(todo, gpu, precision) if graphed else alone
 
 
 @dataclass(frozen=True)

@@ -126,16 +126,9 @@ def time_layer(
 ) -> Any:
     """A row of the file's "layers"."""
     model_config = cut_config(flavor, 4, experts)
-    config = gpu_config(
-        model_config,
-        FP8[precision],
-        moe_router_force_load_balancing=True,
-        moe_experts="grouped_mm" if precision == "bf16" else "auto",
-        cross_entropy_fusion_impl=CROSS_ENTROPY,
-    )
+    config = _config(model_config, precision, cross_entropy_fusion_impl=CROSS_ENTROPY)
     forward, module = _part(part, model_config, config, batch, length)
-    x = torch.randn(length, batch, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    x.requires_grad_()
+    x = _hidden_states(model_config, batch, length)
 
     def run() -> torch.Tensor:
         x.grad = None
@@ -178,6 +171,17 @@ def time_layer(
     }
 
 
+def _config(model_config: Qwen35Config, precision: str, **run: Any) -> Any:
+    experts = "grouped_mm" if precision == "bf16" else "auto"
+    balanced = {"moe_router_force_load_balancing": True, "moe_experts": experts}
+    return gpu_config(model_config, FP8[precision], **balanced, **run)
+
+
+def _hidden_states(model_config: Qwen35Config, batch: int, length: int) -> torch.Tensor:
+    x = torch.randn(length, batch, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    return x.requires_grad_()
+
+
 def _milliseconds(forward: Callable[[], Any], both: Callable[[], Any]) -> dict[str, float]:
     forward_ms, both_ms = (median_ms(work, repeats=15)["ms"] for work in (forward, both))
     return {"forward_ms": forward_ms, "backward_ms": both_ms - forward_ms}
@@ -200,13 +204,7 @@ def time_launches(part: str, flavor: str, experts: int | None, precision: str) -
     """A row of the file's "launches": of layers that have this part alone, with norm, residual
     addition and DDP, which the rows of "layers" lack."""
     model_config = cut_config(flavor, STACKED, experts)
-    config = gpu_config(
-        model_config,
-        FP8[precision],
-        moe_router_force_load_balancing=True,
-        moe_experts="grouped_mm" if precision == "bf16" else "auto",
-        gradient_accumulation_fusion=True,
-    )
+    config = _config(model_config, precision, gradient_accumulation_fusion=True)
     accumulating_products.PATCH.apply()  # as a model's builder does
     spec_provider = get_spec_provider(config)
     if part in ("gdn", "attention"):
@@ -218,8 +216,7 @@ def time_launches(part: str, flavor: str, experts: int | None, precision: str) -
     layers = [build_module(spec, config=config, layer_number=n) for n in range(1, STACKED + 1)]
     stack = _Stack(layers, _rotary(model_config, SHORT)).cuda()
     wrapped, optimizer = wrap([stack], config, Layout(dtype=torch.bfloat16), 1e-4)
-    x = torch.randn(SHORT, 1, model_config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    x.requires_grad_()
+    x = _hidden_states(model_config, 1, SHORT)
 
     def run() -> torch.Tensor:
         with get_fp8_context(config):

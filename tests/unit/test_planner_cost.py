@@ -286,12 +286,12 @@ ON_H200 = [one for one in NOTED if one.gpu == H200.name]
 
 @pytest.mark.parametrize("one", ON_H200, ids=lambda one: f"{one.gpus}-{one.name}-{one.layout}")
 def test_measured_jobs_are_predicted(one: Noted) -> None:
-    """Memory within 5 %; time within 10 %, without graphs 15 %: the same eager step took 13 % more
-    and less than the mean of three hosts (tests/bench/NOTES.md)."""
+    """Memory within 5 %; time within 10 %, without graphs 13 %: one such step took 379 to 488 ms on
+    three hosts (tests/bench/NOTES.md)."""
     prediction = one.prediction()
     assert one.gib is not None
     assert peak_bytes(prediction) / GIB == pytest.approx(one.gib, rel=0.05)
-    within = 0.15 if prediction.candidate.graphs == "none" else 0.1
+    within = 0.13 if prediction.candidate.graphs == "none" else 0.1
     assert prediction.step_s * 1e3 == pytest.approx(one.ms, rel=within)
 
 
